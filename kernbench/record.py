@@ -1,0 +1,488 @@
+"""Every result type of kernbench, and the versioned JSON they are stored in.
+
+A record is the value in which the measuring side and the reading side meet. Times are seconds, sizes are bytes, rates
+are per second; only a report formats them. This module imports nothing of ours, so both sides may import it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+SCHEMA = 1
+
+Count = Annotated[float, Meta(ge=0)]
+Seconds = float
+
+
+class RecordError(ValueError):
+    """A record file cannot be read; the message says which file, why, and what to do."""
+
+
+# --- who, where, when -------------------------------------------------------------------------------------------------
+
+
+class Git(Struct, frozen=True, kw_only=True):
+    """State of the repository that the measured code came from."""
+
+    commit: str
+    dirty: bool
+
+
+class Device(Struct, frozen=True, kw_only=True):
+    """The device that ran the steps. ``memory_bytes`` and ``l2_bytes`` are 0 where the device does not tell."""
+
+    type: Literal["cpu", "cuda"]
+    name: str
+    count: int = 1
+    capability: str = ""
+    memory_bytes: int = 0
+    l2_bytes: int = 0
+    driver: str = ""
+    runtime: str = ""
+
+
+class Ceilings(Struct, frozen=True, kw_only=True):
+    """Roofs measured on this device, never read from a table. Absent figures are None.
+
+    ``copy`` counts bytes read plus bytes written; ``matmul_flops_per_second`` is keyed by dtype ("float32", "tf32", …).
+    """
+
+    copy_bytes_per_second: float | None = None
+    triad_bytes_per_second: float | None = None
+    matmul_flops_per_second: dict[str, float] = {}
+    launch_seconds: Seconds | None = None
+
+
+class Environment(Struct, frozen=True, kw_only=True):
+    device: Device
+    python: str
+    torch: str
+    triton: str
+    kernbench: str
+    platform: str
+    cpu: str
+    cpu_threads: int
+    ceilings: Ceilings | None = None
+
+
+class WorkloadInfo(Struct, frozen=True, kw_only=True):
+    """What was run. ``phases`` are the active phase numbers, ``implementations`` names the one used per phase."""
+
+    name: str
+    preset: str
+    dtype: str
+    seed: int
+    unit: str
+    phases: list[int] = []
+    implementations: dict[str, str] = {}
+    data: str = ""
+    parameters: int = 0
+
+
+class Stage(Struct, frozen=True, kw_only=True):
+    """One finished part of a command; ``status`` is what became of it, ``message`` why when it is not "done"."""
+
+    name: str
+    status: Literal["done", "failed", "skipped", "interrupted"]
+    seconds: Seconds
+    message: str = ""
+
+
+class SourceLine(Struct, frozen=True, kw_only=True):
+    """A line of the user's program: ``file`` relative to the workspace where it lies inside it."""
+
+    file: str
+    line: int
+    text: str
+    function: str = ""
+
+
+# --- one measured side: what profile finds ----------------------------------------------------------------------------
+
+
+class Steps(Struct, frozen=True, kw_only=True):
+    """Unprofiled steps, in the order they ran. ``units_per_step`` counts in ``WorkloadInfo.unit``."""
+
+    seconds: list[Seconds]
+    units_per_step: float
+    warmup: int = 0
+    losses: list[float] = []
+
+
+class Throughput(Struct, frozen=True, kw_only=True):
+    """Median rate with its bootstrap interval (95 %) over steps."""
+
+    units_per_second: float
+    interval: tuple[float, float]
+
+
+class Part(Struct, frozen=True, kw_only=True):
+    """One slice of a step by cause; the parts of a breakdown add up to the step."""
+
+    cause: str
+    seconds_per_step: Seconds
+    description: str = ""
+    busy: bool = True
+
+
+class Hotspot(Struct, frozen=True, kw_only=True):
+    """A device kernel (or, on the CPU, an operator) with its own time, children excluded."""
+
+    name: str
+    self_seconds_per_step: Seconds
+    share: float
+    calls_per_step: float
+    kind: Literal["kernel", "copy", "memset", "op"] = "kernel"
+    op: str = ""
+    source: SourceLine | None = None
+    bound: str | None = None
+    phase: int | None = None
+
+
+StallClass = Literal["free", "starved", "busy", "drain", "unclassified", "would-sync", "cpu-tensor"]
+
+
+class Stall(Struct, frozen=True, kw_only=True):
+    """A source line at which the host reads a tensor.
+
+    ``real`` is true only where the runtime's own synchronising call was seen (on a GPU). Class "would-sync" is the CPU's
+    view: the tensor would live on the device. Class "cpu-tensor" is a read of a host tensor: no stall anywhere.
+    """
+
+    file: str
+    line: int
+    source: str
+    op: str
+    count_per_step: float
+    klass: StallClass = field(name="class")
+    real: bool
+    wait_seconds_per_step: Seconds | None = None
+    saving_seconds_per_step: Seconds | None = None
+    function: str = ""
+    phase: int | None = None
+
+
+class Launches(Struct, frozen=True, kw_only=True):
+    """Device work items per step. On the CPU ``per_step`` counts the operators that would launch (leaf calls)."""
+
+    per_step: float
+    kernels_per_step: float = 0.0
+    copies_per_step: float = 0.0
+    memsets_per_step: float = 0.0
+    median_seconds: Seconds | None = None
+    short_share: float | None = None
+
+
+class Idle(Struct, frozen=True, kw_only=True):
+    """Device idle time in a step, split by cause. On the CPU, None is recorded instead: the host is the device."""
+
+    busy_seconds_per_step: Seconds
+    idle_seconds_per_step: Seconds
+    causes: dict[str, Seconds] = {}
+
+
+class Overhead(Struct, frozen=True, kw_only=True):
+    """What observing costs: step time under each observing pass over the unprofiled step time (1.0 is free)."""
+
+    trace_ratio: float | None = None
+    lines_ratio: float | None = None
+
+
+class Span(Struct, frozen=True, kw_only=True, array_like=True):
+    """One bar of the timeline; ``track`` is a host thread or a device stream, times count from the step's start."""
+
+    track: str
+    name: str
+    start_seconds: Seconds
+    duration_seconds: Seconds
+    kind: str
+
+
+class Clocks(Struct, frozen=True, kw_only=True):
+    """What the device says of itself while it was timed; None where it does not tell."""
+
+    sm_hz: float | None = None
+    memory_hz: float | None = None
+    power_watts: float | None = None
+    temperature_celsius: float | None = None
+    throttle_reasons: list[str] = []
+
+
+# --- what the line pass saw (saved beside the trace as lines.json) ----------------------------------------------------
+
+
+class HostRead(Struct, frozen=True, kw_only=True):
+    """One read of a tensor by the host, in the order it happened.
+
+    ``line`` indexes ``LineLog.lines``; ``form`` is how the source asks for it ("item", "if", "tolist", "index",
+    "nonzero", "print", "copy", "synchronize", …). ``host_tensor`` marks a read that never waits for a device;
+    ``real`` one for which the runtime itself reported a synchronisation.
+    """
+
+    step: int
+    line: int
+    op: str
+    form: str
+    host_tensor: bool
+    real: bool
+    wait_seconds: Seconds | None = None
+    phase: int | None = None
+
+
+class LineLog(Struct, frozen=True, kw_only=True):
+    """Which source line did what, over ``steps`` watched steps.
+
+    ``op_lines`` holds, for the last watched step, the line index of each call of an operator in call order
+    (-1 where no Python line was executing it, as in the autograd thread).
+    """
+
+    steps: int
+    lines: list[SourceLine] = []
+    reads: list[HostRead] = []
+    op_lines: dict[str, list[int]] = {}
+    step_seconds: Seconds | None = None
+
+
+# --- parity, ratio, verdict -------------------------------------------------------------------------------------------
+
+
+class Errors(Struct, frozen=True, kw_only=True):
+    """Error against the float64 oracle over all compared tensors.
+
+    ``max`` is the largest absolute difference scaled by the tensor's root mean square; ``rms_ratio`` is
+    RMS(difference) / RMS(oracle); ``mean`` is the signed mean difference over RMS(oracle).
+    """
+
+    max: float
+    rms_ratio: float
+    mean: float
+
+
+class ParityResult(Struct, frozen=True, kw_only=True):
+    """One comparison: a kernel case in one dtype and mode, or a phase on real steps (``kernel`` then names it)."""
+
+    kernel: str
+    case: str
+    dtype: str
+    mode: str
+    passed: bool
+    errors: Errors | None = None
+    eager_errors: Errors | None = None
+    bound: float | None = None
+    tensor: str = ""
+    mutants_killed: tuple[int, int] | None = None
+    bitwise: bool | None = None
+    seconds: Seconds = 0.0
+    reason: str = ""
+
+
+class Ratio(Struct, frozen=True, kw_only=True):
+    """Step time before over step time after (above 1 is faster): paired median over rounds, 95 % bootstrap interval.
+
+    ``noise_floor`` is the half-width around 1 that identical arms (A/A) showed in the same run.
+    """
+
+    median: float
+    low: float
+    high: float
+    noise_floor: float
+    rounds: int
+    steps_per_round: int
+    a_a: tuple[float, float] | None = None
+    dropped_rounds: int = 0
+
+
+class Prediction(Struct, frozen=True, kw_only=True):
+    """What the phase promised before it was measured; absent figures are None. ``claim`` is the source document's."""
+
+    text: str
+    claim: str = ""
+    syncs_per_step: float | None = None
+    launches_per_step: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    basis: str = ""
+
+
+class SiteHit(Struct, frozen=True, kw_only=True):
+    """One line of the receipt: the site that was replaced, by what, and how often the replacement ran in a step."""
+
+    site: str
+    implementation: str
+    calls: int
+    calls_per_step: float
+    kernel: str = ""
+
+
+class Verdict(Struct, frozen=True, kw_only=True):
+    decision: Literal["keep", "reject", "inconclusive"]
+    sentence: str
+    reasons: list[str] = []
+
+
+class PhaseInfo(Struct, frozen=True, kw_only=True):
+    number: int
+    title: str
+    flag: str = ""
+    implementation: str = ""
+
+
+class Arm(Struct, frozen=True, kw_only=True):
+    """Interleaved timings of one arm: seconds per step, one figure per round, in round order."""
+
+    name: str
+    seconds: list[Seconds]
+
+
+class BenchResult(Struct, frozen=True, kw_only=True):
+    """One timed implementation. ``label`` warns: "launch-bound", "impossible", "not measured here"; ``note`` says why."""
+
+    kernel: str
+    case: str
+    dtype: str
+    implementation: str
+    seconds: Seconds | None
+    interval: tuple[Seconds, Seconds] | None = None
+    bytes: float | None = None
+    flops: float | None = None
+    bytes_per_second: float | None = None
+    flops_per_second: float | None = None
+    share_of_roof: float | None = None
+    units_per_second: float | None = None
+    speedup: tuple[float, float, float] | None = None
+    launches_per_step: float | None = None
+    syncs_per_step: float | None = None
+    cache: str = ""
+    label: str = ""
+    note: str = ""
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+class Header(Struct, kw_only=True, tag_field="kind"):
+    """What every record begins with. ``status`` is "running" until the last stage is done."""
+
+    run_id: str
+    created_utc: str
+    command: str
+    environment: Environment
+    schema: int = SCHEMA
+    git: Git | None = None
+    status: Literal["running", "complete", "failed", "interrupted"] = "running"
+    stages: list[Stage] = []
+    warnings: list[str] = []
+
+
+class ProfileRecord(Header, kw_only=True, tag="profile"):
+    workload: WorkloadInfo
+    steps: Steps | None = None
+    throughput: Throughput | None = None
+    breakdown: list[Part] = []
+    hotspots: list[Hotspot] = []
+    stalls: list[Stall] = []
+    syncs_per_step: float | None = None
+    cpu_reads_per_step: float | None = None
+    launches_per_step: float | None = None
+    launches: Launches | None = None
+    idle: Idle | None = None
+    overhead: Overhead | None = None
+    timeline: list[Span] = []
+    memory_peak_bytes: int | None = None
+    clocks: Clocks | None = None
+
+
+class SwapRecord(Header, kw_only=True, tag="swap"):
+    """One phase, measured: both sides, the evidence between them, and what was decided."""
+
+    workload: WorkloadInfo
+    phase: PhaseInfo
+    predicted: Prediction | None = None
+    before: ProfileRecord | None = None
+    after: ProfileRecord | None = None
+    parity: list[ParityResult] = []
+    ratio: Ratio | None = None
+    arms: list[Arm] = []
+    clocks: list[Clocks] = []
+    receipt: list[SiteHit] = []
+    verdict: Verdict | None = None
+
+
+class ParityRecord(Header, kw_only=True, tag="parity"):
+    results: list[ParityResult] = []
+    workload: WorkloadInfo | None = None
+
+
+class BenchRecord(Header, kw_only=True, tag="bench"):
+    results: list[BenchResult] = []
+    workload: WorkloadInfo | None = None
+    arms: list[Arm] = []
+
+
+Record = ProfileRecord | SwapRecord | ParityRecord | BenchRecord
+
+
+def encode(record: Record) -> bytes:
+    """The record as indented JSON with a trailing newline."""
+    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+
+
+def write(record: Record, path: Path) -> None:
+    """Write atomically: a reader sees the old record or the new one, never half of one.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    write_atomically(path, encode(record))
+
+
+def read(path: Path) -> Record:
+    """Read one record.
+
+    Raises:
+        RecordError: the file is absent, is no record, is damaged, or has a newer schema.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecordError(
+            f"cannot read {path}: {error.strerror or error}; name a run folder or its record.json"
+        ) from None
+    try:
+        schema = msgspec.json.decode(data, type=_SchemaOnly).schema
+        if schema > SCHEMA:
+            raise RecordError(f"{path} has schema {schema}, this kernbench reads up to {SCHEMA}; upgrade kernbench")
+        record: Record = msgspec.json.decode(data, type=Record)
+        return record
+    except msgspec.MsgspecError as error:
+        raise RecordError(f"{path} is damaged ({error}); profile again, or delete that run folder") from None
+
+
+class _SchemaOnly(Struct):
+    schema: int
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` to a temporary file beside ``path``, then rename it over ``path``.
+
+    Raises:
+        OSError: the folder cannot be created or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

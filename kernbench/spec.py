@@ -1,0 +1,123 @@
+"""KernelSpec: the one declaration from which parity, bench, swap and the docs of a kernel follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+Inputs = dict[str, Any]
+"""Keyword arguments of one call: tensors, lists of tensors, and scalars."""
+
+
+class Case:
+    """One named input size of a kernel: ``Case("ragged", rows=127, dim=769)``.
+
+    ``large`` marks sizes meant for a GPU: the interpreter leaves them out, and says so.
+    """
+
+    def __init__(self, name: str, *, large: bool = False, **sizes: int) -> None:
+        self.name = name
+        self.large = large
+        self.sizes = sizes
+
+    def __getitem__(self, size: str) -> int:
+        return self.sizes[size]
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{key}={value}" for key, value in self.sizes.items())
+        return f"Case({self.name!r}, {sizes})"
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some size is neither 1 nor a multiple of 16, so that a block has a tail."""
+        return any(size > 1 and size % 16 for size in self.sizes.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far from the float64 oracle a kernel may be, relative to what eager itself misses in the working dtype.
+
+    A kernel passes if its error is at most ``forward`` (``gradient`` for gradients) times eager's plus ``floor_ulp``
+    units in the last place of the working dtype, scaled by the tensor's root mean square.
+
+    Source: parity.md, method step 2 (flash-attention uses 2 forward and 3 for gradients).
+    """
+
+    forward: float = 2.0
+    gradient: float = 3.0
+    floor_ulp: float = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Work of one call: floating-point operations and *unique* bytes moved, each input read once, each output written once."""
+
+    flops: float
+    bytes_read: float
+    bytes_written: float
+
+    @property
+    def bytes_moved(self) -> float:
+        return self.bytes_read + self.bytes_written
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """A kernel with everything needed to check it, time it and place it on the roofline.
+
+    Attributes:
+        name: the kernel's name, unique over all workspaces.
+        reference: plain PyTorch on any device and in any floating dtype: the definition of correct, cast order included.
+        optimized: same signature as ``reference``; launches the Triton kernel.
+        make_inputs: ``(case, dtype, device, seed) -> keyword arguments``, fresh tensors on every call.
+        cases: named sizes, at least one of them ragged.
+        tolerance: per dtype name ("float32", "bfloat16", …); its keys are the dtypes that parity runs.
+        cost: ``(case, dtype) -> Cost``.
+        mutates: names of arguments written in place; parity compares them, bench restores them.
+        stateful: the kernel updates its own state, so parity also compares after 10 and 100 updates; ``next_inputs``
+            then redraws what is not state, in place: ``(inputs, seed) -> None``.
+        stochastic: results depend on a seed argument; the reference repeats the same stream.
+        differentiable: parity compares gradients of all floating inputs that require them.
+        peers: library implementations to time beside ours, by name; each has the reference's signature.
+        source: paper and equation, or the file the formula came from.
+
+    Raises:
+        ValueError: no ragged case, no tolerance, duplicate case names, unknown ``stateful`` set-up, or ``reference`` and
+            ``optimized`` are the same function.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    optimized: Callable[..., Any]
+    make_inputs: Callable[[Case, torch.dtype, torch.device, int], Inputs]
+    cases: tuple[Case, ...]
+    tolerance: Mapping[str, Tolerance]
+    cost: Callable[[Case, torch.dtype], Cost]
+    mutates: tuple[str, ...] = ()
+    stateful: bool = False
+    next_inputs: Callable[[Inputs, int], None] | None = None
+    stochastic: bool = False
+    differentiable: bool = False
+    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.reference is self.optimized:
+            raise ValueError(
+                f"kernel {self.name!r}: reference and optimized are the same function, so parity could not fail"
+            )
+        if not any(case.ragged for case in self.cases):
+            raise ValueError(
+                f"kernel {self.name!r} has no ragged case; add one with a size that is not a multiple of 16"
+            )
+        if not self.tolerance:
+            raise ValueError(f"kernel {self.name!r} states no tolerance; give one per dtype")
+        names = [case.name for case in self.cases]
+        if len(set(names)) != len(names):
+            raise ValueError(f"kernel {self.name!r} has two cases of one name: {', '.join(names)}")
+        if self.stateful and self.next_inputs is None:
+            raise ValueError(f"kernel {self.name!r} is stateful; give next_inputs so that many updates can be compared")

@@ -1,0 +1,132 @@
+"""Workload, Phase and Swap: what is profiled, and the plan of what to put in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from kernbench.record import Prediction, ProfileRecord
+
+if TYPE_CHECKING:
+    import torch
+
+
+@runtime_checkable
+class Built(Protocol):
+    """A workload ready to run. ``model``, if present, is the ``nn.Module`` that module globs are matched against."""
+
+    units_per_step: float
+
+    def step(self, index: int) -> Any:
+        """Run step ``index``; return its loss (a 0-dim tensor or float) or None. Equal seeds and indices, equal steps."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Everything a later step depends on: parameters, buffers, optimizer state. Nested mappings and lists are fine."""
+
+
+Site = tuple[type | ModuleType, str] | str
+"""Where a swap acts: an owner and attribute name, ``"package.module:Class.attribute"``, or a glob over module names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swap:
+    """Replace what is at ``site``: by ``use``, or by an implementation of the kernel spec named ``kernel``.
+
+    ``adapt`` turns the chosen implementation (signature of the spec's reference) into what the site expects, for
+    example a method that gathers the arguments. For a module glob, ``use`` takes the module and returns its replacement.
+    """
+
+    site: Site
+    use: Callable[..., Any] | None = None
+    kernel: str = ""
+    adapt: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.use is None) == (not self.kernel):
+            raise ValueError(f"swap at {self.site!r}: give either use=... or kernel=..., not both and not neither")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One planned set of swaps, with what it promises before it is measured.
+
+    ``claim`` is the source document's figure in its own words; ``predicts`` is ours, and ``predict`` puts it in figures
+    from the profile of the side before.
+    """
+
+    number: int
+    title: str
+    swaps: tuple[Swap, ...]
+    predicts: str
+    flag: str = ""
+    claim: str = ""
+    predict: Callable[[ProfileRecord], Prediction] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """An alternative to time beside the phases, for example torch.compile of the baseline: ``prepare(built)`` installs it."""
+
+    name: str
+    prepare: Callable[[Any], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A bad step that parity provokes: ``inject(built)`` spoils the next step, ``protects(built)`` is the state that
+    must be the same, bit for bit, after it."""
+
+    name: str
+    inject: Callable[[Any], None]
+    protects: Callable[[Any], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A program to profile.
+
+    Attributes:
+        name: unique over all workspaces.
+        unit: what throughput counts ("tokens", "frames", "images").
+        summary: one line for ``kernbench list``.
+        presets: by name, passed to ``build`` as they are; the first one is the default.
+        build: ``build(preset=…, device=…, dtype=…, seed=…, data=…) -> Built``; ``data`` is the path of ``--data`` or None.
+        dtype: default dtype by torch name.
+
+    Raises:
+        ValueError: no presets, or two phases with one number.
+    """
+
+    name: str
+    unit: str
+    summary: str
+    presets: Mapping[str, Any]
+    build: Callable[..., Built]
+    phases: tuple[Phase, ...] = ()
+    peers: tuple[Peer, ...] = ()
+    faults: tuple[Fault, ...] = ()
+    dtype: str = "float32"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.presets:
+            raise ValueError(
+                f"workload {self.name!r} has no presets; give at least one, for example presets={{'default': {{}}}}"
+            )
+        numbers = [phase.number for phase in self.phases]
+        if len(set(numbers)) != len(numbers):
+            raise ValueError(f"workload {self.name!r} has two phases of one number: {numbers}")
+
+    @property
+    def default_preset(self) -> str:
+        return next(iter(self.presets))
+
+    def phases_numbered(self, numbers: Sequence[int]) -> tuple[Phase, ...]:
+        """The phases with these numbers, in plan order."""
+        return tuple(phase for phase in self.phases if phase.number in numbers)
+
+    def make(self, preset: str, device: torch.device, dtype: torch.dtype, seed: int, data: str | None) -> Built:
+        """Build the workload at a named preset."""
+        return self.build(preset=self.presets[preset], device=device, dtype=dtype, seed=seed, data=data)
