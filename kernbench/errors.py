@@ -9,7 +9,7 @@ class KernbenchError(Exception):
     exit_code = 2
 
 
-class WorkloadFailed(KernbenchError):
+class WorkloadFailed(KernbenchError):  # noqa: N818 - it names what happened, not a kind of error
     """The workload's own code failed; ``traceback_text`` is its traceback, shown to the user. Exit code 3."""
 
     exit_code = 3

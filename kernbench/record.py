@@ -50,7 +50,7 @@ class Device(Struct, frozen=True, kw_only=True):
 class Ceilings(Struct, frozen=True, kw_only=True):
     """Roofs measured on this device, never read from a table. Absent figures are None.
 
-    ``copy`` counts bytes read plus bytes written; ``matmul_flops_per_second`` is keyed by dtype ("float32", "tf32", …).
+    ``copy`` counts bytes read plus bytes written; matrix products are keyed by dtype ("float32", "tf32").
     """
 
     copy_bytes_per_second: float | None = None
@@ -151,8 +151,8 @@ StallClass = Literal["free", "starved", "busy", "drain", "unclassified", "would-
 class Stall(Struct, frozen=True, kw_only=True):
     """A source line at which the host reads a tensor.
 
-    ``real`` is true only where the runtime's own synchronising call was seen (on a GPU). Class "would-sync" is the CPU's
-    view: the tensor would live on the device. Class "cpu-tensor" is a read of a host tensor: no stall anywhere.
+    ``real`` is true only where the runtime's own synchronising call was seen (on a GPU). Class "would-sync" is the
+    CPU's view: the tensor would live on the device. Class "cpu-tensor" is a read of a host tensor: no stall anywhere.
     """
 
     file: str
@@ -341,7 +341,7 @@ class Arm(Struct, frozen=True, kw_only=True):
 
 
 class BenchResult(Struct, frozen=True, kw_only=True):
-    """One timed implementation. ``label`` warns: "launch-bound", "impossible", "not measured here"; ``note`` says why."""
+    """One timed implementation. ``label`` warns ("launch-bound", "impossible", "not measured here"), ``note`` says why."""
 
     kernel: str
     case: str
@@ -425,12 +425,32 @@ class BenchRecord(Header, kw_only=True, tag="bench"):
     arms: list[Arm] = []
 
 
-Record = ProfileRecord | SwapRecord | ParityRecord | BenchRecord
+class CompareRecord(Header, kw_only=True, tag="compare"):
+    """Two runs side by side. ``ratio`` is step time before over after, from unpaired steps of separate runs."""
+
+    before: ProfileRecord
+    after: ProfileRecord
+    ratio: Ratio | None = None
+    verdict: Verdict | None = None
+
+
+Record = ProfileRecord | SwapRecord | ParityRecord | BenchRecord | CompareRecord
 
 
 def encode(record: Record) -> bytes:
     """The record as indented JSON with a trailing newline."""
     return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+
+
+def kind(record: Record) -> str:
+    """The record's kind as it stands in the file: "profile", "swap", "parity", "bench" or "compare"."""
+    return str(type(record).__struct_config__.tag)
+
+
+def to_builtins(value: Struct) -> dict[str, object]:
+    """A result as plain dictionaries and lists."""
+    plain: dict[str, object] = msgspec.to_builtins(value)
+    return plain
 
 
 def write(record: Record, path: Path) -> None:
@@ -476,13 +496,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    scratch = Path(temporary)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        scratch.chmod(0o644)
+        scratch.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        scratch.unlink()
         raise

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -65,7 +65,7 @@ def builtin() -> Workspace:
 
 
 def current(start: Path | None = None) -> Workspace:
-    """The workspace that results go to: ``$KERNBENCH_WORKSPACE``, else the nearest folder upward that is one, else here."""
+    """The workspace for results: ``$KERNBENCH_WORKSPACE``, else the nearest folder upward that is one, else here."""
     named = os.environ.get("KERNBENCH_WORKSPACE")
     if start is None and named:
         start = Path(named)
@@ -120,7 +120,7 @@ def workload(reference: str) -> Found[Workload]:
     """The workload that ``reference`` names: a registered name, ``./file.py`` or ``./file.py:name``.
 
     Raises:
-        KernbenchError: unknown name (the nearest is suggested), no such file, or a file with no or several declarations.
+        KernbenchError: unknown name (the nearest is suggested), no such file, or not one declaration in it.
         WorkloadFailed: the file raises while it is imported.
     """
     path, _, name = reference.partition(":")
@@ -167,7 +167,7 @@ def _collect(folder: str, kind: type[Declaration]) -> dict[str, Found[Declaratio
             for declaration in _declared(_import_file(file, name), kind):
                 if declaration.name in found:
                     raise KernbenchError(
-                        f"{declaration.name!r} is declared twice: in {found[declaration.name].file} and in {file}; rename one"
+                        f"{declaration.name!r} is declared twice, in {found[declaration.name].file} and {file}; rename one"
                     )
                 found[declaration.name] = Found(declaration, file, workspace)
     return found
@@ -228,14 +228,20 @@ def _make_parents(name: str, file: Path) -> None:
 
 
 def _pick(name: str, found: Mapping[str, Found[Declaration]], what: str) -> Found[Declaration]:
-    return found[_nearest(name, list(found), what)]
+    return found[nearest(name, list(found), what)]
 
 
 def _pick_value(name: str, found: Mapping[str, Workload], what: str) -> Workload:
-    return found[_nearest(name, list(found), what)]
+    return found[nearest(name, list(found), what)]
 
 
-def _nearest(name: str, known: list[str], what: str) -> str:
+def nearest(name: str, known: Iterable[str], what: str) -> str:
+    """``name`` itself if it is known.
+
+    Raises:
+        KernbenchError: it is not; the message suggests the nearest known name.
+    """
+    known = list(known)
     if name in known:
         return name
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)

@@ -54,7 +54,7 @@ class Tolerance:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Work of one call: floating-point operations and *unique* bytes moved, each input read once, each output written once."""
+    """Work of one call: floating-point operations and *unique* bytes, each input read and each output written once."""
 
     flops: float
     bytes_read: float
@@ -71,7 +71,7 @@ class KernelSpec:
 
     Attributes:
         name: the kernel's name, unique over all workspaces.
-        reference: plain PyTorch on any device and in any floating dtype: the definition of correct, cast order included.
+        reference: plain PyTorch on any device, in any floating dtype: the definition of correct, cast order included.
         optimized: same signature as ``reference``; launches the Triton kernel.
         make_inputs: ``(case, dtype, device, seed) -> keyword arguments``, fresh tensors on every call.
         cases: named sizes, at least one of them ragged.
@@ -86,8 +86,8 @@ class KernelSpec:
         source: paper and equation, or the file the formula came from.
 
     Raises:
-        ValueError: no ragged case, no tolerance, duplicate case names, unknown ``stateful`` set-up, or ``reference`` and
-            ``optimized`` are the same function.
+        ValueError: no ragged case, no tolerance, two cases of one name, stateful without ``next_inputs``, or
+            ``reference`` and ``optimized`` are the same function.
     """
 
     name: str

@@ -20,10 +20,10 @@ class Built(Protocol):
     units_per_step: float
 
     def step(self, index: int) -> Any:
-        """Run step ``index``; return its loss (a 0-dim tensor or float) or None. Equal seeds and indices, equal steps."""
+        """Run step ``index``; return its loss (0-dim tensor or float) or None. Equal seeds and indices, equal steps."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Everything a later step depends on: parameters, buffers, optimizer state. Nested mappings and lists are fine."""
+        """Everything a later step depends on: parameters, buffers, optimizer state, nested as it comes."""
 
 
 Site = tuple[type | ModuleType, str] | str
@@ -35,7 +35,7 @@ class Swap:
     """Replace what is at ``site``: by ``use``, or by an implementation of the kernel spec named ``kernel``.
 
     ``adapt`` turns the chosen implementation (signature of the spec's reference) into what the site expects, for
-    example a method that gathers the arguments. For a module glob, ``use`` takes the module and returns its replacement.
+    example a method that gathers the arguments. For a glob, ``use`` takes a module and returns its replacement.
     """
 
     site: Site
@@ -67,7 +67,7 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """An alternative to time beside the phases, for example torch.compile of the baseline: ``prepare(built)`` installs it."""
+    """An alternative to time beside the phases, as torch.compile of the baseline: ``prepare(built)`` installs it."""
 
     name: str
     prepare: Callable[[Any], None]
@@ -92,7 +92,7 @@ class Workload:
         unit: what throughput counts ("tokens", "frames", "images").
         summary: one line for ``kernbench list``.
         presets: by name, passed to ``build`` as they are; the first one is the default.
-        build: ``build(preset=…, device=…, dtype=…, seed=…, data=…) -> Built``; ``data`` is the path of ``--data`` or None.
+        build: ``build(preset=, device=, dtype=, seed=, data=) -> Built``; ``data`` is the path of ``--data`` or None.
         dtype: default dtype by torch name.
 
     Raises:

@@ -1,0 +1,343 @@
+"""The command line: parse, call one pipeline function, print. Nothing here imports torch before a command needs it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from kernbench import __version__
+from kernbench.errors import KernbenchError, WorkloadFailed
+
+if TYPE_CHECKING:
+    from kernbench.pipeline import Outcome
+
+OK, NEGATIVE, WRONG_USE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+
+app = typer.Typer(
+    name="kernbench",
+    help="Profile a PyTorch step, swap Triton kernels in with proof, and write the answer down.",
+    epilog="Start with: kernbench list; then: kernbench profile titan-mac",
+    no_args_is_help=True,
+    # Rich help would cost 0.2 s at every start; results are printed with rich all the same.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+WorkloadArgument = Annotated[str, typer.Argument(help="A name from kernbench list, ./file.py, or ./file.py:name.")]
+Preset = Annotated[str | None, typer.Option(help="Size to run, from kernbench list; the first one if left out.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str | None, typer.Option(help="Working dtype, for example float32 or bfloat16.")]
+Seed = Annotated[int, typer.Option(help="Seed of parameters and data.")]
+Data = Annotated[str | None, typer.Option(metavar="FILE", help="Text to train on instead of the built-in one.")]
+Steps = Annotated[int, typer.Option(min=1, help="Timed steps.")]
+Rounds = Annotated[int, typer.Option(min=3, help="Interleaved rounds of before and after.")]
+Nvtx = Annotated[bool, typer.Option("--nvtx", help="Emit NVTX ranges for steps, phases, modules and kernels.")]
+Use = Annotated[str, typer.Option(help="Implementation of a kernel phase: triton, compile, eager, or auto (fastest).")]
+Phases = Annotated[str | None, typer.Option(help="Phases in place, as in 0,2 or none; what was kept if left out.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the record as JSON on standard output and nothing else there.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+def _reported(command: Callable[..., int]) -> Callable[..., None]:
+    """Turn a command's result or error into output and exit code: one sentence for the user's errors, no traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            raise typer.Exit(command(*args, **options))
+        except WorkloadFailed as error:
+            _complain(str(error), error.traceback_text)
+            raise typer.Exit(FAILED) from None
+        except KernbenchError as error:
+            _complain(str(error))
+            raise typer.Exit(WRONG_USE) from None
+        except KeyboardInterrupt:
+            _complain("interrupted; the stages finished so far are on disk")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+def _complain(message: str, details: str = "") -> None:
+    if details:
+        print(details.rstrip(), file=sys.stderr)
+    print(f"kernbench: {message}", file=sys.stderr)
+
+
+def _command() -> str:
+    return shlex.join(["kernbench", *sys.argv[1:]])
+
+
+def _progress(quiet: bool) -> Any:
+    from kernbench.report import console
+
+    return console.progress(quiet=quiet)
+
+
+def _show(outcome: Outcome, as_json: bool) -> None:
+    from kernbench import record
+    from kernbench.report import console
+
+    if as_json:
+        sys.stdout.write(record.encode(outcome.record).decode())
+    else:
+        console.show(outcome.record, outcome.report)
+
+
+@app.command("list", epilog="Example: kernbench list --runs")
+@_reported
+def list_(
+    runs: Annotated[bool, typer.Option("--runs", help="List finished runs instead.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Show workloads with presets and phases, kernels with cases, and what is active."""
+    from kernbench import catalogue
+    from kernbench.report import console
+
+    listing = catalogue.runs() if runs else catalogue.declarations()
+    if as_json:
+        print(json.dumps(listing, indent=1))
+    elif runs:
+        console.show_runs(listing)
+    else:
+        console.show_declarations(listing)
+    return OK
+
+
+@app.command(epilog="Example: kernbench profile titan-mac --preset tiny")
+@_reported
+def profile(
+    workload: WorkloadArgument,
+    preset: Preset = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    data: Data = None,
+    steps: Steps = 20,
+    phases: Phases = None,
+    use: Use = "triton",
+    nvtx: Nvtx = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Run steps of a workload, rank hotspots and stalls by source line, and write a report."""
+    from kernbench import pipeline
+    from kernbench.request import Request
+
+    request = Request(
+        command=_command(), workload=workload, preset=preset, device=device, dtype=dtype, seed=seed, data=data,
+        steps=steps, phases=phases, use=use, nvtx=nvtx,
+    )  # fmt: skip
+    _show(pipeline.profile(request, _progress(quiet)), as_json)
+    return OK
+
+
+@app.command(epilog="Example: kernbench swap --phase 0 titan-mac")
+@_reported
+def swap(
+    workload: Annotated[str | None, typer.Argument(help="As for profile; the one profiled last if left out.")] = None,
+    phase: Annotated[int | None, typer.Option(help="Number of the phase to try on top of the kept ones.")] = None,
+    revert: Annotated[bool, typer.Option("--revert", help="Take the phase kept last out again.")] = False,
+    walk: Annotated[bool, typer.Option("--all", help="Walk the plan to its end.")] = False,
+    use: Use = "triton",
+    preset: Preset = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    data: Data = None,
+    steps: Steps = 20,
+    rounds: Rounds = 30,
+    phases: Phases = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Try a phase: parity first, then interleaved timing, then the verdict; it stays only if that says so."""
+    from kernbench import pipeline
+    from kernbench.request import Request
+
+    if (phase is not None) + revert + walk != 1:
+        raise KernbenchError("say which: --phase N, --all, or --revert")
+    request = Request(
+        command=_command(), workload=workload, preset=preset, device=device, dtype=dtype, seed=seed, data=data,
+        steps=steps, rounds=rounds, phases=phases, use=use,
+    )  # fmt: skip
+    if revert:
+        reverted = pipeline.revert(request)
+        print(json.dumps(reverted) if as_json else reverted["sentence"])
+        return OK
+    code = OK
+    for outcome in pipeline.swaps(request, phase, _progress(quiet)):
+        _show(outcome, as_json)
+        code = max(code, NEGATIVE if outcome.negative else OK)
+    return code
+
+
+@app.command(epilog="Example: kernbench parity fused_adamw")
+@_reported
+def parity(
+    names: Annotated[list[str] | None, typer.Argument(help="Kernels or workloads; all kernels if left out.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    case: Annotated[str | None, typer.Option(help="Only the case of this name.")] = None,
+    preset: Preset = None,
+    seed: Seed = 0,
+    data: Data = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Check kernels against the float64 oracle, or a workload's phases on real steps."""
+    from kernbench import pipeline
+    from kernbench.request import Request
+
+    request = Request(command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data)
+    outcome = pipeline.check(request, names or [], case, _progress(quiet))
+    _show(outcome, as_json)
+    return NEGATIVE if outcome.negative else OK
+
+
+@app.command(epilog="Example: kernbench bench fused_adamw --case 401-tensors")
+@_reported
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Kernels or one workload; all kernels if left out.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    case: Annotated[str | None, typer.Option(help="Only the case of this name.")] = None,
+    preset: Preset = None,
+    seed: Seed = 0,
+    data: Data = None,
+    rounds: Rounds = 30,
+    use: Use = "triton",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Time eager, torch.compile, Triton and library peers on the measured roofline, or a workload with its phases."""
+    from kernbench import pipeline
+    from kernbench.request import Request
+
+    request = Request(
+        command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, rounds=rounds, use=use
+    )
+    _show(pipeline.time(request, names or [], case, _progress(quiet)), as_json)
+    return OK
+
+
+@app.command(epilog="Example: kernbench compare 20261121-1015 20261121-1100")
+@_reported
+def compare(
+    run_a: Annotated[str, typer.Argument(help="The run before: a folder, a record.json, or part of a run id.")],
+    run_b: Annotated[str, typer.Argument(help="The run after.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Set two runs side by side, with a report; exit code 1 if the second one is slower."""
+    from kernbench import reading
+
+    outcome = reading.compare(run_a, run_b, _command())
+    _show(outcome, as_json)
+    return NEGATIVE if outcome.negative else OK
+
+
+@app.command(epilog="Example: kernbench report 20261121-1015")
+@_reported
+def report(
+    run: Annotated[str, typer.Argument(help="A run folder, a record.json, or part of a run id.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Render a run's report again from its record, and the index over all runs."""
+    from kernbench import reading
+
+    _show(reading.render_again(run), as_json)
+    return OK
+
+
+@app.command(epilog="Example: kernbench journal --rebuild")
+@_reported
+def journal(
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Add the entries that JOURNAL.md misses from the runs.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Show the journal's entries, or rebuild them from the records."""
+    from kernbench import reading
+    from kernbench.report import console
+
+    entries = reading.journal_entries(rebuild=rebuild)
+    if as_json:
+        print(json.dumps(entries, indent=1))
+    else:
+        console.show_journal(entries)
+    return OK
+
+
+@app.command(epilog="Example: kernbench doctor --device cpu")
+@_reported
+def doctor(device: Device = "auto", as_json: Json = False, quiet: Quiet = False) -> int:
+    """Show the device, versions, what works here, and the measured ceilings."""
+    from kernbench import pipeline
+    from kernbench.report import console
+
+    findings = pipeline.doctor(device, _progress(quiet))
+    if as_json:
+        print(json.dumps(findings, indent=1))
+    else:
+        console.show_doctor(findings)
+    return OK
+
+
+@app.command(epilog="Example: kernbench init my_bench")
+@_reported
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where to start a workspace.")] = Path(),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Start a workspace: a workload, a kernel and a journal of your own, ready to run."""
+    from kernbench import initialize
+
+    created = [str(path) for path in initialize.init(folder)]
+    if as_json:
+        print(json.dumps({"created": created}))
+    else:
+        print("\n".join(f"created {path}" for path in created) or "nothing to create: everything is there already")
+        print(f"next: cd {folder} && kernbench profile ./workloads/my_model.py")
+    return OK
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"kernbench {__version__}")
+        raise typer.Exit(OK)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    return None
+
+
+def main() -> NoReturn:
+    """Entry point of the console script."""
+    try:
+        app()
+    except Exception:  # noqa: BLE001 - a bug of ours is shown whole, apart from the user's errors
+        traceback.print_exc()
+        _complain("this is a bug in kernbench; please report it with the lines above")
+        raise SystemExit(70) from None
+    raise SystemExit(OK)

@@ -1,0 +1,236 @@
+"""Measures one side: a workload with a plan of swaps in place, timed clean, then traced, then watched line by line."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from kernbench import bench, capture, device, ranges, record, statistics, swap, trace
+from kernbench.analysis import breakdown, hotspots, idle, launches, stalls, timeline
+from kernbench.errors import KernbenchError, WorkloadFailed
+from kernbench.runfolder import Run
+from kernbench.workload import Built, Workload
+
+TRACED_STEPS = 3
+WATCHED_STEPS = 2
+LINE_PASS_WARMUP = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a measurement of a workload needs to know, all of it checked."""
+
+    workload: Workload
+    preset: str
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    data: str | None
+    steps: int
+    nvtx: bool = False
+
+    def build(self) -> Built:
+        """Build the workload afresh.
+
+        Raises:
+            WorkloadFailed: its own code raised.
+        """
+        with workload_errors(f"{self.workload.name} could not be built"):
+            return self.workload.make(self.preset, self.device, self.dtype, self.seed, self.data)
+
+    def describe(self, plan: swap.Plan, built: Built | None = None) -> record.WorkloadInfo:
+        """The record's description of what runs."""
+        model = getattr(built, "model", None)
+        return record.WorkloadInfo(
+            name=self.workload.name,
+            preset=self.preset,
+            dtype=str(self.dtype).removeprefix("torch."),
+            seed=self.seed,
+            unit=self.workload.unit,
+            phases=list(plan.numbers),
+            implementations={str(number): name for number, name in plan.implementations.items()},
+            data=self.data or "",
+            parameters=sum(p.numel() for p in model.parameters()) if isinstance(model, torch.nn.Module) else 0,
+        )
+
+
+class workload_errors:  # noqa: N801 - a context manager, used as one
+    """Turns whatever the workload's own code raises into WorkloadFailed, its traceback kept."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None or isinstance(error, KernbenchError) or not isinstance(error, Exception):
+            return
+        text = "".join(traceback.format_exception(error))
+        first = (str(error).splitlines() or [""])[0]
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in first:
+            raise WorkloadFailed(
+                f"{self.what}: out of memory; take a smaller preset or free the device", text
+            ) from error
+        raise WorkloadFailed(f"{self.what}: {type(error).__name__}: {first}", text) from error
+
+
+class Side:
+    """A built workload with its plan: every step runs with the swaps in place, and they are out again after it."""
+
+    def __init__(self, settings: Settings, plan: swap.Plan) -> None:
+        self.settings = settings
+        self.plan = plan
+        self.built = settings.build()
+        self.units_per_step = self.built.units_per_step
+        self.losses: dict[int, Any] = {}
+
+    @property
+    def model(self) -> Any:
+        return getattr(self.built, "model", None)
+
+    def step(self, index: int) -> Any:
+        """Run one step; the swaps must be in place already (see ``Plan.applied``)."""
+        with workload_errors(f"step {index} of {self.settings.workload.name} failed"):
+            loss = self.built.step(index)
+        if loss is not None:
+            self.losses[index] = loss
+        return loss
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return self.built.state_dict()
+
+    def check_losses(self) -> list[float]:
+        """The losses so far, read now and not during the steps.
+
+        Raises:
+            WorkloadFailed: one of them is not finite.
+        """
+        losses = {index: float(loss) for index, loss in sorted(self.losses.items())}
+        for index, loss in losses.items():
+            if not math.isfinite(loss):
+                raise WorkloadFailed(
+                    f"the loss of {self.settings.workload.name} is {loss} at step {index} (seed {self.settings.seed}), so "
+                    "these are not the steps you want to measure; lower the learning rate or try another --seed or --data"
+                )
+        self.losses.clear()
+        return list(losses.values())
+
+
+def measure(
+    run: Run[Any], result: record.ProfileRecord, settings: Settings, plan: swap.Plan, *, label: str = ""
+) -> None:
+    """Fill ``result`` stage by stage: clean times first, then what explains them.
+
+    Raises:
+        WorkloadFailed: the workload raised, ran out of memory, or its loss is not finite.
+    """
+    name = f"{label} " if label else ""
+    with run.stage(f"{name}time"):
+        side = Side(settings, plan)
+        result.workload = settings.describe(plan, side.built)
+        with plan.applied(side.built), run.progress.stage(f"timing {name}steps", settings.steps) as advance:
+            first = bench.warm_up(side.step, settings.device)
+            _reset_peak_memory(settings.device)
+            seconds = bench.time_steps(side.step, first=first, count=settings.steps, device=settings.device)
+            advance(settings.steps)
+        result.steps = record.Steps(
+            seconds=seconds, units_per_step=side.units_per_step, warmup=first, losses=side.check_losses()
+        )
+        result.throughput = _throughput(result.steps)
+        result.memory_peak_bytes = _peak_memory(settings.device)
+        result.clocks = device.read_clocks(settings.device)
+    first += settings.steps
+    suffix = f".{label}" if label else ""
+    with run.stage(f"{name}trace"), run.progress.stage(f"tracing {name}steps"):
+        events, profiled = _trace(run, side, first, run.folder / f"trace{suffix}.json.gz")
+        overhead = record.Overhead(trace_ratio=median(profiled) / median(seconds))
+        result.overhead = overhead
+        result.breakdown = breakdown.breakdown(events, median(seconds))
+        result.hotspots = hotspots.hotspots(events, None)
+        result.launches = launches.launches(events)
+        result.launches_per_step = result.launches.per_step
+        result.idle = idle.idle(events)
+        result.timeline = timeline.timeline(events)
+    # The traced instance goes before the watched one is built, so that only one of them takes memory.
+    del side
+    with run.stage(f"{name}lines"), run.progress.stage(f"watching {name}host reads"):
+        log = watch(settings, plan)
+        result.hotspots = hotspots.hotspots(events, log)
+        result.stalls = stalls.stalls(events, log)
+        result.syncs_per_step = stalls.syncs_per_step(log)
+        result.cpu_reads_per_step = stalls.cpu_reads_per_step(log)
+        if log.step_seconds is not None:
+            result.overhead = record.Overhead(
+                trace_ratio=overhead.trace_ratio, lines_ratio=log.step_seconds / median(seconds)
+            )
+
+
+def watch(settings: Settings, plan: swap.Plan) -> record.LineLog:
+    """The line pass: a fresh workload, every host read of a steady step with its line."""
+
+    def make() -> Built:
+        return _Toggled(Side(settings, plan))
+
+    return capture.line_pass(make, warmup=LINE_PASS_WARMUP, count=WATCHED_STEPS, device=settings.device)
+
+
+class _Toggled:
+    """A side whose every step puts the swaps in and takes them out, for passes that call ``step`` on their own."""
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self.model = side.model
+        self.units_per_step = side.units_per_step
+
+    def step(self, index: int) -> Any:
+        with (
+            self.side.plan.applied(self.side.built),
+            swap.annotated(self.side.settings.workload, self.side.built, self.side.plan),
+        ):
+            return self.side.step(index)
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return self.side.state_dict()
+
+
+def _trace(run: Run[Any], side: Side, first: int, trimmed: Path) -> tuple[trace.Trace, list[float]]:
+    """Trace a few steps; keep one of them beside the record, and return all of them read."""
+    settings, plan = side.settings, side.plan
+    with tempfile.TemporaryDirectory(prefix="kernbench-") as scratch:
+        full = Path(scratch) / "trace.json.gz"
+        with plan.applied(side.built), swap.annotated(settings.workload, side.built, plan):
+            modules = ranges.annotate_modules(side.model) if settings.nvtx and side.model is not None else None
+            profiled = capture.trace_steps(side, first=first, count=TRACED_STEPS, device=settings.device, path=full)
+            if modules is not None:
+                modules.remove()
+        try:
+            capture.trim(full, trimmed)
+        except OSError as error:
+            run.warn(f"the trace could not be kept ({error.strerror or error}); the figures from it are in the record")
+        return trace.load(full), profiled
+
+
+def _throughput(steps: record.Steps) -> record.Throughput:
+    middle, low, high = statistics.bootstrap_median(steps.seconds)
+    return record.Throughput(
+        units_per_second=steps.units_per_step / middle,
+        interval=(steps.units_per_step / high, steps.units_per_step / low),
+    )
+
+
+def _reset_peak_memory(device_: torch.device) -> None:
+    if device_.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device_)
+
+
+def _peak_memory(device_: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device_) if device_.type == "cuda" else None

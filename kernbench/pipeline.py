@@ -1,0 +1,243 @@
+"""The product in order: each measuring command of the terminal is one function here, from request to record on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import kernbench
+from kernbench import bench, device, experiment, journal, measure, parity, ranges, record, registry, runfolder, state
+from kernbench import request as asked
+from kernbench.errors import KernbenchError
+from kernbench.progress import Progress
+from kernbench.publish import Outcome, publish
+from kernbench.registry import Workspace
+from kernbench.request import Request
+from kernbench.runfolder import Run
+from kernbench.spec import KernelSpec
+
+
+def profile(request: Request, progress: Progress) -> Outcome:
+    """Run steps of a workload, rank hotspots and stalls, and write record, trace and report.
+
+    Raises:
+        KernbenchError: bad input. WorkloadFailed: the workload's own code failed.
+    """
+    assert request.workload is not None
+    workspace = registry.current()
+    settings = asked.settings(request, request.workload)
+    plan = asked.plan(settings.workload, asked.active(settings.workload, request, workspace))
+    ranges.enable(request.nvtx)
+    run_id = runfolder.new_run_id("profile")
+    folder = runfolder.make_folder(workspace, settings.workload.name, run_id)
+    result = record.ProfileRecord(
+        **_header(request, run_id, settings.device, workspace, progress), workload=settings.describe(plan)
+    )
+    run = Run(folder, result, progress)
+    if experiment.interpreted(settings, plan):
+        run.warn(
+            "a Triton kernel in place runs in the interpreter here: its step times say nothing of its speed on a GPU"
+        )
+    measure.measure(run, result, settings, plan)
+    _remember_profile(workspace, request, settings)
+    return publish(run, workspace)
+
+
+def swaps(request: Request, number: int | None, progress: Progress) -> Iterator[Outcome]:
+    """Try one phase, or with ``number`` None every phase of the plan that is not kept yet, one outcome after the other.
+
+    Raises:
+        KernbenchError: bad input, or another swap is running in this workspace.
+        WorkloadFailed: the workload's own code failed.
+    """
+    workspace = registry.current()
+    reference, request = asked.workload_or_last(request, workspace)
+    with state.swap_lock(workspace.root):
+        settings = asked.settings(request, reference)
+        if number is not None:
+            numbers = [number]
+        else:
+            active = asked.active(settings.workload, request, workspace)
+            numbers = [phase.number for phase in settings.workload.phases if phase.number not in active]
+        for one in numbers:
+            yield _swap(request, settings, one, workspace, progress)
+
+
+def _swap(
+    request: Request, settings: measure.Settings, number: int, workspace: Workspace, progress: Progress
+) -> Outcome:
+    phase = asked.phase(settings.workload, number)
+    kept = {one: name for one, name in asked.active(settings.workload, request, workspace).items() if one != number}
+    before = asked.plan(settings.workload, kept)
+    candidates = {
+        name: asked.plan(settings.workload, {**kept, number: name}) for name in asked.candidates(phase, request.use)
+    }
+    run_id = runfolder.new_run_id(f"swap-phase{number}")
+    folder = runfolder.make_folder(workspace, settings.workload.name, run_id)
+    result = record.SwapRecord(
+        **_header(request, run_id, settings.device, workspace, progress),
+        workload=settings.describe(before),
+        phase=record.PhaseInfo(number=number, title=phase.title, flag=phase.flag),
+    )
+    run = Run(folder, result, progress)
+    experiment.judge(run, settings, phase, before, candidates, request.rounds)
+    assert result.verdict is not None
+    if result.verdict.decision == "keep":
+        _keep(workspace, result)
+    outcome = publish(run, workspace)
+    journal.append(workspace.journal, result, run.report_path)
+    return outcome
+
+
+def revert(request: Request) -> dict[str, Any]:
+    """Take the phase kept last out again.
+
+    Raises:
+        KernbenchError: nothing is kept for this workload.
+    """
+    workspace = registry.current()
+    reference, _ = asked.workload_or_last(request, workspace)
+    name = registry.workload(reference).declaration.name
+    with state.swap_lock(workspace.root):
+        kept = state.load(workspace.root).kept.get(name, [])
+        state.update(workspace.root, lambda now: now.reverting(name))
+    left = [phase.number for phase in kept[:-1]]
+    sentence = f"{name}: phase {kept[-1].number} is out; kept now: {', '.join(map(str, left)) or 'none'}"
+    return {"workload": name, "reverted": kept[-1].number, "kept": left, "sentence": sentence}
+
+
+def check(request: Request, names: Sequence[str], case: str | None, progress: Progress) -> Outcome:
+    """Parity of the named kernels (all if none is named), and of the phases of the named workloads on real steps.
+
+    Raises:
+        KernbenchError: a name that is neither a kernel nor a workload.
+    """
+    chosen = device.resolve(request.device)
+    workspace = registry.current()
+    kernels, workloads = _sort_names(names)
+    run_id = runfolder.new_run_id("parity")
+    folder = runfolder.make_folder(workspace, "kernels" if kernels else workloads[0], run_id)
+    result = record.ParityRecord(**_header(request, run_id, chosen, workspace, progress))
+    run = Run(folder, result, progress)
+    for spec in kernels:
+        cases = _one_case(spec, case)
+        with run.stage(spec.name):
+            dtypes = [request.dtype] if request.dtype else None
+            for row in parity.check_kernel(
+                spec, device=chosen, dtypes=dtypes, cases=cases, seed=request.seed, progress=progress
+            ):
+                result.results.append(row)
+    for name in workloads:
+        settings = asked.settings(request, name)
+        plans = [asked.plan(settings.workload, {})]
+        for phase in settings.workload.phases:
+            plans.append(asked.plan(settings.workload, dict.fromkeys([*plans[-1].numbers, phase.number], "triton")))
+        for before, after in zip(plans, plans[1:], strict=False):
+            with run.stage(f"{name} phases {after.numbers}"):
+                result.results.extend(experiment.check_phase(settings, before, after, progress))
+    return publish(run, workspace)
+
+
+def time(request: Request, names: Sequence[str], case: str | None, progress: Progress) -> Outcome:
+    """Time kernels (all if none is named) on the measured roofline, or one workload: baseline, phases, and peers.
+
+    Raises:
+        KernbenchError: an unknown name, or several workloads at once.
+    """
+    chosen = device.resolve(request.device)
+    workspace = registry.current()
+    kernels, workloads = _sort_names(names)
+    if len(workloads) + bool(kernels) > 1:
+        raise KernbenchError("bench times either kernels or one workload; name them in separate commands")
+    run_id = runfolder.new_run_id("bench")
+    folder = runfolder.make_folder(workspace, workloads[0] if workloads else "kernels", run_id)
+    result = record.BenchRecord(**_header(request, run_id, chosen, workspace, progress))
+    run = Run(folder, result, progress)
+    for spec in kernels:
+        cases = _one_case(spec, case)
+        with run.stage(spec.name):
+            dtypes = [request.dtype] if request.dtype else None
+            for row in bench.bench_kernel(
+                spec,
+                device=chosen,
+                dtypes=dtypes,
+                cases=cases,
+                rounds=request.rounds,
+                ceilings=result.environment.ceilings,
+                progress=progress,
+            ):
+                result.results.append(row)
+                run.write()
+    if workloads:
+        settings = asked.settings(request, workloads[0])
+        experiment.bench_workload(run, settings, request.use, request.rounds)
+    return publish(run, workspace)
+
+
+def doctor(name: str, progress: Progress) -> dict[str, Any]:
+    """Device, versions, what works here, and the measured ceilings."""
+    chosen = device.resolve(name)
+    with progress.stage("measuring ceilings"):
+        environment = device.fingerprint(chosen, ceilings=device.measure_ceilings(chosen))
+    with progress.stage("trying what works here"):
+        capabilities = device.capabilities(chosen)
+    return {
+        "kernbench": kernbench.__version__,
+        "environment": record.to_builtins(environment),
+        "capabilities": [{"name": name, "works": works, "detail": detail} for name, works, detail in capabilities],
+        "workspaces": [str(workspace.root) for workspace in registry.workspaces()],
+    }
+
+
+def _sort_names(names: Sequence[str]) -> tuple[list[KernelSpec], list[str]]:
+    """Kernels and workloads apart; no names means all kernels."""
+    known = registry.kernels()
+    if not names:
+        return [found.declaration for found in known.values()], []
+    kernels, workloads = [], []
+    for name in names:
+        if name in known:
+            kernels.append(known[name].declaration)
+        elif name.endswith(".py") or ".py:" in name or name in registry.workloads():
+            workloads.append(name)
+        else:
+            registry.nearest(name, [*known, *registry.workloads()], "kernel or workload")
+    return kernels, workloads
+
+
+def _one_case(spec: KernelSpec, name: str | None) -> list[Any] | None:
+    if name is None:
+        return None
+    registry.nearest(name, [case.name for case in spec.cases], f"case of {spec.name}")
+    return [case for case in spec.cases if case.name == name]
+
+
+def _header(request: Request, run_id: str, chosen: Any, workspace: Workspace, progress: Progress) -> dict[str, Any]:
+    with progress.stage("measuring this device's ceilings"):
+        ceilings = device.measure_ceilings(chosen)
+    return {
+        "run_id": run_id,
+        "created_utc": runfolder.now_utc().isoformat(timespec="seconds"),
+        "command": request.command,
+        "environment": device.fingerprint(chosen, ceilings=ceilings),
+        "git": device.git(workspace.root),
+    }
+
+
+def _remember_profile(workspace: Workspace, request: Request, settings: measure.Settings) -> None:
+    reference = request.workload or settings.workload.name
+    if reference.partition(":")[0].endswith(".py"):
+        file, _, name = reference.partition(":")
+        reference = f"{Path(file).resolve()}:{name}".rstrip(":")
+    state.update(workspace.root, lambda now: now.profiled(reference, settings.preset, request.device))
+
+
+def _keep(workspace: Workspace, result: record.SwapRecord) -> None:
+    kept = state.KeptPhase(
+        number=result.phase.number,
+        implementation=result.phase.implementation,
+        run_id=result.run_id,
+        kept_utc=result.created_utc,
+    )
+    state.update(workspace.root, lambda now: now.keeping(result.workload.name, kept))

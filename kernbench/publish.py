@@ -1,0 +1,60 @@
+"""The end of every command: the record whole, its report rendered, the index over all runs renewed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernbench import record
+from kernbench.registry import Workspace
+from kernbench.report import html
+from kernbench.runfolder import Run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished command: its record and where its report lies."""
+
+    record: record.Record
+    report: Path | None
+
+    @property
+    def negative(self) -> bool:
+        """Whether the answer is a no: parity failed, a phase was rejected, the second run is slower."""
+        match self.record:
+            case record.SwapRecord(verdict=verdict):
+                return verdict is not None and verdict.decision == "reject"
+            case record.ParityRecord(results=results):
+                return not all(row.passed for row in results)
+            case record.CompareRecord(verdict=verdict):
+                return verdict is not None and verdict.decision == "reject"
+            case _:
+                return False
+
+
+def publish(run: Run[Any], workspace: Workspace) -> Outcome:
+    """Mark the record complete, render its report and the index."""
+    run.complete()
+    render(run.record, run.report_path)
+    index(workspace)
+    return Outcome(run.record, run.report_path)
+
+
+def render(result: record.Record, path: Path) -> None:
+    """Render a record's report to ``path``, atomically."""
+    record.write_atomically(path, html.render(result).encode())
+
+
+def index(workspace: Workspace) -> Path:
+    """Render ``reports/index.html`` over all runs; a damaged record is listed as damaged."""
+    entries = []
+    for path in sorted(workspace.reports.glob("*/*/record.json")):
+        link = path.parent.relative_to(workspace.reports).as_posix() + "/report.html"
+        try:
+            entries.append(html.IndexEntry(link, record.read(path), ""))
+        except record.RecordError as error:
+            entries.append(html.IndexEntry(link, None, str(error)))
+    target = workspace.reports / "index.html"
+    record.write_atomically(target, html.render_index(entries).encode())
+    return target

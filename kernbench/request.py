@@ -1,0 +1,150 @@
+"""From what the user typed to what will be measured: every check of an argument stands here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from kernbench import device, registry, state, swap
+from kernbench.errors import KernbenchError
+from kernbench.measure import Settings
+from kernbench.registry import Workspace
+from kernbench.spec import KernelSpec
+from kernbench.workload import Phase, Workload
+
+IMPLEMENTATIONS = ("triton", "compile", "eager")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asked for, as typed; nothing in it is checked yet. ``phases`` None means "as kept"."""
+
+    command: str
+    workload: str | None = None
+    preset: str | None = None
+    device: str = "auto"
+    dtype: str | None = None
+    seed: int = 0
+    data: str | None = None
+    steps: int = 20
+    rounds: int = 30
+    phases: str | None = None
+    use: str = "triton"
+    nvtx: bool = False
+
+
+def settings(request: Request, reference: str) -> Settings:
+    """Everything a measurement needs, checked.
+
+    Raises:
+        KernbenchError: unknown workload, preset, dtype or device, no such data file, or a senseless number of steps.
+        WorkloadFailed: the workload's file raised.
+    """
+    chosen = device.resolve(request.device)
+    workload = registry.workload(reference).declaration
+    preset = request.preset or workload.default_preset
+    registry.nearest(preset, workload.presets, f"preset of {workload.name}")
+    dtype = request.dtype or workload.dtype
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise KernbenchError(f"there is no dtype {dtype!r}; use float32, bfloat16, float16 or float64")
+    if request.data is not None and not Path(request.data).is_file():
+        raise KernbenchError(f"--data {request.data}: there is no such file")
+    if request.steps < 1 or request.rounds < 3:
+        raise KernbenchError("--steps must be at least 1 and --rounds at least 3")
+    return Settings(
+        workload=workload,
+        preset=preset,
+        device=chosen,
+        dtype=getattr(torch, dtype),
+        seed=request.seed,
+        data=request.data,
+        steps=request.steps,
+        nvtx=request.nvtx,
+    )
+
+
+def phase(workload: Workload, number: int) -> Phase:
+    """The phase of that number.
+
+    Raises:
+        KernbenchError: the plan has none; the message lists the plan.
+    """
+    for candidate in workload.phases:
+        if candidate.number == number:
+            return candidate
+    known = ", ".join(f"{item.number} ({item.title})" for item in workload.phases) or "none"
+    raise KernbenchError(f"{workload.name} has no phase {number}; its phases: {known}")
+
+
+def active(workload: Workload, request: Request, workspace: Workspace) -> dict[int, str]:
+    """The phases in place, each with its implementation: by the command line, else the environment, else what is kept.
+
+    Raises:
+        KernbenchError: ``--phases`` is no list of the plan's numbers, or a flag is neither 0 nor 1.
+    """
+    kept = {item.number: item.implementation for item in state.load(workspace.root).kept.get(workload.name, [])}
+    if request.phases is not None:
+        return {number: kept.get(number, request.use) for number in _numbers(workload, request.phases)}
+    for planned in workload.phases:
+        flag = os.environ.get(planned.flag, "") if planned.flag else ""
+        if flag == "1":
+            kept.setdefault(planned.number, request.use)
+        elif flag == "0":
+            kept.pop(planned.number, None)
+        elif flag:
+            raise KernbenchError(f"{planned.flag}={flag} is neither 0 nor 1; correct or unset it")
+    known = {planned.number for planned in workload.phases}
+    return {number: name for number, name in sorted(kept.items()) if number in known}
+
+
+def _numbers(workload: Workload, text: str) -> list[int]:
+    if text.strip() in ("", "none"):
+        return []
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise KernbenchError(f"--phases {text}: give numbers with commas between, as in 0,2, or none") from None
+    for number in numbers:
+        phase(workload, number)
+    return numbers
+
+
+def plan(workload: Workload, phases: Mapping[int, str]) -> swap.Plan:
+    """The plan of swaps for these phases, each with its implementation."""
+    return swap.plan(workload, sorted(phases), use=phases, kernels=_kernel)
+
+
+def _kernel(name: str) -> KernelSpec:
+    return registry.kernel(name).declaration
+
+
+def candidates(chosen: Phase, use: str) -> tuple[str, ...]:
+    """The implementations that a swap of this phase should try.
+
+    Raises:
+        KernbenchError: ``use`` is unknown.
+    """
+    registry.nearest(use, (*IMPLEMENTATIONS, "auto"), "implementation")
+    if not any(item.kernel for item in chosen.swaps):
+        return ("python",)
+    return ("triton", "compile") if use == "auto" else (use,)
+
+
+def workload_or_last(request: Request, workspace: Workspace) -> tuple[str, Request]:
+    """The workload named in the request, or the one profiled last, with its preset, where none is named.
+
+    Raises:
+        KernbenchError: none is named and none was profiled yet.
+    """
+    if request.workload:
+        return request.workload, request
+    last = state.load(workspace.root).last_profiled
+    if last is None:
+        raise KernbenchError(
+            "nothing was profiled here yet; type kernbench profile WORKLOAD first, or name one: kernbench swap WORKLOAD ..."
+        )
+    return last.workload, replace(request, workload=last.workload, preset=request.preset or last.preset)
