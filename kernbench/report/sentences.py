@@ -1,0 +1,345 @@
+"""What a record says in words: the verdict sentence of each kind and the names that reports give to causes and classes.
+
+Shared by the HTML report and the terminal. Nothing is measured or decided here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from kernbench.record import (
+    BenchRecord,
+    BenchResult,
+    CompareRecord,
+    Header,
+    ParityRecord,
+    ParityResult,
+    ProfileRecord,
+    Ratio,
+    Record,
+    Stall,
+    SwapRecord,
+    WorkloadInfo,
+    kind,
+)
+from kernbench.report import units
+
+Tone = Literal["good", "bad", "neutral", "warn"]
+
+STALL_CLASSES: Mapping[str, str] = {
+    "free": "free: nothing waited",
+    "starved": "starved: the device had run dry before it",
+    "busy": "waits on a busy device",
+    "drain": "drains the device",
+    "unclassified": "waits for the device",
+    "would-sync": "would sync on a GPU",
+    "cpu-tensor": "reads a host tensor: no stall",
+}
+
+DECISIONS: Mapping[str, tuple[str, Tone]] = {
+    "keep": ("Kept", "good"),
+    "reject": ("Rejected", "bad"),
+    "inconclusive": ("Inconclusive", "warn"),
+}
+
+STATUSES: Mapping[str, tuple[str, Tone]] = {
+    "complete": ("complete", "neutral"),
+    "running": ("not finished", "warn"),
+    "failed": ("failed", "bad"),
+    "interrupted": ("interrupted", "warn"),
+}
+
+KINDS: Mapping[str, str] = {
+    "profile": "Profile",
+    "swap": "Swap",
+    "parity": "Parity",
+    "bench": "Bench",
+    "compare": "Comparison",
+}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step: median over ``count`` unprofiled steps, and its 95 % interval where the record has one."""
+
+    seconds: float
+    interval: tuple[float, float] | None
+    count: int
+
+
+def step_time(record: ProfileRecord | None) -> StepTime | None:
+    """The step's time as the record's throughput states it; None where no step was timed."""
+    if record is None or record.steps is None or not record.steps.seconds:
+        return None
+    steps, throughput = record.steps, record.throughput
+    if throughput is None or throughput.units_per_second <= 0 or throughput.interval[0] <= 0:
+        return StepTime(median(steps.seconds), None, len(steps.seconds))
+    slow, fast = throughput.interval
+    return StepTime(
+        steps.units_per_step / throughput.units_per_second,
+        (steps.units_per_step / fast, steps.units_per_step / slow),
+        len(steps.seconds),
+    )
+
+
+def waiting(stalls: Sequence[Stall]) -> list[Stall]:
+    """The stalls at which a host waits, or would on a GPU, as they are ordered in the record."""
+    return [stall for stall in stalls if stall.klass != "cpu-tensor"]
+
+
+def place(stall: Stall) -> str:
+    """Where a stall is, short enough for a sentence: "optimizer.py:88"."""
+    return f"{stall.file.rsplit('/', 1)[-1]}:{stall.line}"
+
+
+def stall_class(stall: Stall) -> str:
+    """A stall's class in words."""
+    return STALL_CLASSES.get(stall.klass, stall.klass)
+
+
+def headline(record: Record) -> str:
+    """The one sentence that answers the run, whatever its kind and however far it came."""
+    match record:
+        case ProfileRecord():
+            return profile_headline(record)
+        case SwapRecord():
+            return swap_headline(record)
+        case ParityRecord():
+            return parity_headline(record.results, record)
+        case BenchRecord():
+            return bench_headline(record)
+        case CompareRecord():
+            return compare_headline(record)
+
+
+def profile_headline(record: ProfileRecord) -> str:
+    """ "A step takes 92.1 ms (median of 20 steps, …); 6 host reads a step would make a GPU wait, 4 of them at …"."""
+    time = step_time(record)
+    if time is None:
+        return unfinished(record, "No step was timed")
+    interval = f", 95 % interval {units.seconds_range(*time.interval)}" if time.interval else ""
+    steps = "1 step" if time.count == 1 else f"median of {time.count:,} steps"
+    return f"A step takes {units.seconds(time.seconds)} ({steps}{interval}); {stall_clause(record)}."
+
+
+def stall_clause(record: ProfileRecord) -> str:
+    """How many host reads make the host wait, and where most of them stand."""
+    stage = next((stage for stage in record.stages if stage.name.endswith("lines")), None)
+    if record.syncs_per_step is None and not record.stalls:
+        return "host reads were not watched" if stage is None or stage.status != "done" else "no host read was seen"
+    stalls = waiting(record.stalls)
+    total = record.syncs_per_step
+    if total is None:
+        total = sum(stall.count_per_step for stall in stalls)
+    if total == 0:
+        return "no host reads: nothing makes the host wait"
+    on_gpu = record.environment.device.type == "cuda"
+    reads = "1 host read" if total == 1 else f"{units.count(total)} host reads"
+    verb = ("makes" if total == 1 else "make") if on_gpu else "would make"
+    clause = f"{reads} a step {verb} {'the host' if on_gpu else 'a GPU'} wait"
+    if not stalls:
+        return clause
+    top = max(stalls, key=lambda stall: stall.count_per_step)
+    if top.count_per_step >= total:
+        return f"{clause}, at {place(top)}"
+    return f"{clause}, {units.count(top.count_per_step)} of them at {place(top)}"
+
+
+def swap_headline(record: SwapRecord) -> str:
+    """Decision, phase, before → after, interval and rounds."""
+    title = f"phase {record.phase.number} ({record.phase.title})"
+    if record.verdict is None:
+        return unfinished(record, f"No verdict on {title}")
+    decision = DECISIONS.get(record.verdict.decision, (record.verdict.decision, "neutral"))[0]
+    if record.ratio is None:
+        return f"{decision}: {title}. {_sentence(record.verdict.sentence)}"
+    sides = before_after_seconds(record)
+    step = f"a step goes from {units.seconds(sides[0])} to {units.seconds(sides[1])}, " if sides else ""
+    return f"{decision}: {title}. {_capital(step + change(record.ratio))} ({ratio_evidence(record.ratio)})."
+
+
+def before_after_seconds(record: SwapRecord) -> tuple[float, float] | None:
+    """Median step of the interleaved arms; where no race was run, of the two profiles; else None."""
+    before, after = raced_arms(record)
+    if before and after:
+        return median(before), median(after)
+    sides = step_time(record.before), step_time(record.after)
+    return (sides[0].seconds, sides[1].seconds) if sides[0] and sides[1] else None
+
+
+def raced_arms(record: SwapRecord) -> tuple[list[float], list[float]]:
+    """Seconds per round of the arm before and of the chosen arm after; empty lists where there was no race."""
+    arms = {arm.name: arm.seconds for arm in record.arms}
+    after = arms.get(f"after {record.phase.implementation}", arms.get("after", []))
+    return arms.get("before", []), after
+
+
+def change(ratio: Ratio) -> str:
+    """A ratio in words, by the rule of evidence: the interval excludes 1 and the effect exceeds the A/A floor."""
+    if not changed(ratio):
+        return "no change shown"
+    return units.faster(ratio.median)
+
+
+def changed(ratio: Ratio) -> bool:
+    """Whether a ratio shows a change rather than noise."""
+    excludes_one = ratio.low > 1 or ratio.high < 1
+    return excludes_one and abs(ratio.median - 1) > ratio.noise_floor
+
+
+def ratio_tone(ratio: Ratio) -> Tone:
+    """Good for a shown gain, bad for a shown loss, neutral else."""
+    if not changed(ratio):
+        return "neutral"
+    return "good" if ratio.median > 1 else "bad"
+
+
+def ratio_evidence(ratio: Ratio) -> str:
+    """Interval, rounds and floor of a ratio, for brackets."""
+    floor = f", A/A floor {units.floor(ratio.noise_floor)}" if ratio.noise_floor else ""
+    return (
+        f"before/after {units.times(ratio.median)}, 95 % interval {units.times_range(ratio.low, ratio.high)}, "
+        f"n = {ratio.rounds}{floor}"
+    )
+
+
+def parity_headline(results: Sequence[ParityResult], record: Header | None = None) -> str:
+    """How many comparisons agree, and how many planted errors were caught."""
+    if not results:
+        return unfinished(record, "Nothing was compared") if record else "nothing was compared"
+    failed = [result for result in results if not result.passed]
+    killed, planted = mutants(results)
+    caught = f"; {killed:,} of {planted:,} planted errors were caught" if planted else ""
+    total = f"{len(results):,} comparison{'s' if len(results) != 1 else ''}"
+    if not failed:
+        agree = "agrees" if len(results) == 1 else "agree"
+        return f"{'The' if len(results) == 1 else 'All'} {total} {agree} with the float64 oracle{caught}."
+    first = failed[0]
+    where = ", ".join(part for part in (first.kernel, first.case, first.dtype, first.mode) if part)
+    reason = f": {first.reason}" if first.reason else ""
+    return f"{len(failed):,} of {total} failed, the first one {where}{_sentence(reason)}{_capital_clause(caught)}"
+
+
+def mutants(results: Sequence[ParityResult]) -> tuple[int, int]:
+    """Planted errors caught and planted, over all rows."""
+    rows = [result.mutants_killed for result in results if result.mutants_killed]
+    return sum(row[0] for row in rows), sum(row[1] for row in rows)
+
+
+def bench_headline(record: BenchRecord) -> str:
+    """Which implementation is fastest in how many cases, and the largest gain."""
+    groups = bench_groups(record.results)
+    if not groups:
+        return unfinished(record, "Nothing was timed")
+    winners: Counter[str] = Counter()
+    for rows in groups.values():
+        best = fastest(rows)
+        if best is not None:
+            winners[best.implementation] += 1
+    if not winners:
+        return unfinished(record, "No case was timed")
+    named = ", ".join(f"{name} in {count}" for name, count in winners.most_common())
+    cases = "the one case" if len(groups) == 1 else f"{len(groups)} cases"
+    text = f"Fastest over {cases}: {named if len(groups) > 1 else winners.most_common()[0][0]}"
+    gains = [row for row in record.results if row.speedup and row.implementation != "eager" and row.seconds is not None]
+    if gains:
+        top = max(gains, key=lambda row: row.speedup[0] if row.speedup else 0.0)
+        assert top.speedup is not None
+        where = ", ".join(part for part in (top.kernel, top.case, top.dtype) if part)
+        text += f"; the largest gain is {units.faster(top.speedup[0])} by {top.implementation} ({where})"
+    unmeasured = sorted({row.implementation for row in record.results if row.label == "not measured here"})
+    return f"{text}{'; ' + ' and '.join(unmeasured) + ' not measured here' if unmeasured else ''}."
+
+
+def bench_groups(results: Sequence[BenchResult]) -> dict[tuple[str, str, str], list[BenchResult]]:
+    """Rows that may be compared with each other: one kernel, case and dtype."""
+    groups: dict[tuple[str, str, str], list[BenchResult]] = {}
+    for result in results:
+        groups.setdefault((result.kernel, result.case, result.dtype), []).append(result)
+    return groups
+
+
+def fastest(rows: Sequence[BenchResult]) -> BenchResult | None:
+    """The row with the least time; figures marked impossible do not win."""
+    timed = [row for row in rows if row.seconds is not None and row.label != "impossible"]
+    return min(timed, key=lambda row: row.seconds or 0.0, default=None)
+
+
+def compare_headline(record: CompareRecord) -> str:
+    """Before → after of two runs, and what separate runs can show."""
+    before, after = step_time(record.before), step_time(record.after)
+    if before is None or after is None:
+        return "One of the two runs timed no step, so they cannot be compared."
+    text = f"A step goes from {units.seconds(before.seconds)} to {units.seconds(after.seconds)}"
+    if record.ratio is not None:
+        text += f", {change(record.ratio)} ({ratio_evidence(record.ratio)})"
+    reads = record.before.syncs_per_step, record.after.syncs_per_step
+    if reads[0] is not None and reads[1] is not None and reads[0] != reads[1]:
+        text += f"; host reads go from {units.count(reads[0])} to {units.count(reads[1])} a step"
+    return f"{text}."
+
+
+def unfinished(record: Header, what: str) -> str:
+    """A sentence for a run without its result: what is missing, and which stage ended it."""
+    ended = next((stage for stage in record.stages if stage.status in ("failed", "interrupted")), None)
+    if ended is None:
+        return f"{what}: the run is {STATUSES.get(record.status, (record.status, 'neutral'))[0]}."
+    reason = f": {ended.message}" if ended.message else ""
+    return (
+        f"{what}: stage {ended.name} {'failed' if ended.status == 'failed' else 'was interrupted'}{_sentence(reason)}"
+    )
+
+
+def difference(before: float | None, after: float | None, unit: str) -> tuple[str, Tone]:
+    """A signed change in words, for figures where less is better: ("17.2 ms less (19 %)", "good").
+
+    Args:
+        unit: "seconds", "bytes" or "count".
+    """
+    if before is None or after is None:
+        return "", "neutral"
+    if before == after:
+        return "the same", "neutral"
+    show = {"seconds": units.seconds, "bytes": units.size, "count": units.count}[unit]
+    word, tone = ("less", "good") if after < before else ("more", "bad")
+    relative = f" ({units.share(abs(after - before) / before)})" if before > 0 else ""
+    return f"{show(abs(after - before))} {word}{relative}", "good" if tone == "good" else "bad"
+
+
+def phases_in_words(workload: WorkloadInfo) -> str:
+    """Which phases are in place: "phases 0, 1 (triton)" or "no phase in place"."""
+    if not workload.phases:
+        return "no phase in place"
+    named = []
+    for number in workload.phases:
+        implementation = workload.implementations.get(str(number), "")
+        named.append(f"{number} ({implementation})" if implementation else str(number))
+    return f"phase{'s' if len(named) > 1 else ''} {', '.join(named)}"
+
+
+def kind_in_words(record: Record) -> str:
+    """The kind of a record as a title: "Profile"."""
+    name = kind(record)
+    return KINDS.get(name, name)
+
+
+def workload_of(record: Record) -> WorkloadInfo | None:
+    """The workload that a record is about, if it is about one."""
+    return record.after.workload if isinstance(record, CompareRecord) else record.workload
+
+
+def _sentence(text: str) -> str:
+    return text if not text or text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _capital_clause(text: str) -> str:
+    """A trailing "; clause" as a sentence of its own."""
+    return f" {_capital(text.removeprefix('; '))}." if text else ""
