@@ -54,3 +54,15 @@ def read_only_folder() -> Iterator[Path]:
         os.seteuid(user)
         folder.chmod(0o755)
         shutil.rmtree(folder)
+
+
+@pytest.fixture
+def toy_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace as a user has it: the toy workload, the toy kernel, reports and a journal; the current folder too."""
+    for folder in ("workloads", "kernels", "reports"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(REPOSITORY / "tests" / "toy_workload.py", tmp_path / "workloads" / "toy.py")
+    shutil.copy(REPOSITORY / "tests" / "toy_kernel.py", tmp_path / "kernels" / "toy_kernel.py")
+    (tmp_path / "JOURNAL.md").write_text("# Journal\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

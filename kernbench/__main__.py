@@ -1,0 +1,5 @@
+"""``python -m kernbench``."""
+
+from kernbench.cli import main
+
+main()
