@@ -1,0 +1,284 @@
+"""JOURNAL.md: one entry per swap, appended once and never changed. Text that people write between entries stays."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from urllib.parse import quote
+
+from filelock import FileLock
+from msgspec import Struct
+
+from kernbench import record
+from kernbench.errors import KernbenchError
+from kernbench.record import ProfileRecord, SwapRecord
+from kernbench.report import units
+
+HEADER = """# Journal
+
+One entry per swap, written by kernbench: what was predicted, what was measured, what was decided. Entries are only
+added, losers stay in. Prose between entries is welcome and is never touched; leave the `kernbench:run` lines alone,
+they tell which runs are entered already.
+"""
+
+MARKER = re.compile(rb"^<!-- kernbench:run (\S+) -->\s*$")
+HEADING = re.compile(r"^## (?P<date>\d{4}-\d{2}-\d{2}) (?P<title>.*?)(?:: (?P<verdict>keep|reject|inconclusive))?$")
+LEFTOVER = re.compile(r"[a-z0-9_]{8}")
+"""What ``tempfile.mkstemp`` appends; an editor's own hidden files beside the journal look different."""
+
+
+class Entry(Struct, frozen=True, kw_only=True):
+    """One dated heading. ``run_id`` and ``verdict`` are empty for an entry that a person wrote."""
+
+    date: str
+    title: str
+    verdict: str
+    run_id: str
+
+
+def append(path: Path, swap: SwapRecord, report: Path) -> bool:
+    """Add the entry of ``swap`` with a link to ``report``; False if the run has its entry already.
+
+    Raises:
+        KernbenchError: the journal cannot be read or written.
+    """
+    return bool(_add(path, [(swap, report)]))
+
+
+def rebuild(path: Path, swaps: Iterable[tuple[SwapRecord, Path]]) -> list[str]:
+    """Add the entries that are missing, oldest first, and touch no other; the ids of the runs added.
+
+    Raises:
+        KernbenchError: the journal cannot be read or written.
+    """
+    return _add(path, sorted(swaps, key=lambda item: (item[0].created_utc, item[0].run_id)))
+
+
+def collect(records: Iterable[Path]) -> tuple[list[tuple[SwapRecord, Path]], list[tuple[Path, str]]]:
+    """Decided swaps among ``records`` (files of any kind of run), each with the report beside it, and what was skipped:
+    damaged records and swaps without a verdict, each with the reason.
+    """
+    swaps: list[tuple[SwapRecord, Path]] = []
+    skipped: list[tuple[Path, str]] = []
+    for file in records:
+        try:
+            found = record.read(file)
+        except record.RecordError as error:
+            skipped.append((file, str(error)))
+            continue
+        if not isinstance(found, SwapRecord):
+            continue
+        if found.verdict is None:
+            skipped.append((file, f"the swap is {found.status} and has no verdict"))
+        else:
+            swaps.append((found, file.with_name("report.html")))
+    return swaps, skipped
+
+
+def entries(path: Path) -> list[Entry]:
+    """All dated entries in the order they stand; none if there is no journal.
+
+    Raises:
+        KernbenchError: the journal cannot be read.
+    """
+    found: list[Entry] = []
+    heading: re.Match[str] | None = None
+    run_id = ""
+    for line in [*_read(path).splitlines(), b"## "]:
+        marker = MARKER.match(line)
+        if marker:
+            run_id = run_id or marker[1].decode(errors="replace")
+        if line.startswith(b"## "):
+            if heading:
+                title = _unescape(heading["title"])
+                found.append(Entry(date=heading["date"], title=title, verdict=heading["verdict"] or "", run_id=run_id))
+            heading = HEADING.match(line.decode(errors="replace").rstrip())
+            run_id = ""
+    return found
+
+
+def _add(path: Path, swaps: list[tuple[SwapRecord, Path]]) -> list[str]:
+    """Append the entries that are missing, all or none of them; the ids of those added."""
+    path = path.resolve()
+    with _exclusive(path):
+        text = _read(path) or HEADER.encode()
+        entered = {match[1].decode(errors="replace") for match in map(MARKER.match, text.splitlines()) if match}
+        added: list[str] = []
+        for swap, report in swaps:
+            if swap.run_id not in entered:
+                gap = b"" if text.endswith(b"\n\n") else b"\n" if text.endswith(b"\n") else b"\n\n"
+                text += gap + render(swap, _link(report, path.parent)).encode()
+                entered.add(swap.run_id)
+                added.append(swap.run_id)
+        if added:
+            record.write_atomically(path, text)
+    return added
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold the journal against other processes and clear away what a killed writer left behind."""
+    lock = path.parent / ".kernbench" / "journal.lock"
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            prefix = f".{path.name}."
+            for leftover in path.parent.glob(f"{prefix}*"):
+                if LEFTOVER.fullmatch(leftover.name.removeprefix(prefix)):
+                    leftover.unlink()
+            yield
+    except OSError as error:
+        raise KernbenchError(
+            f"cannot write {path} ({error.strerror or error}); make it writable, then run kernbench journal --rebuild"
+        ) from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise KernbenchError(f"cannot read {path} ({error.strerror or error}); make it readable") from None
+
+
+def _link(report: Path, folder: Path) -> str:
+    """The report's address relative to the journal, so that both move together."""
+    return quote(Path(os.path.relpath(report.resolve(), folder)).as_posix())
+
+
+def render(swap: SwapRecord, link: str) -> str:
+    """The entry of one swap as Markdown, its marker included."""
+    workload, phase, verdict = swap.workload, swap.phase, swap.verdict
+    outcome = f": {verdict.decision}" if verdict else ""
+    use = f" ({_plain(phase.implementation)})" if phase.implementation else ""
+    title = f"{_plain(workload.name)} phase {phase.number}, {_plain(phase.title)}{use}"
+    facts = [
+        ("Verdict", _verdict(swap)),
+        ("Step time", _step_time(swap)),
+        ("Predicted", _predicted(swap)),
+        ("Source document", swap.predicted.claim if swap.predicted else ""),
+        ("Throughput", _throughput(swap)),
+        ("Launches per step", _both(swap, lambda side: side.launches_per_step)),
+        (_syncs_name(swap), _both(swap, lambda side: side.syncs_per_step)),
+        ("Parity", _parity(swap)),
+        ("Workload", _workload(swap)),
+        ("Device", _device(swap)),
+        ("Commit", _commit(swap)),
+    ]
+    lines = [f"- {name}: {_plain(text)}" for name, text in facts if text]
+    return "\n".join(
+        [
+            f"## {swap.created_utc[:10]} {title}{outcome}",
+            f"<!-- kernbench:run {swap.run_id} -->",
+            "",
+            *lines,
+            f"- Command: {_code(swap.command)}",
+            f"- Report: [{swap.run_id}]({link})",
+            "",
+        ]
+    )
+
+
+def _verdict(swap: SwapRecord) -> str:
+    if swap.verdict is None:
+        return f"none, the run is {swap.status}"
+    return "; ".join([swap.verdict.sentence, *swap.verdict.reasons])
+
+
+def _step_time(swap: SwapRecord) -> str:
+    """Medians of the interleaved arms; the ratio is paired by round, so it need not be their quotient."""
+    arms = {arm.name: median(arm.seconds) for arm in swap.arms if arm.seconds}
+    measured = {"before", "after"} <= set(arms)
+    times = f"{units.seconds(arms['before'])} → {units.seconds(arms['after'])}" if measured else ""
+    ratio = swap.ratio
+    if ratio is None:
+        return times or "not measured"
+    proof = (
+        f"{units.faster(ratio.median)} (95 % interval of the ratio {units.times_range(ratio.low, ratio.high)}, "
+        f"n = {ratio.rounds} rounds of {ratio.steps_per_round} steps, A/A floor {units.floor(ratio.noise_floor)})"
+    )
+    return f"{times}, {proof}" if times else proof
+
+
+def _predicted(swap: SwapRecord) -> str:
+    if swap.predicted is None:
+        return ""
+    figures = [swap.predicted.text]
+    if swap.predicted.ratio_low is not None and swap.predicted.ratio_high is not None:
+        figures.append(f"ratio {units.times_range(swap.predicted.ratio_low, swap.predicted.ratio_high)}")
+    if swap.predicted.syncs_per_step is not None:
+        figures.append(f"{units.count(swap.predicted.syncs_per_step)} syncs per step")
+    if swap.predicted.launches_per_step is not None:
+        figures.append(f"{units.count(swap.predicted.launches_per_step)} launches per step")
+    return "; ".join(figures)
+
+
+def _throughput(swap: SwapRecord) -> str:
+    before, after = (side.throughput if side else None for side in (swap.before, swap.after))
+    if before is None or after is None:
+        return ""
+    unit = swap.workload.unit
+    return f"{units.number(before.units_per_second)} → {units.units_rate(after.units_per_second, unit)}"
+
+
+def _both(swap: SwapRecord, figure: Callable[[ProfileRecord], float | None]) -> str:
+    before, after = (figure(side) if side else None for side in (swap.before, swap.after))
+    return "" if before is None and after is None else f"{units.count(before)} → {units.count(after)}"
+
+
+def _syncs_name(swap: SwapRecord) -> str:
+    on_gpu = swap.environment.device.type == "cuda"
+    return "Syncs per step" if on_gpu else "Reads per step that would sync on a GPU"
+
+
+def _parity(swap: SwapRecord) -> str:
+    if not swap.parity:
+        return "not checked"
+    passed = sum(result.passed for result in swap.parity)
+    text = f"{passed} of {len(swap.parity)} checks passed"
+    mutants = [result.mutants_killed for result in swap.parity if result.mutants_killed]
+    if mutants:
+        text += f", {sum(killed for killed, _ in mutants)} of {sum(all_ for _, all_ in mutants)} mutants killed"
+    return text
+
+
+def _workload(swap: SwapRecord) -> str:
+    workload = swap.workload
+    data = f", data {workload.data}" if workload.data else ""
+    return f"{workload.name}, preset {workload.preset}, {workload.dtype}, seed {workload.seed}{data}"
+
+
+def _device(swap: SwapRecord) -> str:
+    environment = swap.environment
+    triton = f", triton {environment.triton}" if environment.triton else ""
+    return f"{environment.device.name}, torch {environment.torch}{triton}"
+
+
+def _commit(swap: SwapRecord) -> str:
+    if swap.git is None:
+        return "not in a git repository"
+    return f"{swap.git.commit[:12]}{' with uncommitted changes' if swap.git.dirty else ''}"
+
+
+def _plain(text: str) -> str:
+    """Text of users as one line that Markdown shows as it is."""
+    line = " ".join(text.split())
+    return re.sub(r"([\\`*\[\]])", r"\\\1", html.escape(line, quote=False))
+
+
+def _unescape(text: str) -> str:
+    return html.unescape(re.sub(r"\\([\\`*\[\]])", r"\1", text))
+
+
+def _code(text: str) -> str:
+    """A code span around ``text``, fenced by more backticks than stand in it."""
+    line = " ".join(text.split())
+    fence = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
+    padding = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
