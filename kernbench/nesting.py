@@ -1,0 +1,88 @@
+"""Who encloses whom on the host: parents, own time, forward operators of backward nodes, phases.
+
+The functions take the host columns of a trace (one row per event, sorted by thread, start, outermost first).
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+OP, CALL, ANNOTATION = 0, 1, 2
+
+_PHASE = re.compile(r"kernbench\.phase(\d+):")
+
+
+def enclosing(host: dict[str, Ints]) -> tuple[Ints, Ints]:
+    """Innermost enclosing operator and annotation of each row: one sweep with a stack of open intervals."""
+    parent, annotation = [], []
+    stack: list[tuple[int, int, int]] = []  # end, innermost operator, innermost annotation
+    current = -1
+    columns = zip(
+        host["kind"].tolist(), host["thread"].tolist(), host["start_ns"].tolist(), host["end_ns"].tolist(), strict=True
+    )
+    for row, (kind, thread, start, end) in enumerate(columns):
+        if thread != current:
+            stack.clear()
+            current = thread
+        while stack and stack[-1][0] <= start:
+            stack.pop()
+        _, operator, scope = stack[-1] if stack else (0, -1, -1)
+        parent.append(operator)
+        annotation.append(scope)
+        if kind == OP:
+            stack.append((end, row, scope))
+        elif kind == ANNOTATION:
+            stack.append((end, operator, row))
+    return np.array(parent, np.int64), np.array(annotation, np.int64)
+
+
+def self_time(host: dict[str, Ints], parent: Ints) -> Ints:
+    """Nanoseconds of each operator without its child operators; 0 for other rows."""
+    operators = host["kind"] == OP
+    own = np.where(operators, host["end_ns"] - host["start_ns"], 0)
+    child = operators & (parent >= 0)
+    np.subtract.at(own, parent[child], own[child].copy())
+    return np.maximum(own, 0)
+
+
+def forward_ops(host: dict[str, Ints], parent: Ints, sequence: Ints, backward: Bools) -> Ints:
+    """For each row under a backward node, the operator that created the node; -1 elsewhere.
+
+    Several nested forward operators carry one sequence number (each records the next number to be given out); the one
+    that started last created the node.
+    """
+    creators = np.flatnonzero((sequence >= 0) & ~backward & (host["kind"] == OP))
+    creators = creators[np.lexsort((host["start_ns"][creators], sequence[creators]))]
+    nodes = np.flatnonzero((sequence >= 0) & backward)
+    forward = np.full(len(parent), -1, np.int64)
+    if not len(creators) or not len(nodes):
+        return forward
+    # Numbers repeat between threads, so take the latest creator of that number that started before the node ran.
+    span = int(host["start_ns"].max()) + 2
+    keys = sequence[creators] * span + host["start_ns"][creators]
+    position = np.searchsorted(keys, sequence[nodes] * span + host["start_ns"][nodes]) - 1
+    found = (position >= 0) & (sequence[creators[position]] == sequence[nodes])
+    forward[nodes[found]] = creators[position[found]]
+    inherited = forward.tolist()
+    for row, above in enumerate(parent.tolist()):
+        if above >= 0 and inherited[row] < 0:
+            inherited[row] = inherited[above]
+    return np.array(inherited, np.int64)
+
+
+def phases(host: dict[str, Ints], annotation: Ints, forward: Ints, names: list[str]) -> Ints:
+    """Number of the enclosing kernbench phase, for backward that of the forward operator; -1 outside all phases."""
+    number = np.full(len(annotation) + 1, -1, np.int64)  # the last entry answers for row -1
+    for row in np.flatnonzero(host["kind"] == ANNOTATION).tolist():
+        match = _PHASE.match(names[host["name"][row]])
+        number[row] = int(match.group(1)) if match else number[annotation[row]]
+    phase = number[annotation]
+    lacking = (phase < 0) & (forward >= 0)
+    phase[lacking] = phase[forward[lacking]]
+    return phase
