@@ -239,7 +239,7 @@ class LineLog(Struct, frozen=True, kw_only=True):
     """Which source line did what, over ``steps`` watched steps.
 
     ``op_lines`` holds, for the last watched step, the line index of each call of an operator in call order
-    (-1 where no Python line was executing it, as in the autograd thread).
+    (-1 where no Python line was executing it). ``notes`` says what could not be matched or was not seen.
     """
 
     steps: int
@@ -247,6 +247,7 @@ class LineLog(Struct, frozen=True, kw_only=True):
     reads: list[HostRead] = []
     op_lines: dict[str, list[int]] = {}
     step_seconds: Seconds | None = None
+    notes: list[str] = []
 
 
 # --- parity, ratio, verdict -------------------------------------------------------------------------------------------

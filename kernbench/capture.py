@@ -1,0 +1,151 @@
+"""Runs steps under observation: a trace of where the time goes, and a log of which line reads which tensor."""
+
+from __future__ import annotations
+
+import gzip
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+import torch
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile
+
+from kernbench import ranges
+from kernbench.cudasync import Report, RuntimeWatch, match_waits, merge, runtime_calls
+from kernbench.record import LineLog, SourceLine
+from kernbench.sourcelines import SourceTable
+from kernbench.syncwatch import SyncWatch
+from kernbench.trim import trim
+from kernbench.workload import Built
+
+__all__ = ["line_pass", "trace_steps", "trim"]
+STEP = "kernbench.step#"
+
+
+def trace_steps(built: Built, *, first: int, count: int, device: torch.device, path: Path) -> list[float]:
+    """Trace ``count`` steps from ``first`` on into a gzipped Kineto JSON file at ``path``, written atomically.
+
+    Returns:
+        seconds per step under the profiler. On a GPU the host runs ahead, so each is the mean over all steps, with the
+        wait for the last kernel.
+
+    Raises:
+        whatever ``built.step`` raises; then no file is written.
+    """
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    options = _ExperimentalConfig(enable_cuda_sync_events=True) if cuda else None
+    marks = []
+    with profile(activities=activities, record_shapes=False, experimental_config=options) as profiler:
+        if cuda:
+            torch.cuda.synchronize(device)
+        marks.append(time.perf_counter())
+        for index in range(first, first + count):
+            with ranges.annotation(f"{STEP}{index}"):
+                built.step(index)
+            marks.append(time.perf_counter())
+        if cuda:
+            torch.cuda.synchronize(device)
+            marks[-1] = time.perf_counter()
+    _export(profiler, path)
+    if cuda:
+        return [(marks[-1] - marks[0]) / count] * count
+    return [end - start for start, end in zip(marks, marks[1:], strict=False)]
+
+
+def _export(profiler: profile, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / "trace.json.gz"
+        profiler.export_chrome_trace(str(temporary))
+        temporary.replace(path)
+
+
+def line_pass(make: Callable[[], Built], *, warmup: int, count: int, device: torch.device) -> LineLog:
+    """Build the workload afresh and name the line of every host read in ``count`` steps after ``warmup`` others.
+
+    Without a GPU the build and all steps run under the watch, which plays the device, and no read is ``real``. On a
+    GPU a first pass takes the runtime's own reports with their waiting times, a second one names operators and reads
+    of host tensors; they run the same number of steps, one after the other.
+
+    Raises:
+        whatever ``make`` or a step raises; modes, warnings and the debug mode of torch are restored first.
+    """
+    if device.type == "cuda":
+        return _cuda_pass(make(), warmup=warmup, count=count, device=device)
+    sources = SourceTable()
+    with SyncWatch(sources, marker=device) as watch:
+        built = make()
+        for index in range(warmup):
+            built.step(index)
+        seconds = _watched_steps(watch, built, warmup, count)
+    return LineLog(
+        steps=count,
+        lines=sources.lines,
+        reads=watch.reads,
+        op_lines=watch.op_lines,
+        step_seconds=statistics.median(seconds),
+    )
+
+
+def _watched_steps(watch: SyncWatch, built: Built, first: int, count: int) -> list[float]:
+    seconds = []
+    for index in range(first, first + count):
+        watch.begin_step(index, record_ops=index == first + count - 1)
+        start = time.perf_counter()
+        built.step(index)
+        seconds.append(time.perf_counter() - start)
+        watch.end_step()
+    return seconds
+
+
+def _cuda_pass(built: Built, *, warmup: int, count: int, device: torch.device) -> LineLog:
+    for index in range(warmup):
+        built.step(index)
+    sources = SourceTable()
+    reports, waits, notes, seconds = _runtime_pass(sources, built, warmup, count, device)
+    with SyncWatch(sources, marker=None) as watch:
+        _watched_steps(watch, built, warmup + count, count)
+    torch.cuda.synchronize(device)
+    reads, unseen = merge(reports, waits, watch.reads, shift=count)
+    return LineLog(
+        steps=count,
+        lines=sources.lines,
+        reads=reads,
+        op_lines=watch.op_lines,
+        step_seconds=seconds,
+        notes=[*notes, *(_unseen(sources.lines[line], times) for line, times in unseen.items())],
+    )
+
+
+def _runtime_pass(
+    sources: SourceTable, built: Built, first: int, count: int, device: torch.device
+) -> tuple[list[Report], dict[int, float | None], list[str], float]:
+    watch = RuntimeWatch(sources)
+    torch.cuda.synchronize(device)
+    with ExitStack() as stack:
+        profiler = stack.enter_context(profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]))
+        start = time.perf_counter()
+        with watch.watching():
+            for index in range(first, first + count):
+                watch.begin_step(index)
+                with ranges.annotation(f"{STEP}{index}"):
+                    built.step(index)
+                watch.end_step()
+        torch.cuda.synchronize(device)
+        seconds = (time.perf_counter() - start) / count
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json.gz"
+        profiler.export_chrome_trace(str(path))
+        events = msgspec.json.decode(gzip.decompress(path.read_bytes()))["traceEvents"]
+    waits, notes = match_waits(watch.reports, runtime_calls(events))
+    return watch.reports, waits, notes, seconds
+
+
+def _unseen(line: SourceLine, times: int) -> str:
+    return f"{line.file}:{line.line}: {times} reads were expected here, the runtime synchronised for none"
