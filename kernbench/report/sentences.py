@@ -156,7 +156,7 @@ def swap_headline(record: SwapRecord) -> str:
         return unfinished(record, f"No verdict on {title}")
     decision = DECISIONS.get(record.verdict.decision, (record.verdict.decision, "neutral"))[0]
     if record.ratio is None:
-        return f"{decision}: {title}. {_sentence(record.verdict.sentence)}"
+        return f"{decision}: {title}. {_capital(_sentence(record.verdict.sentence))}"
     sides = before_after_seconds(record)
     step = f"a step goes from {units.seconds(sides[0])} to {units.seconds(sides[1])}, " if sides else ""
     return f"{decision}: {title}. {_capital(step + change(record.ratio))} ({ratio_evidence(record.ratio)})."
@@ -199,12 +199,10 @@ def ratio_tone(ratio: Ratio) -> Tone:
 
 
 def ratio_evidence(ratio: Ratio) -> str:
-    """Interval, rounds and floor of a ratio, for brackets."""
+    """Interval, rounds and floor of a ratio, for brackets; the ratio itself where ``change`` does not name it."""
+    median_ratio = "" if changed(ratio) and ratio.median > 1 else f"before/after {units.times(ratio.median)}, "
     floor = f", A/A floor {units.floor(ratio.noise_floor)}" if ratio.noise_floor else ""
-    return (
-        f"before/after {units.times(ratio.median)}, 95 % interval {units.times_range(ratio.low, ratio.high)}, "
-        f"n = {ratio.rounds}{floor}"
-    )
+    return f"{median_ratio}95 % interval {units.times_range(ratio.low, ratio.high)}, n = {ratio.rounds}{floor}"
 
 
 def parity_headline(results: Sequence[ParityResult], record: Header | None = None) -> str:
@@ -221,7 +219,7 @@ def parity_headline(results: Sequence[ParityResult], record: Header | None = Non
     first = failed[0]
     where = ", ".join(part for part in (first.kernel, first.case, first.dtype, first.mode) if part)
     reason = f": {first.reason}" if first.reason else ""
-    return f"{len(failed):,} of {total} failed, the first one {where}{_sentence(reason)}{_capital_clause(caught)}"
+    return _sentence(f"{len(failed):,} of {total} failed, the first one {where}{reason}{caught}")
 
 
 def mutants(results: Sequence[ParityResult]) -> tuple[int, int]:
@@ -295,19 +293,21 @@ def unfinished(record: Header, what: str) -> str:
 
 
 def difference(before: float | None, after: float | None, unit: str) -> tuple[str, Tone]:
-    """A signed change in words, for figures where less is better: ("17.2 ms less (19 %)", "good").
+    """A signed change in words: ("17.2 ms less (19 %)", "good").
 
     Args:
-        unit: "seconds", "bytes" or "count".
+        unit: "seconds", "bytes" or "count", where less is better; any other one is a rate, where more is.
     """
     if before is None or after is None:
         return "", "neutral"
     if before == after:
         return "the same", "neutral"
-    show = {"seconds": units.seconds, "bytes": units.size, "count": units.count}[unit]
-    word, tone = ("less", "good") if after < before else ("more", "bad")
-    relative = f" ({units.share(abs(after - before) / before)})" if before > 0 else ""
-    return f"{show(abs(after - before))} {word}{relative}", "good" if tone == "good" else "bad"
+    size = abs(after - before)
+    shown = {"seconds": units.seconds, "bytes": units.size, "count": units.count}.get(unit)
+    amount = shown(size) if shown else f"{units.number(size)} {unit}"
+    relative = f" ({units.share(size / before)})" if before > 0 else ""
+    better = (after < before) == (shown is not None)
+    return f"{amount} {'less' if after < before else 'more'}{relative}", "good" if better else "bad"
 
 
 def phases_in_words(workload: WorkloadInfo) -> str:
@@ -338,8 +338,3 @@ def _sentence(text: str) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _capital_clause(text: str) -> str:
-    """A trailing "; clause" as a sentence of its own."""
-    return f" {_capital(text.removeprefix('; '))}." if text else ""

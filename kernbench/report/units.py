@@ -46,6 +46,11 @@ def seconds_range(low: float, high: float) -> str:
     return f"{number(low / unit)}–{number(high / unit)} {name}"
 
 
+def time_unit(value: float) -> tuple[float, str]:
+    """The unit in which a duration is printed, for an axis: (1e-6, "µs")."""
+    return _unit_for(value, TIME)
+
+
 def milliseconds(value: float) -> float:
     """A duration in the unit of a plot's axis."""
     return value * 1e3

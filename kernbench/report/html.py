@@ -1,0 +1,227 @@
+"""Renders records as HTML: one file each, no script, no request; the only module that knows Jinja."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jinja2
+
+from kernbench.record import BenchRecord, BenchResult, CompareRecord, ParityRecord, ProfileRecord, Record, SwapRecord
+from kernbench.record import kind as kind_of
+from kernbench.report import machine, page, picture, plots, sentences, units
+from kernbench.report.sentences import Tone
+
+# Reads, kernels and rows beyond these stand in a fold.
+TOP_STALLS, TOP_HOTSPOTS = 5, 12
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """A run in the index: where its report lies relative to reports/, and its record or why that cannot be read."""
+
+    path: str
+    record: Record | None
+    error: str
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A short label beside the headline; its mark tells the tone without colour."""
+
+    text: str
+    tone: Tone = "neutral"
+
+
+def render(record: Record) -> str:
+    """The report of any record."""
+    raw, shortened = page.raw_json(record)
+    return (
+        _templates()
+        .get_template(f"{kind_of(record)}.html")
+        .render(
+            record=record,
+            headline=sentences.headline(record),
+            tone=_tone(record),
+            kind=sentences.kind_in_words(record),
+            workload=sentences.workload_of(record),
+            chips=_chips(record),
+            machine=machine.environment_rows(record.environment),
+            ceilings=machine.ceiling_rows(record.environment),
+            clocks=machine.clock_rows(machine.clocks_of(record)),
+            raw_json=raw,
+            raw_shortened=shortened,
+            **_context(record),
+        )
+    )
+
+
+def render_index(entries: Sequence[IndexEntry]) -> str:
+    """All runs by workload, the newest first; damaged ones with the reason."""
+    groups: dict[str, list[IndexEntry]] = {}
+    readable = sorted(
+        (entry for entry in entries if entry.record is not None),
+        key=lambda entry: entry.record.created_utc if entry.record else "",
+        reverse=True,
+    )
+    for entry in readable:
+        assert entry.record is not None
+        info = sentences.workload_of(entry.record)
+        groups.setdefault(info.name if info else "kernels", []).append(entry)
+    damaged = [entry for entry in entries if entry.record is None]
+    return _templates().get_template("index.html").render(groups=groups, damaged=damaged, count=len(entries))
+
+
+def _context(record: Record) -> dict[str, Any]:
+    match record:
+        case ProfileRecord():
+            return _profile(record)
+        case SwapRecord():
+            return _swap(record)
+        case CompareRecord():
+            return _sides(record.before, record.after)
+        case ParityRecord():
+            return {"groups": page.parity_groups(record.results), "mutants": sentences.mutants(record.results)}
+        case BenchRecord():
+            return _bench(record)
+
+
+def _profile(record: ProfileRecord) -> dict[str, Any]:
+    time = sentences.step_time(record)
+    return {
+        "breakdown": page.breakdown([("this step", record.breakdown)]),
+        "time": time,
+        "times": plots.step_times(record.steps.seconds, time) if record.steps and time and time.count > 1 else None,
+        "pictures": [("", picture.layout(record.timeline))] if record.timeline else [],
+    }
+
+
+def _sides(before: ProfileRecord, after: ProfileRecord) -> dict[str, Any]:
+    pictures = [
+        (label, picture.layout(side.timeline))
+        for label, side in (("before", before), ("after", after))
+        if side.timeline
+    ]
+    return {
+        "breakdown": page.breakdown([("before", before.breakdown), ("after", after.breakdown)]),
+        "changes": page.changes(before, after),
+        "stall_pairs": page.stall_pairs(sentences.waiting(before.stalls), sentences.waiting(after.stalls)),
+        "hotspot_pairs": page.hotspot_pairs(before.hotspots, after.hotspots),
+        "pictures": pictures,
+    }
+
+
+def _swap(record: SwapRecord) -> dict[str, Any]:
+    context: dict[str, Any] = {
+        "groups": page.parity_groups(record.parity),
+        "mutants": sentences.mutants(record.parity),
+        "promises": page.promises(record.predicted, record.after, record.ratio) if record.predicted else [],
+        "ratios": None,
+    }
+    before, after = sentences.raced_arms(record)
+    again = next((arm.seconds for arm in record.arms if arm.name == "again"), [])
+    if record.ratio is not None and before and after:
+        context["ratios"] = plots.paired_ratios(before, after, again, record.ratio)
+    if record.before is None:
+        return context
+    if record.after is None:
+        return context | _profile(record.before)
+    return context | _sides(record.before, record.after)
+
+
+def _bench(record: BenchRecord) -> dict[str, Any]:
+    cases = []
+    for (kernel, case, dtype), rows in sentences.bench_groups(record.results).items():
+        name = ", ".join(part for part in (kernel, case, dtype) if part)
+        timed = [row for row in rows if row.seconds is not None]
+        cases.append(
+            {
+                "name": name,
+                "rows": rows,
+                "fastest": sentences.fastest(rows),
+                "columns": _bench_columns(rows),
+                "plot": plots.implementations(rows, name) if len(timed) > 1 else None,
+            }
+        )
+    ceilings = record.environment.ceilings
+    return {"cases": cases, "roofline": plots.roofline(record.results, ceilings) if ceilings else None}
+
+
+def _bench_columns(rows: Sequence[BenchResult]) -> set[str]:
+    """The optional columns for which some row has a figure."""
+    optional = (
+        "speedup", "bytes_per_second", "flops_per_second", "share_of_roof", "units_per_second", "launches_per_step",
+        "syncs_per_step", "cache",
+    )  # fmt: skip
+    return {name for name in optional if any(getattr(row, name) for row in rows)}
+
+
+def _tone(record: Record) -> Tone:
+    """What colour the verdict stands in."""
+    match record:
+        case SwapRecord(verdict=verdict) if verdict is not None:
+            return sentences.DECISIONS.get(verdict.decision, ("", "neutral"))[1]
+        case CompareRecord(ratio=ratio) if ratio is not None:
+            return sentences.ratio_tone(ratio)
+        case ParityRecord(results=results) if results:
+            return "good" if all(result.passed for result in results) else "bad"
+        case _:
+            return "neutral"
+
+
+def _chips(record: Record) -> list[Chip]:
+    chips = []
+    match record:
+        case SwapRecord(verdict=verdict) if verdict is not None:
+            chips.append(Chip(*sentences.DECISIONS.get(verdict.decision, (verdict.decision, "neutral"))))
+        case ParityRecord(results=results) if results:
+            passed = all(result.passed for result in results)
+            chips.append(Chip("passed", "good") if passed else Chip("failed", "bad"))
+        case _:
+            pass
+    if record.status != "complete":
+        chips.append(Chip(*sentences.STATUSES.get(record.status, (record.status, "neutral"))))
+    workload = sentences.workload_of(record)
+    if workload is not None:
+        chips += [Chip(f"preset {workload.preset}"), Chip(workload.dtype), Chip(sentences.phases_in_words(workload))]
+    chips.append(Chip(record.environment.device.name))
+    if record.git is not None and record.git.dirty:
+        chips.append(Chip("uncommitted changes", "warn"))
+    return chips
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("kernbench.report", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        name: getattr(units, name)
+        for name in (
+            "number", "seconds", "size", "bytes_rate", "flops_rate", "count", "share", "times", "scientific", "moment",
+            "floor", "faster",
+        )
+    }  # fmt: skip
+    environment.globals |= {
+        "seconds_range": units.seconds_range,
+        "times_range": units.times_range,
+        "units_rate": units.units_rate,
+        "units_range": units.units_range,
+        "stall_class": sentences.stall_class,
+        "waiting": sentences.waiting,
+        "headline_of": sentences.headline,
+        "kind_of": sentences.kind_in_words,
+        "workload_of": sentences.workload_of,
+        "phases_of": sentences.phases_in_words,
+        "tone_of": _tone,
+        "statuses": sentences.STATUSES,
+        "top_stalls": TOP_STALLS,
+        "top_hotspots": TOP_HOTSPOTS,
+    }
+    return environment
