@@ -1,0 +1,83 @@
+"""Where a timed kernel stands under the measured roofs, and whether its figure can be true."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kernbench.record import Ceilings
+from kernbench.spec import Cost
+
+# Above this share of a measured roof a figure is wrong rather than good: the roofs themselves repeat within about 1 %.
+IMPOSSIBLE_SHARE = 1.02
+
+# float16 runs on the same units and at the same rate as bfloat16, and only the latter is measured.
+SAME_RATE = {"float16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Rates of one call and its share of the nearer roof, None where the roof is unknown or does not bind."""
+
+    bytes_per_second: float | None
+    flops_per_second: float | None
+    share: float | None
+    bound: str
+    note: str = ""
+
+    @property
+    def impossible(self) -> bool:
+        return self.share is not None and self.share > IMPOSSIBLE_SHARE
+
+
+def place(seconds: float, cost: Cost, dtype: str, ceilings: Ceilings, *, in_cache: bool = False) -> Place:
+    """Set a call's rates against the roofs.
+
+    Args:
+        in_cache: the data never leaves the cache, so that the memory roof does not bind; no share of it is stated then.
+    """
+    bytes_rate = cost.bytes_moved / seconds if cost.bytes_moved else None
+    flops_rate = cost.flops / seconds if cost.flops else None
+    memory_share = _share(bytes_rate, ceilings.copy_bytes_per_second)
+    flops_share, arithmetic = _compute_share(flops_rate, dtype, ceilings)
+    memory_bound = (memory_share or 0.0) >= (flops_share or 0.0)
+    share = memory_share if memory_bound else flops_share
+    note = "" if memory_bound else arithmetic
+    if memory_bound and in_cache:
+        share, note = None, "the data stays in the cache, where the memory roof does not bind"
+    if share is not None and share > IMPOSSIBLE_SHARE:
+        note = _memory_reason(cost) if memory_bound else _compute_reason(dtype)
+    return Place(
+        bytes_per_second=bytes_rate,
+        flops_per_second=flops_rate,
+        share=share,
+        bound="memory" if memory_bound else "compute",
+        note=note,
+    )
+
+
+def _share(rate: float | None, roof: float | None) -> float | None:
+    return rate / roof if rate is not None and roof else None
+
+
+def _compute_share(rate: float | None, dtype: str, ceilings: Ceilings) -> tuple[float | None, str]:
+    """Share of the dtype's matrix-product roof; float32 beyond its IEEE roof is measured against tf32, and says so."""
+    roofs = ceilings.matmul_flops_per_second
+    share = _share(rate, roofs.get(dtype) or roofs.get(SAME_RATE.get(dtype, "")))
+    rounded = _share(rate, roofs.get("tf32"))
+    if dtype == "float32" and share is not None and rounded is not None and share > IMPOSSIBLE_SHARE:
+        return rounded, "faster than IEEE float32 can be here, so it multiplies in tf32; the share is of the tf32 roof"
+    return share, ""
+
+
+def _memory_reason(cost: Cost) -> str:
+    likely = "bytes are counted that were never moved, the data was still in a cache, or the clock is wrong"
+    if cost.bytes_read > 4 * cost.bytes_written:
+        likely += "; it mostly reads, which can pass a copy by some percent"
+    return f"above the measured copy roof: {likely}"
+
+
+def _compute_reason(dtype: str) -> str:
+    return (
+        f"above the measured {dtype} matrix-product roof: flops are counted that were never done, the arithmetic is "
+        "of a lower precision, or the clock is wrong"
+    )

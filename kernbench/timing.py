@@ -1,0 +1,171 @@
+"""How time is taken: single steps, blocks of steps, the warm-up before them, and interleaved rounds of several arms."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from kernbench import nvml
+from kernbench.errors import KernbenchError
+from kernbench.record import Arm, Clocks
+
+Step = Callable[[int], object]
+ReadClocks = Callable[[], Clocks | None]
+
+PLATEAU_STEPS = 4
+PLATEAU_SPREAD = 0.05
+LEAST_WARM_UP_STEPS = 3
+MOST_WARM_UP_STEPS = 20
+
+
+class Interleaved(NamedTuple):
+    """Seconds per step of each arm, in the order given; clocks of every round, dropped ones too; rounds dropped."""
+
+    arms: list[Arm]
+    clocks: list[Clocks]
+    dropped_rounds: int
+
+
+def event() -> Any:
+    """A CUDA event that takes time."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def time_steps(step: Step, *, first: int, count: int, device: torch.device) -> list[float]:
+    """Seconds of each of ``count`` steps from index ``first`` on, unprofiled and without a garbage collection.
+
+    On a GPU events mark the borders of the steps and the host waits once, after the last one, so that it may run ahead
+    as far as the steps themselves let it.
+    """
+    gc.collect()
+    if device.type != "cuda":
+        with collector_off():
+            marks = [time.perf_counter()]
+            for index in range(first, first + count):
+                step(index)
+                marks.append(time.perf_counter())
+        return [end - begin for begin, end in pairwise(marks)]
+    with torch.cuda.device(device), collector_off():
+        events = [event() for _ in range(count + 1)]
+        torch.cuda.synchronize(device)
+        events[0].record()
+        for index in range(count):
+            step(first + index)
+            events[index + 1].record()
+        torch.cuda.synchronize(device)
+    return [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(events)]
+
+
+def timed_block(step: Step, *, first: int, count: int, device: torch.device) -> float:
+    """Wall seconds per step over one block of steps: the device is idle before it, and its work is done at the end."""
+    with collector_off():
+        _synchronize(device)
+        start = time.perf_counter()
+        for index in range(first, first + count):
+            step(index)
+        _synchronize(device)
+        return (time.perf_counter() - start) / count
+
+
+def warm_up(
+    step: Step,
+    device: torch.device,
+    *,
+    first: int = 0,
+    least: int = LEAST_WARM_UP_STEPS,
+    most: int = MOST_WARM_UP_STEPS,
+) -> int:
+    """Run steps until the last few take the same time within 5 %, at most ``most``; how many ran."""
+    seconds: list[float] = []
+    while len(seconds) < most:
+        seconds.append(timed_block(step, first=first + len(seconds), count=1, device=device))
+        if len(seconds) >= max(least, PLATEAU_STEPS):
+            last = seconds[-PLATEAU_STEPS:]
+            if max(last) - min(last) < PLATEAU_SPREAD * median(last):
+                break
+    return len(seconds)
+
+
+def interleave(
+    arms: Mapping[str, Callable[[int], float]],
+    *,
+    rounds: int,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    on_round: Callable[[int, Mapping[str, float]], None] | None = None,
+    clocks: ReadClocks | None = None,
+) -> Interleaved:
+    """Run one block of every arm per round, in an order drawn anew each round, so that drift becomes noise of all arms.
+
+    A round in which the device was slowed down by heat or its power supply is dropped from all arms and counted.
+
+    Args:
+        arms: by name: runs the arm's block of round r, returns seconds per step.
+        progress: called with 1 after each round.
+        on_round: called with the round and its figures, also for a round that is dropped.
+        clocks: asked after each round; by default the CUDA device in use, if there is one.
+
+    Raises:
+        KernbenchError: every round was dropped.
+    """
+    ask = clocks or _clocks_of_current_device
+    order = list(arms)
+    generator = random.Random(seed)
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    seen: list[Clocks] = []
+    dropped = 0
+    gc.collect()
+    for number in range(rounds):
+        generator.shuffle(order)
+        figures = {name: arms[name](number) for name in order}
+        told = ask()
+        if told is not None:
+            seen.append(told)
+        if told is not None and nvml.throttled(told):
+            dropped += 1
+        else:
+            for name, figure in figures.items():
+                seconds[name].append(figure)
+        if on_round is not None:
+            on_round(number, figures)
+        if progress is not None:
+            progress(1)
+    if dropped and dropped == rounds:
+        reasons = ", ".join(sorted(nvml.THROTTLING.intersection(seen[-1].throttle_reasons)))
+        raise KernbenchError(f"the device was held down in all {rounds} rounds ({reasons}); let it cool and run again")
+    return Interleaved([Arm(name=name, seconds=figures) for name, figures in seconds.items()], seen, dropped)
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Keep the garbage collector out of a timed region; it is left as it was found."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _clocks_of_current_device() -> Clocks | None:
+    # Asking an unused CUDA would start it, which takes seconds and memory.
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    # Here and not above, because device imports ceilings, and ceilings this module.
+    from kernbench import device
+
+    return device.read_clocks(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
