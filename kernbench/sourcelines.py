@@ -16,6 +16,8 @@ from kernbench.record import SourceLine
 ENGINE = Path(__file__).resolve().parent
 DRIVER = str(ENGINE / "capture.py")
 _INTERACTIVE = ("<stdin>", "<ipython")
+# A mode of the program's own passes on what another line does.
+_MODES = ("__torch_function__", "__torch_dispatch__")
 _NOWHERE = SourceLine(file="?", line=0, text="(no line of the program was executing)")
 
 
@@ -63,7 +65,7 @@ class SourceTable:
         inside_triton = False
         while frame is not None:
             file = frame.f_code.co_filename
-            if self.is_program(file):
+            if frame.f_code.co_name not in _MODES and self.is_program(file):
                 return None if inside_triton else self.number(frame)
             if file == DRIVER:
                 break
