@@ -1,0 +1,238 @@
+"""What the timers measure, when warm-up ends, and how arms are interleaved."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernbench import bench, nvml, timing
+from kernbench.errors import KernbenchError
+from kernbench.record import Clocks
+from kernbench.statistics import paired_ratio
+
+CPU = torch.device("cpu", 0)
+HOT = Clocks(throttle_reasons=["hardware thermal slowdown"])
+CAPPED = Clocks(throttle_reasons=["software power cap"])
+
+
+def busy(seconds: float) -> None:
+    """Work of a known length, whatever else the machine does (unless it takes the core away)."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def test_steps_run_in_order_with_the_collector_off_and_it_is_restored() -> None:
+    seen: list[tuple[int, bool]] = []
+    seconds = bench.time_steps(lambda i: seen.append((i, gc.isenabled())), first=5, count=3, device=CPU)
+    assert seen == [(5, False), (6, False), (7, False)]
+    assert len(seconds) == 3
+    assert gc.isenabled()
+
+
+def test_the_collector_is_restored_after_a_failed_step_and_stays_off_where_it_was_off() -> None:
+    def fail(_: int) -> None:
+        raise RuntimeError("step")
+
+    for timer in (bench.time_steps, bench.timed_block):
+        with pytest.raises(RuntimeError, match="step"):
+            timer(fail, first=0, count=1, device=CPU)
+        assert gc.isenabled()
+    gc.disable()
+    try:
+        bench.timed_block(lambda _: None, first=0, count=1, device=CPU)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_the_timer_costs_less_than_two_percent_of_a_bare_loop() -> None:
+    def step(_: int) -> None:
+        busy(2e-4)
+
+    def bare() -> float:
+        start = time.perf_counter()
+        for index in range(20):
+            step(index)
+        return time.perf_counter() - start
+
+    def harness() -> float:
+        return sum(bench.time_steps(step, first=0, count=20, device=CPU))
+
+    def block() -> float:
+        return 20 * bench.timed_block(step, first=0, count=20, device=CPU)
+
+    rounds = [(bare(), harness(), block()) for _ in range(15)]
+    assert statistics.median(timed / loop for loop, timed, _ in rounds) == pytest.approx(1, abs=0.02)
+    assert statistics.median(timed / loop for loop, _, timed in rounds) == pytest.approx(1, abs=0.02)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
+    """A clock that only the test moves."""
+    now = [0.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def advance(seconds: float) -> None:
+        now[0] += seconds
+
+    yield advance
+
+
+def test_times_are_those_of_the_clock(clock: Callable[[float], None]) -> None:
+    assert bench.time_steps(lambda i: clock(i), first=1, count=3, device=CPU) == [1.0, 2.0, 3.0]
+    assert bench.timed_block(lambda i: clock(i), first=1, count=3, device=CPU) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("durations", "ran"),
+    [
+        ([9.0, 3.0, 2.0, 1.5, 1.01, 1.0, 1.0, 1.02, 5.0], 8),
+        ([1.0] * 20, 4),
+        ([float(2**i) for i in range(20)], 10),
+    ],
+    ids=["falls to a plateau", "is there at once", "never settles"],
+)
+def test_warm_up_ends_on_a_plateau_or_gives_up(
+    clock: Callable[[float], None], durations: Sequence[float], ran: int
+) -> None:
+    seen: list[int] = []
+
+    def step(index: int) -> None:
+        seen.append(index)
+        clock(durations[index])
+
+    assert bench.warm_up(step, CPU, most=10) == ran
+    assert seen == list(range(ran))
+
+
+def test_every_round_runs_every_arm_in_an_order_of_its_own() -> None:
+    log: list[tuple[str, int]] = []
+
+    def arm(name: str) -> Callable[[int], float]:
+        def block(number: int) -> float:
+            log.append((name, number))
+            return number + {"a": 0.1, "b": 0.2, "c": 0.3}[name]
+
+        return block
+
+    def run(seed: int) -> list[tuple[str, int]]:
+        log.clear()
+        bench.interleave({name: arm(name) for name in "abc"}, rounds=12, seed=seed, clocks=lambda: None)
+        return list(log)
+
+    first = run(0)
+    assert [number for _, number in first] == [number for number in range(12) for _ in range(3)]
+    orders = ["".join(name for name, _ in first[start : start + 3]) for start in range(0, 36, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len(set(orders)) > 2
+    assert run(0) == first
+    assert run(1) != first
+
+
+def test_figures_keep_their_arm_and_round_whatever_the_order() -> None:
+    done: list[int] = []
+    rounds: list[tuple[int, dict[str, float]]] = []
+    arms, clocks, dropped = bench.interleave(
+        {"before": lambda r: r + 1.0, "after": lambda r: r + 2.0},
+        rounds=4,
+        progress=done.append,
+        on_round=lambda number, figures: rounds.append((number, dict(figures))),
+        clocks=lambda: None,
+    )
+    assert [(arm.name, arm.seconds) for arm in arms] == [("before", [1, 2, 3, 4]), ("after", [2, 3, 4, 5])]
+    assert (clocks, dropped, done) == ([], 0, [1, 1, 1, 1])
+    assert rounds[2] == (2, {"before": 3.0, "after": 4.0})
+
+
+def test_a_throttled_round_is_dropped_from_all_arms_and_counted() -> None:
+    told = iter([CAPPED, HOT, CAPPED])
+    arms, clocks, dropped = bench.interleave({"a": float, "b": lambda r: r + 10.0}, rounds=3, clocks=lambda: next(told))
+    assert [arm.seconds for arm in arms] == [[0.0, 2.0], [10.0, 12.0]]
+    assert clocks == [CAPPED, HOT, CAPPED]
+    assert dropped == 1
+    assert sum(map(nvml.throttled, clocks)) == dropped
+
+
+def test_a_device_held_down_in_every_round_is_an_error() -> None:
+    with pytest.raises(KernbenchError, match="all 2 rounds .hardware thermal slowdown.; let it cool"):
+        bench.interleave({"a": float}, rounds=2, clocks=lambda: HOT)
+
+
+def test_an_interrupt_gets_through() -> None:
+    def interrupted(number: int) -> float:
+        if number == 1:
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.race({"a": interrupted}, rounds=3)
+    assert gc.isenabled()
+
+
+def test_a_planted_two_percent_is_found_and_identical_arms_show_nothing() -> None:
+    def arm(seconds: float) -> Callable[[int], float]:
+        return lambda number: bench.timed_block(lambda _: busy(seconds), first=number * 5, count=5, device=CPU)
+
+    slow, quick = 2.04e-4, 2e-4
+    arms, _, _ = bench.interleave({"before": arm(slow), "after": arm(quick), "again": arm(slow)}, rounds=40)
+    seconds = {one.name: one.seconds for one in arms}
+    ratio = paired_ratio(seconds["before"], seconds["after"], seconds["again"], steps_per_round=5)
+    assert ratio.median == pytest.approx(1.02, abs=0.01)
+    assert ratio.low > 1
+    assert ratio.a_a is not None
+    assert ratio.a_a[0] - 0.005 <= 1 <= ratio.a_a[1] + 0.005
+
+
+@pytest.mark.gpu
+def test_steps_timed_by_events_add_up_to_the_wall_clock() -> None:
+    chosen = torch.device("cuda", 0)
+    values = torch.randn(1 << 26, device=chosen)
+
+    def step(_: int) -> None:
+        values.add_(1)
+
+    bench.warm_up(step, chosen)
+    wall = 100 * bench.timed_block(step, first=0, count=100, device=chosen)
+    events = sum(bench.time_steps(step, first=0, count=100, device=chosen))
+    assert events == pytest.approx(wall, rel=0.03)
+
+
+@pytest.mark.gpu
+def test_the_steps_are_timed_with_one_wait() -> None:
+    chosen = torch.device("cuda", 0)
+    values = torch.randn(64, device=chosen)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        bench.time_steps(lambda _: values.add_(1), first=0, count=10, device=chosen)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_planted_slowdown_is_found_on_a_gpu_and_identical_arms_show_nothing() -> None:
+    chosen = torch.device("cuda", 0)
+
+    def arm(elements: int) -> Callable[[int], float]:
+        values = torch.randn(elements, device=chosen)
+        return lambda number: bench.timed_block(lambda _: values.mul_(1.0), first=0, count=50, device=chosen)
+
+    size = 1 << 27
+    arms, clocks, dropped = bench.interleave(
+        {"before": arm(size), "after": arm(int(size * 1.02)), "again": arm(size)}, rounds=30
+    )
+    seconds = {one.name: one.seconds for one in arms}
+    ratio = paired_ratio(seconds["before"], seconds["after"], seconds["again"], steps_per_round=50)
+    print(ratio, clocks[-1:], dropped)
+    assert ratio.high < 1
+    assert 1 - ratio.median > ratio.noise_floor
+    assert ratio.median == pytest.approx(1 / 1.02, abs=0.005)
+    assert ratio.a_a is not None
+    assert ratio.a_a[0] - 0.002 <= 1 <= ratio.a_a[1] + 0.002
+    assert len(clocks) == 30
