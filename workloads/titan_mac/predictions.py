@@ -9,9 +9,10 @@ from kernbench.record import Prediction, ProfileRecord
 SYNC_CLAIM = "40-50 % wall-clock speedup, 3120 syncs per step"
 SYNC_PROMISE = "No host read is left in a steady step; the gain is the time the device idled behind them, at most."
 ADAMW_CLAIM = "30-50 % speedup for the optimizer step"
-ADAMW_PROMISE = "The launches of AdamW become one; at best it takes 28 bytes per parameter at the speed of a copy."
+ADAMW_PROMISE = "AdamW becomes two launches; at best it takes 28 bytes per parameter at the speed of a copy."
 # Per parameter in float32: read p, g, m, v and write p, m, v.
 ADAMW_BYTES_PER_PARAMETER = 28
+ADAMW_LAUNCHES = 2
 
 
 def predict_no_syncs(before: ProfileRecord) -> Prediction:
@@ -33,9 +34,9 @@ def predict_no_syncs(before: ProfileRecord) -> Prediction:
 
 
 def predict_fused_adamw(before: ProfileRecord) -> Prediction:
-    """All but one launch of the update go; its device time falls to that of its bytes at the measured copy speed."""
+    """All but two launches of the update go; its device time falls to that of its bytes at the measured copy speed."""
     spots = [spot for spot in before.hotspots if spot.phase == 2]
-    launches = sum(spot.calls_per_step for spot in spots) - 1 if spots else None
+    launches = sum(spot.calls_per_step for spot in spots) - ADAMW_LAUNCHES if spots else None
     ratio_high, basis = None, "no hotspot of this phase, no step time or no measured copy speed in the profile before"
     step = _step_seconds(before)
     ceilings = before.environment.ceilings
