@@ -26,18 +26,16 @@ def line_of_rows(trace: Trace, lines: LineLog) -> Ints:
     host = trace.host
     calls = {_normalised(name): found for name, found in lines.op_lines.items()}
     logged = np.fromiter((name in calls for name in trace.names), bool, len(trace.names))
-    seen = _outermost((host.kind == OP) & logged[host.name], host.parent)
+    chosen = (host.kind == OP) & logged[host.name] & (host.step >= 0)
+    seen = _outermost(chosen, host.parent)
     own = np.full(len(host), -1, np.int64)
-    exposed = np.flatnonzero(seen == np.arange(len(host)))
-    exposed = exposed[np.argsort(host.start_ns[exposed], kind="stable")]
-    for name, found in calls.items():
-        if name not in trace.names:
-            continue
-        rows = exposed[host.name[exposed] == trace.names.index(name)]
-        for step in range(len(trace.steps)):
-            in_step = rows[host.step[rows] == step]
-            own[in_step] = _by_ordinal(in_step, host.forward[in_step] < 0, found)
-    line = np.where(seen >= 0, own[seen], -1)
+    rows = np.flatnonzero(chosen)
+    rows = rows[np.lexsort((host.start_ns[rows], host.step[rows], host.name[rows]))]
+    edges = np.flatnonzero(np.diff(host.name[rows]) | np.diff(host.step[rows])) + 1
+    for group in np.split(rows, edges) if len(rows) else []:
+        found = calls[trace.names[host.name[group[0]]]]
+        own[group] = _by_ordinal(seen[group] == group, host.forward[group] < 0, found)
+    line = np.where((own < 0) & (seen >= 0), own[seen], own)
     line = _from_first_child(line, seen, host.parent)
     forward = np.where(host.forward >= 0, line[host.forward], -1)
     return np.where(forward >= 0, forward, line)
@@ -60,15 +58,18 @@ def _outermost(chosen: Bools, parent: Ints) -> Ints:
     return np.array(found, np.int64)
 
 
-def _by_ordinal(rows: Ints, is_forward: Bools, found: list[int]) -> Ints:
-    """The logged line of each row by its ordinal, or the most frequent one if the counts disagree."""
-    if len(rows) == len(found):
-        return np.array(found, np.int64)
+def _by_ordinal(exposed: Bools, is_forward: Bools, found: list[int]) -> Ints:
+    """Lines for one operator's calls in one step, in order; -1 for calls inside other seen ones.
+
+    The log holds the exposed calls, or only those of the forward pass if it stops at the autograd thread, or all calls
+    if it names the operator wherever it occurs. The first of these that counts as many calls as the log is taken.
+    """
     known = Counter(line for line in found if line >= 0)
-    lines = np.full(len(rows), known.most_common(1)[0][0] if known else -1, np.int64)
-    # A log that stops at the autograd thread still lines up in the forward part.
-    if int(is_forward.sum()) == len(found):
-        lines[is_forward] = found
+    lines = np.where(exposed, known.most_common(1)[0][0] if known else -1, -1)
+    for candidates in (exposed, exposed & is_forward, np.ones(len(exposed), bool)):
+        if int(candidates.sum()) == len(found):
+            lines[candidates] = found
+            break
     return lines
 
 

@@ -23,6 +23,9 @@ FREE_NS = 5_000
 # Host work between a wait and the next launch that the device can still absorb: about one launch.
 RESUME_NS = 10_000
 
+# Stands for reads and waits outside all operators, such as torch.cuda.synchronize.
+_EXPLICIT = ""
+
 _Key = tuple[int, str, bool, bool]
 
 
@@ -207,13 +210,19 @@ def _match(lines: LineLog, found: list[Wait], counted_steps: int) -> tuple[dict[
 
 
 def _pairs_by_operator(watched: list[list[HostRead]], found: list[Wait]) -> list[tuple[HostRead, Wait]]:
-    pairs: list[tuple[HostRead, Wait]] = []
-    for op in {read.op for reads in watched for read in reads}:
-        asked = [read for read in watched[0] if read.op == op]
-        given = [wait for wait in found if op in wait.operators or op == wait.call]
-        if len(asked) == len(given):
-            pairs += zip(asked, given, strict=True)
-    return pairs
+    asked: dict[str, list[HostRead]] = defaultdict(list)
+    for read in watched[0] if watched else []:
+        asked[read.op if "::" in read.op else _EXPLICIT].append(read)
+    given: dict[str, list[Wait]] = defaultdict(list)
+    for wait in found:
+        # The outermost operator that the log names is the one that the program called.
+        given[next((op for op in reversed(wait.operators) if op in asked), _EXPLICIT)].append(wait)
+    return [
+        pair
+        for op, reads in asked.items()
+        if len(reads) == len(given[op])
+        for pair in zip(reads, given[op], strict=True)
+    ]
 
 
 def _from_trace(found: list[Wait], steps: int) -> list[Stall]:
