@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Tolerance
 
-from . import _pointer_table
+from . import _pointer_table, _shared
 from ._pointer_table import Launch
 
 
@@ -96,7 +96,7 @@ def _advance_kernel(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _update(  # type: ignore[no-untyped-def]
     param, grad, exp_avg, exp_avg_sq, offsets, mask, factors, beta1_complement, beta2, beta2_complement, eps,
-    LOAD_POLICY: tl.constexpr, STORE_MODIFIER: tl.constexpr,
+    LOAD_POLICY: tl.constexpr, STORE_MODIFIER: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Updates one tensor, whose factors [3] are given, at offsets [BLOCK] where mask [BLOCK] allows it."""
     g = tl.load(grad + offsets, mask=mask, eviction_policy=LOAD_POLICY).to(tl.float32)
@@ -109,6 +109,8 @@ def _update(  # type: ignore[no-untyped-def]
     m += (g - m) * beta1_complement
     v = v * beta2 + g * g * beta2_complement
     p = p * decay - step_size * (m / (tl.sqrt(v) * inverse_root + eps))
+    if INTERPRETED and param.dtype.element_ty == tl.bfloat16:
+        p = _shared.nearest_bfloat16(p)
     tl.store(exp_avg + offsets, m, mask=mask, cache_modifier=STORE_MODIFIER)
     tl.store(exp_avg_sq + offsets, v, mask=mask, cache_modifier=STORE_MODIFIER)
     tl.store(param + offsets, p.to(param.dtype.element_ty), mask=mask, cache_modifier=STORE_MODIFIER)
@@ -118,7 +120,7 @@ def _update(  # type: ignore[no-untyped-def]
 def _update_kernel(  # type: ignore[no-untyped-def]
     chunks, table, factors, ok, beta1_complement, beta2, beta2_complement, eps,
     TENSOR_BITS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
-    LOAD_POLICY: tl.constexpr, STORE_MODIFIER: tl.constexpr,
+    LOAD_POLICY: tl.constexpr, STORE_MODIFIER: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program handles one block of one tensor, named by its entry of chunks [C]; grid is C.
 
@@ -148,14 +150,14 @@ def _update_kernel(  # type: ignore[no-untyped-def]
         _update(
             tl.multiple_of(param + start, WIDTH), tl.multiple_of(grad + start, WIDTH),
             tl.multiple_of(exp_avg + start, 16), tl.multiple_of(exp_avg_sq + start, 16), tl.arange(0, BLOCK), None,
-            factors, beta1_complement, beta2, beta2_complement, eps, LOAD_POLICY, STORE_MODIFIER,
+            factors, beta1_complement, beta2, beta2_complement, eps, LOAD_POLICY, STORE_MODIFIER, INTERPRETED,
         )  # fmt: skip
     else:
         for first in range(start, min(start + BLOCK, count), THREADS):
             offsets = first + tl.arange(0, THREADS)
             _update(
                 param, grad, exp_avg, exp_avg_sq, offsets, offsets < count,
-                factors, beta1_complement, beta2, beta2_complement, eps, LOAD_POLICY, STORE_MODIFIER,
+                factors, beta1_complement, beta2, beta2_complement, eps, LOAD_POLICY, STORE_MODIFIER, INTERPRETED,
             )  # fmt: skip
 
 
@@ -164,6 +166,7 @@ CACHED_ELEMENTS = 2**21
 CACHED = Launch(block=1024, warps=4)
 STREAMED = Launch(block=2048, warps=8, load_policy="evict_first", store_modifier=".cs")
 ADVANCE_BLOCK = 128
+INTERPRETED = not isinstance(_update_kernel, triton.JITFunction)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
@@ -205,12 +208,15 @@ def fused_adamw(
     """
     arguments = (params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decay, beta1, beta2, eps, ok)
     # The dispatcher takes longer over 4 x 401 tensors than all the rest, so it is asked only if someone watches.
-    watched = is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    if torch.compiler.is_compiling() or watched:
+    if torch.compiler.is_compiling() or _watched():
         with torch.no_grad():
             torch.ops.kernbench.fused_adamw.default(*arguments)
     else:
         _launch(*arguments)
+
+
+def _watched() -> bool:
+    return is_in_torch_dispatch_mode() or bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
 
 
 def _launch(
@@ -240,7 +246,7 @@ def _launch(
             _update_kernel[(len(part.chunks),)](
                 part.chunks, table.rows, table.scratch, ok, 1 - beta1, beta2, 1 - beta2, eps,
                 _pointer_table.TENSOR_BITS, TRITON_DTYPES[part.dtype], launch.block, 32 * launch.warps,
-                launch.load_policy, launch.store_modifier, num_warps=launch.warps,
+                launch.load_policy, launch.store_modifier, INTERPRETED, num_warps=launch.warps,
             )  # fmt: skip
     torch.autograd.graph.increment_version(params)
 
@@ -256,7 +262,7 @@ def _log2(beta: float) -> float:
 
 def _check_state(params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> None:
     device = params[0].device
-    if device.type != "cuda" and isinstance(_update_kernel, triton.JITFunction):
+    if device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             f"fused_adamw got tensors on {device}; without CUDA set TRITON_INTERPRET=1 before importing it"
         )

@@ -1,0 +1,441 @@
+"""The fused AdamW against torch.optim.AdamW and a float64 oracle: interpreted, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kernbench import device, registry
+from kernbench.spec import Inputs
+
+DEVICE = device.resolve("auto")
+SPEC = registry.kernel("fused_adamw").declaration
+RAGGED = next(case for case in SPEC.cases if case.name == "ragged")
+STATE = ("params", "exp_avgs", "exp_avg_sqs")
+HYPER: dict[str, Any] = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+SIZES = [(), (0,), (1,), (17,), (61, 61)]
+
+
+def kernel_module() -> ModuleType:
+    return sys.modules[SPEC.optimized.__module__]
+
+
+def copied(inputs: Inputs) -> Inputs:
+    return {name: _mapped(value, Tensor.clone) for name, value in inputs.items()}
+
+
+def in_float64(inputs: Inputs) -> Inputs:
+    return {
+        name: _mapped(value, lambda x: x.double() if x.is_floating_point() else x) for name, value in inputs.items()
+    }
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    if isinstance(value, list):
+        return [change(item) for item in value]
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def flat(inputs: Inputs, name: str) -> Tensor:
+    return torch.cat([tensor.reshape(-1).double() for tensor in inputs[name]])
+
+
+def bits(inputs: Inputs) -> list[bytes]:
+    return [
+        tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        for name in (*STATE, "steps")
+        for tensor in (inputs[name] if isinstance(inputs[name], list) else [inputs[name]])
+    ]
+
+
+def fresh(sizes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
+    """Parameters before their first update, all with one learning rate, as torch.optim.AdamW knows it."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    params = [torch.randn(size, device=DEVICE, generator=generator).to(dtype) for size in sizes]
+    return {
+        "params": params,
+        "grads": [torch.randn(size, device=DEVICE, generator=generator).to(dtype) for size in sizes],
+        "exp_avgs": [torch.zeros(size, device=DEVICE) for size in sizes],
+        "exp_avg_sqs": [torch.zeros(size, device=DEVICE) for size in sizes],
+        "steps": torch.zeros(len(sizes), device=DEVICE),
+        "lrs": torch.full((len(sizes),), 1e-3, device=DEVICE),
+        "ok": torch.tensor(True, device=DEVICE),
+        **HYPER,
+    }
+
+
+def torch_adamw(params: list[Tensor]) -> torch.optim.AdamW:
+    copies = [nn.Parameter(param.clone()) for param in params]
+    betas = (HYPER["beta1"], HYPER["beta2"])
+    return torch.optim.AdamW(copies, lr=1e-3, betas=betas, eps=HYPER["eps"], weight_decay=HYPER["weight_decay"])
+
+
+def torch_step(optimizer: torch.optim.AdamW, grads: list[Tensor]) -> None:
+    for param, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+        param.grad = grad.to(param.dtype, copy=True)
+    optimizer.step()
+
+
+def torch_state(optimizer: torch.optim.AdamW) -> Inputs:
+    params = optimizer.param_groups[0]["params"]
+    return {
+        "params": [param.detach() for param in params],
+        "exp_avgs": [optimizer.state[param]["exp_avg"] for param in params],
+        "exp_avg_sqs": [optimizer.state[param]["exp_avg_sq"] for param in params],
+        "steps": torch.stack([optimizer.state[param]["step"].to(DEVICE) for param in params]),
+    }
+
+
+@pytest.mark.parametrize("updates", [1, 10, 100])
+def test_follows_torch_adamw_as_closely_as_float32_allows(updates: int) -> None:
+    inputs = fresh([(17,), (127, 3)])
+    peer = torch_adamw(inputs["params"])
+    oracle = torch_adamw([param.double() for param in inputs["params"]])
+    for update in range(updates):
+        SPEC.optimized(**inputs)
+        torch_step(peer, inputs["grads"])
+        torch_step(oracle, inputs["grads"])
+        assert SPEC.next_inputs is not None
+        SPEC.next_inputs(inputs, update)
+    eager, exact = torch_state(peer), torch_state(oracle)
+    for name in STATE:
+        truth = flat(exact, name)
+        floor = 4 * torch.finfo(torch.float32).eps * truth.square().mean().sqrt()
+        allowed = 2 * (flat(eager, name) - truth).abs().max() + floor
+        assert (flat(inputs, name) - truth).abs().max() <= allowed, name
+    assert torch.equal(inputs["steps"], eager["steps"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [case for case in SPEC.cases if not case.large], ids=lambda case: case.name)
+def test_error_is_bounded_by_that_of_the_reference(case: Any, dtype: torch.dtype) -> None:
+    ours = SPEC.make_inputs(case, dtype, DEVICE, 0)
+    eager, oracle = copied(ours), in_float64(ours)
+    SPEC.optimized(**ours)
+    SPEC.reference(**eager)
+    SPEC.reference(**oracle)
+    for name in STATE:
+        truth = flat(oracle, name)
+        eps = torch.finfo(ours[name][0].dtype).eps
+        allowed = 2 * (flat(eager, name) - truth).abs().max() + 4 * eps * truth.square().mean().sqrt()
+        assert (flat(ours, name) - truth).abs().max() <= allowed, name
+    assert torch.equal(ours["steps"], eager["steps"])
+
+
+def test_bfloat16_parameters_round_once_and_keep_float32_state() -> None:
+    ours = SPEC.make_inputs(RAGGED, torch.bfloat16, DEVICE, 3)
+    reference = copied(ours)
+    for _ in range(4):
+        SPEC.optimized(**ours)
+        SPEC.reference(**reference)
+    assert {tensor.dtype for tensor in ours["exp_avgs"]} == {torch.float32}
+    gap = (flat(ours, "params") - flat(reference, "params")).abs()
+    assert (gap <= torch.finfo(torch.bfloat16).eps * flat(reference, "params").abs() + 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("update", [SPEC.optimized, SPEC.reference], ids=["optimized", "reference"])
+def test_nothing_changes_unless_ok(update: Any, dtype: torch.dtype) -> None:
+    inputs = SPEC.make_inputs(RAGGED, dtype, DEVICE, 0)
+    for grad in inputs["grads"]:
+        grad.fill_(float("nan"))
+    before = bits(inputs)
+    update(**{**inputs, "ok": torch.tensor(False, device=DEVICE)})
+    assert bits(inputs) == before
+    update(**inputs)
+    assert bits(inputs) != before
+
+
+def test_every_tensor_has_its_own_step_count_and_learning_rate() -> None:
+    ours = fresh([(5,), (5,), (5,)])
+    ours["steps"].copy_(torch.tensor([0.0, 7.0, 100_000.0]))
+    ours["lrs"].copy_(torch.tensor([1e-3, 0.0, 1e-2]))
+    oracle = in_float64(ours)
+    SPEC.optimized(**ours)
+    SPEC.reference(**oracle)
+    assert ours["steps"].tolist() == [1.0, 8.0, 100_001.0]
+    for mine, truth in zip(ours["params"], oracle["params"], strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("column", ["params", "grads", "exp_avgs", "exp_avg_sqs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views_at_unaligned_addresses(column: str, dtype: torch.dtype) -> None:
+    size = 2 * kernel_module().CACHED.block + 3
+    ours = SPEC.make_inputs(RAGGED, dtype, DEVICE, 0)
+    for name in (*STATE, "grads"):
+        like = dtype if name in ("params", "grads") else torch.float32
+        ours[name] = [torch.rand(size, device=DEVICE).to(like)]
+    ours["steps"], ours["lrs"] = ours["steps"][:1].clone(), ours["lrs"][:1].clone()
+    base = torch.zeros(size + 2, dtype=ours[column][0].dtype, device=DEVICE)
+    base[1:-1] = ours[column][0]
+    reference = copied(ours)
+    ours[column] = [base[1:-1]]
+    SPEC.optimized(**ours)
+    SPEC.reference(**reference)
+    for name in STATE:
+        torch.testing.assert_close(ours[name], reference[name])
+    assert base[0] == 0
+    assert base[-1] == 0
+
+
+def test_many_tensors_of_both_dtypes_share_a_call() -> None:
+    ours = fresh([(3, 5)] * 130)
+    ours["params"][1::2] = [param.bfloat16() for param in ours["params"][1::2]]
+    ours["grads"][1::2] = [grad.bfloat16() for grad in ours["grads"][1::2]]
+    reference = copied(ours)
+    SPEC.optimized(**ours)
+    SPEC.reference(**reference)
+    for name in STATE:
+        torch.testing.assert_close(ours[name], reference[name])
+    assert ours["steps"].tolist() == [1.0] * 130
+
+
+def test_no_parameters_and_empty_parameters() -> None:
+    SPEC.optimized(**fresh([]))
+    empty = fresh([(0,), (0, 4)])
+    SPEC.optimized(**empty)
+    assert empty["steps"].tolist() == [1.0, 1.0]
+
+
+def test_gradients_that_move_are_found() -> None:
+    ours = fresh(SIZES)
+    reference = copied(ours)
+    old = ours["grads"]
+    for update in range(3):
+        ours["grads"] = [torch.full_like(grad, update + 1.0) for grad in old]
+        reference["grads"] = ours["grads"]
+        SPEC.optimized(**ours)
+        SPEC.reference(**reference)
+    for name in STATE:
+        torch.testing.assert_close(ours[name], reference[name])
+
+
+def test_parameter_whose_data_is_replaced_is_found() -> None:
+    ours = fresh([(9,)])
+    ours["params"] = [nn.Parameter(ours["params"][0])]
+    SPEC.optimized(**ours)
+    moved = torch.ones(9, device=DEVICE)
+    ours["params"][0].data = moved
+    SPEC.optimized(**ours)
+    assert (moved != 1).all()
+
+
+def test_another_tensor_at_a_known_address_is_checked_anew() -> None:
+    memory = {name: torch.zeros(16, device=DEVICE) for name in (*STATE, "grads")}
+    for size, dtype in ((5, torch.float32), (7, torch.float32), (7, torch.bfloat16)):
+        ours = fresh([(size,)], dtype)
+        for name, block in memory.items():
+            ours[name] = [block.view(ours[name][0].dtype)[:size].copy_(ours[name][0])]
+        reference = copied(ours)
+        SPEC.optimized(**ours)
+        SPEC.reference(**reference)
+        torch.testing.assert_close(ours["params"], reference["params"])
+
+
+def test_checkpoints_load_into_torch_adamw_and_back() -> None:
+    inputs = fresh([(17,), (127, 3)])
+    alone = torch_adamw(inputs["params"])
+    ours = torch_adamw(inputs["params"])
+    params = ours.param_groups[0]["params"]
+    for index, param in enumerate(params):
+        step = inputs["steps"][index]
+        ours.state[param] = {
+            "step": step,
+            "exp_avg": inputs["exp_avgs"][index],
+            "exp_avg_sq": inputs["exp_avg_sqs"][index],
+        }
+    inputs["params"] = params
+    for _ in range(10):
+        SPEC.optimized(**inputs)
+        torch_step(alone, inputs["grads"])
+
+    resumed = torch_adamw(params)
+    resumed.load_state_dict(ours.state_dict())
+    torch_step(resumed, inputs["grads"])
+    torch_step(alone, inputs["grads"])
+    torch.testing.assert_close(torch_state(resumed), torch_state(alone), rtol=1e-5, atol=1e-7)
+    assert torch_state(resumed)["steps"].tolist() == [11.0, 11.0]
+
+    inputs |= torch_state(resumed)
+    SPEC.optimized(**inputs)
+    torch_step(alone, inputs["grads"])
+    torch.testing.assert_close(
+        {name: inputs[name] for name in STATE}, {name: torch_state(alone)[name] for name in STATE}, rtol=1e-5, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("name", list(SPEC.peers))
+def test_peers_make_the_same_update(name: str) -> None:
+    ours = fresh([(17,), (61, 61)])
+    theirs = copied(ours)
+    SPEC.optimized(**ours)
+    SPEC.peers[name](**theirs)
+    for key in (*STATE, "steps"):
+        torch.testing.assert_close(ours[key], theirs[key])
+    with pytest.raises(ValueError, match="torch's AdamW has no torch.bfloat16 parameters"):
+        SPEC.peers[name](**fresh([(3,)], torch.bfloat16))
+
+
+def strided(*shape: int) -> Tensor:
+    return torch.zeros(shape[::-1], device=DEVICE).t()
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "message"),
+    [
+        ("params", 0, strided(4, 6), r"contiguous.*number 0 is strided"),
+        ("params", 1, torch.zeros(3, device=DEVICE).half(), r"number 1 is.*float16"),
+        ("exp_avgs", 1, torch.zeros(3, device=DEVICE).bfloat16(), r"exp_avgs number 1.*bfloat16"),
+        ("exp_avg_sqs", 0, torch.zeros(6, 4, device=DEVICE), r"exp_avg_sqs number 0.*\(4, 6\)"),
+        ("grads", 0, strided(4, 6), r"grads number 0.*strided"),
+        ("grads", slice(1), [], r"2 params, 1 grads.*one of each"),
+        ("steps", None, torch.zeros(2, device=DEVICE).long(), r"steps must be.*int64"),
+        ("lrs", None, torch.zeros(1, device=DEVICE), r"lrs must be.*\(2,\)"),
+        ("ok", None, torch.ones(1, device=DEVICE), r"ok must be.*torch.bool"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_nothing_changed(name: str, index: Any, value: Any, message: str) -> None:
+    inputs = fresh([(4, 6), (3,)])
+    if index is None:
+        inputs[name] = value
+    else:
+        inputs[name][index] = value
+    before = bits(inputs)
+    with pytest.raises(ValueError, match=message):
+        SPEC.optimized(**inputs)
+    assert bits(inputs) == before
+
+
+def test_operator_survives_tracing_and_torch_compile() -> None:
+    inputs = fresh([(17,), (5, 3)])
+    torch.library.opcheck(
+        torch.ops.kernbench.fused_adamw.default,
+        tuple(inputs[name] for name in (*_argument_names(), "ok")),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    reference = copied(inputs)
+    compiled = torch.compile(SPEC.optimized, backend="aot_eager", fullgraph=True)
+    compiled(**inputs)
+    SPEC.reference(**reference)
+    torch.testing.assert_close(
+        {name: inputs[name] for name in (*STATE, "steps")}, {name: reference[name] for name in (*STATE, "steps")}
+    )
+
+
+def _argument_names() -> tuple[str, ...]:
+    return (*("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "lrs"), *HYPER)
+
+
+def test_a_profile_shows_the_operator_by_name() -> None:
+    inputs = fresh([(3,)])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        SPEC.optimized(**inputs)
+    assert "kernbench::fused_adamw" in {event.key for event in profile.key_averages()}
+
+
+def test_parameters_count_as_modified_for_autograd() -> None:
+    inputs = fresh([(3,)])
+    param = nn.Parameter(inputs["params"][0])
+    loss = (param * param).sum()
+    SPEC.optimized(**{**inputs, "params": [param]})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.backward(loss)
+
+
+COMPILE = """
+import json, pathlib, re, subprocess, sys, tempfile
+import torch, triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernbench import registry
+
+module = sys.modules[registry.kernel("fused_adamw").declaration.optimized.__module__]
+cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+def compiled(kernel, types, constants, capability, warps):
+    signature = {**types, **dict.fromkeys(constants, "constexpr")}
+    aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(types.values()) if kind[0] == "*"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(built.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\\d+) STACK:(\\d+) .*LOCAL:(\\d+)", usage.stdout + usage.stderr)
+    registers, stack, local = map(int, found.groups())
+    wide = len(re.findall(r"ld\\.global\\S*\\.v4\\.b32", built.asm["ptx"]))
+    return {"registers": registers, "spilled": stack + local, "shared": built.metadata.shared, "wide_loads": wide}
+
+scalars = dict.fromkeys(("beta1_complement", "beta2", "beta2_complement", "eps"), "fp32")
+update = {"chunks": "*i64", "table": "*i64", "factors": "*fp32", "ok": "*i1", **scalars}
+advance = {"steps": "*fp32", "lrs": "*fp32", "ok": "*i1", "factors": "*fp32", "tensors": "i32", "weight_decay": "fp32"}
+results = {}
+for capability in (80, 90, 100):
+    constants = {"LOG2_BETA1": module._log2(0.9), "LOG2_BETA2": module._log2(0.999), "BLOCK": module.ADVANCE_BLOCK}
+    results[f"sm_{capability} advance"] = compiled(module._advance_kernel, advance, constants, capability, 4)
+    for dtype, launch in ((tl.float32, module.CACHED), (tl.float32, module.STREAMED), (tl.bfloat16, module.STREAMED)):
+        constants = {
+            "TENSOR_BITS": 24, "DTYPE": dtype, "BLOCK": launch.block, "THREADS": 32 * launch.warps,
+            "LOAD_POLICY": launch.load_policy, "STORE_MODIFIER": launch.store_modifier, "INTERPRETED": False,
+        }
+        name = f"sm_{capability} {dtype} {launch}"
+        results[name] = compiled(module._update_kernel, update, constants, capability, launch.warps)
+print(json.dumps(results))
+"""
+
+
+def test_compiles_for_three_targets_with_wide_loads_and_without_spills() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert len(results) == 3 * 4
+    for name, result in results.items():
+        assert result["spilled"] == 0, (name, result)
+        assert result["shared"] == 0, (name, result)
+        # 64 registers leave room for 1024 threads on a multiprocessor: enough loads in flight to hide the latency.
+        assert result["registers"] <= 64, (name, result)
+        if "advance" not in name:
+            assert result["wide_loads"] >= 4, (name, result)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_repeats_the_update_with_gradients_inside_it() -> None:
+    ours = fresh(SIZES)
+    reference = copied(ours)
+    SPEC.optimized(**ours)
+    SPEC.reference(**reference)
+    scale = torch.ones((), device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inside = {**ours, "grads": [grad * scale for grad in ours["grads"]]}
+        SPEC.optimized(**inside)
+    for factor in (1.0, 2.0, 0.5):
+        scale.fill_(factor)
+        graph.replay()
+        SPEC.reference(**{**reference, "grads": [grad * factor for grad in reference["grads"]]})
+    SPEC.optimized(**ours)
+    SPEC.reference(**reference)
+    for name in (*STATE, "steps"):
+        torch.testing.assert_close(ours[name], reference[name])
+
+
+@pytest.mark.gpu
+def test_a_capture_without_a_call_before_it_says_what_to_do() -> None:
+    inputs = fresh([(5,)])
+    SPEC.optimized(**fresh([(6,)]))
+    with (
+        pytest.raises(RuntimeError, match="once outside of the CUDA graph capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        SPEC.optimized(**inputs)
