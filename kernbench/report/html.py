@@ -48,6 +48,7 @@ def render(record: Record) -> str:
             kind=sentences.kind_in_words(record),
             workload=sentences.workload_of(record),
             chips=_chips(record),
+            ending=sentences.ending(record),
             machine=machine.environment_rows(record.environment),
             ceilings=machine.ceiling_rows(record.environment),
             clocks=machine.clock_rows(machine.clocks_of(record)),
@@ -142,6 +143,7 @@ def _bench(record: BenchRecord) -> dict[str, Any]:
                 "rows": rows,
                 "fastest": sentences.fastest(rows),
                 "columns": _bench_columns(rows),
+                "caches": sorted({row.cache for row in rows if row.cache}),
                 "plot": plots.implementations(rows, name) if len(timed) > 1 else None,
             }
         )
@@ -153,7 +155,7 @@ def _bench_columns(rows: Sequence[BenchResult]) -> set[str]:
     """The optional columns for which some row has a figure."""
     optional = (
         "speedup", "bytes_per_second", "flops_per_second", "share_of_roof", "units_per_second", "launches_per_step",
-        "syncs_per_step", "cache",
+        "syncs_per_step",
     )  # fmt: skip
     return {name for name in optional if any(getattr(row, name) for row in rows)}
 
@@ -172,23 +174,33 @@ def _tone(record: Record) -> Tone:
 
 
 def _chips(record: Record) -> list[Chip]:
+    chips = _outcome(record)
+    workload = sentences.workload_of(record)
+    if workload is not None:
+        phases = sentences.phases_in_words(workload)
+        on_top = f"on top of {phases}" if isinstance(record, SwapRecord) else f"{phases} in place"
+        chips += [Chip(f"preset {workload.preset}"), Chip(workload.dtype), Chip(on_top)]
+    chips.append(Chip(record.environment.device.name))
+    if record.git is not None and record.git.dirty:
+        chips.append(Chip("uncommitted changes", "warn"))
+    return chips
+
+
+def _outcome(record: Record) -> list[Chip]:
+    """What came of the run, and its status where that is not "complete"."""
     chips = []
     match record:
         case SwapRecord(verdict=verdict) if verdict is not None:
             chips.append(Chip(*sentences.DECISIONS.get(verdict.decision, (verdict.decision, "neutral"))))
         case ParityRecord(results=results) if results:
-            passed = all(result.passed for result in results)
-            chips.append(Chip("passed", "good") if passed else Chip("failed", "bad"))
+            chips.append(Chip("passed", "good") if _tone(record) == "good" else Chip("failed", "bad"))
+        case CompareRecord(ratio=ratio) if ratio is not None:
+            text = {"good": "faster", "bad": "slower"}.get(_tone(record), "no change shown")
+            chips.append(Chip(text, _tone(record)))
         case _:
             pass
     if record.status != "complete":
         chips.append(Chip(*sentences.STATUSES.get(record.status, (record.status, "neutral"))))
-    workload = sentences.workload_of(record)
-    if workload is not None:
-        chips += [Chip(f"preset {workload.preset}"), Chip(workload.dtype), Chip(sentences.phases_in_words(workload))]
-    chips.append(Chip(record.environment.device.name))
-    if record.git is not None and record.git.dirty:
-        chips.append(Chip("uncommitted changes", "warn"))
     return chips
 
 
@@ -212,15 +224,14 @@ def _templates() -> jinja2.Environment:
         "seconds_range": units.seconds_range,
         "times_range": units.times_range,
         "units_rate": units.units_rate,
-        "units_range": units.units_range,
         "stall_class": sentences.stall_class,
         "waiting": sentences.waiting,
+        "evidence_apart": sentences.evidence_apart,
         "headline_of": sentences.headline,
         "kind_of": sentences.kind_in_words,
         "workload_of": sentences.workload_of,
         "phases_of": sentences.phases_in_words,
-        "tone_of": _tone,
-        "statuses": sentences.STATUSES,
+        "chips_of": _chips,
         "top_stalls": TOP_STALLS,
         "top_hotspots": TOP_HOTSPOTS,
     }

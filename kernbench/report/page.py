@@ -22,7 +22,7 @@ from kernbench.report import units
 from kernbench.report.sentences import Tone, difference, step_time
 
 BUSY_LOOKS, IDLE_LOOKS = 6, 3
-RAW_LIMIT_BYTES = 500_000
+RAW_LIMIT_BYTES = 200_000
 
 
 @dataclass(frozen=True)

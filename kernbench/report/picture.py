@@ -129,7 +129,8 @@ def _ticks(end: float) -> list[Tick]:
     power = 10.0 ** math.floor(math.log10(end / 4))
     spacing = max(power * factor for factor in (1, 2, 5) if power * factor <= end / 4)
     unit, name = units.time_unit(end)
-    last = int(end / spacing * (1 - 1e-9))
+    # A label in the last tenth would stick out on a phone.
+    last = int(0.9 * end / spacing)
     return [
         Tick(round(100 * index * spacing / end, 2), f"{index * spacing / unit:g} {name}" if index else "0")
         for index in range(last + 1)

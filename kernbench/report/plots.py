@@ -104,7 +104,9 @@ def implementations(rows: Sequence[BenchResult], name: str) -> Plot:
 
     def chart(alt: Any, width: int) -> Any:
         y = alt.Y("name:N", title=None, sort=None, axis=alt.Axis(labelLimit=130, domain=False, ticks=False))
-        x = alt.X("time:Q", title=f"{unit_name}, less is better", scale=alt.Scale(zero=True))
+        x = alt.X(
+            "time:Q", title=f"{unit_name}, less is better", scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5)
+        )
         bars = _values(alt, values).mark_bar(color=ACCENT, height=11, opacity=0.85).encode(x=x, y=y)
         whiskers = _values(alt, values).mark_rule(color=INK, strokeWidth=1.5).encode(x=alt.X("low:Q"), x2="high:Q", y=y)
         return alt.layer(bars, whiskers).properties(width=width - 130, height=alt.Step(24))
@@ -132,16 +134,18 @@ def roofline(rows: Sequence[BenchResult], ceilings: Ceilings) -> Plot | None:
     def chart(alt: Any, width: int) -> Any:
         log = alt.Scale(type="log", nice=False)
         sparse = {"tickCount": 5, "format": "~s"}
-        x = alt.X("intensity:Q", title="flops per byte", scale=log, axis=alt.Axis(**sparse))
+        x = alt.X("intensity:Q", title="flops per byte", scale=log, axis=alt.Axis(tickCount=5, format="~g"))
         y = alt.Y("rate:Q", title="FLOP/s", scale=alt.Scale(type="log"), axis=alt.Axis(**sparse))
         lines = _values(alt, roofs).mark_line(color=MUTED, strokeWidth=1.5).encode(x=x, y=y, detail="roof:N")
-        ends = [roof for roof in roofs if roof["intensity"] == high]
-        names = (
-            _values(alt, ends).mark_text(align="right", dy=-7, color=MUTED, fontSize=11).encode(x=x, y=y, text="roof:N")
+        written = {"dy": -7, "color": MUTED, "fontSize": 11}
+        flat = _values(alt, [roof for roof in roofs[2:] if roof["intensity"] == high]).mark_text(
+            align="right", **written
         )
+        sloped = _values(alt, roofs[:1]).mark_text(align="left", **written)
         shape = alt.Shape("name:N", title=None, legend=alt.Legend(orient="bottom", columns=2 if width < WIDE else 5))
         dots = _values(alt, points).mark_point(size=55, color=ACCENT, filled=False, strokeWidth=1.8)
-        return alt.layer(lines, names, dots.encode(x=x, y=y, shape=shape)).properties(width=width, height=HEIGHT + 60)
+        names = [text.encode(x=x, y=y, text="roof:N") for text in (flat, sloped)]
+        return alt.layer(lines, *names, dots.encode(x=x, y=y, shape=shape)).properties(width=width, height=HEIGHT + 60)
 
     return _draw(label, chart)
 
@@ -166,7 +170,7 @@ def _styled(chart: Any) -> Any:
         "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "gridOpacity": 0.7,
     }  # fmt: skip
     return (
-        chart.properties(background="transparent", padding={"left": 0, "right": 4, "top": 6, "bottom": 0})
+        chart.properties(background="transparent", padding={"left": 8, "right": 8, "top": 6, "bottom": 0})
         .configure_view(stroke=None)
         .configure_axis(**axis)
         .configure_axisX(grid=False)

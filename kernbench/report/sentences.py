@@ -5,6 +5,7 @@ Shared by the HTML report and the terminal. Nothing is measured or decided here.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from kernbench.record import (
     ProfileRecord,
     Ratio,
     Record,
+    SourceLine,
     Stall,
     SwapRecord,
     WorkloadInfo,
@@ -91,9 +93,9 @@ def waiting(stalls: Sequence[Stall]) -> list[Stall]:
     return [stall for stall in stalls if stall.klass != "cpu-tensor"]
 
 
-def place(stall: Stall) -> str:
-    """Where a stall is, short enough for a sentence: "optimizer.py:88"."""
-    return f"{stall.file.rsplit('/', 1)[-1]}:{stall.line}"
+def place(where: Stall | SourceLine) -> str:
+    """A source line, short enough for a sentence: "optimizer.py:88"."""
+    return f"{where.file.rsplit('/', 1)[-1]}:{where.line}"
 
 
 def stall_class(stall: Stall) -> str:
@@ -151,7 +153,7 @@ def stall_clause(record: ProfileRecord) -> str:
 
 def swap_headline(record: SwapRecord) -> str:
     """Decision, phase, before → after, interval and rounds."""
-    title = f"phase {record.phase.number} ({record.phase.title})"
+    title = f"phase {record.phase.number}, {record.phase.title}"
     if record.verdict is None:
         return unfinished(record, f"No verdict on {title}")
     decision = DECISIONS.get(record.verdict.decision, (record.verdict.decision, "neutral"))[0]
@@ -281,19 +283,25 @@ def compare_headline(record: CompareRecord) -> str:
     return f"{text}."
 
 
-def unfinished(record: Header, what: str) -> str:
-    """A sentence for a run without its result: what is missing, and which stage ended it."""
+def ending(record: Header) -> str:
+    """How a run that is not complete ended: "the run was interrupted in stage trace"; empty for a complete one."""
+    if record.status == "complete":
+        return ""
     ended = next((stage for stage in record.stages if stage.status in ("failed", "interrupted")), None)
     if ended is None:
-        return f"{what}: the run is {STATUSES.get(record.status, (record.status, 'neutral'))[0]}."
-    reason = f": {ended.message}" if ended.message else ""
-    return (
-        f"{what}: stage {ended.name} {'failed' if ended.status == 'failed' else 'was interrupted'}{_sentence(reason)}"
-    )
+        return f"the run is {STATUSES.get(record.status, (record.status, 'neutral'))[0]}"
+    outcome = "failed" if ended.status == "failed" else "was interrupted"
+    return f"the run {outcome} in stage {ended.name}{f': {ended.message}' if ended.message else ''}"
+
+
+def unfinished(record: Header, what: str) -> str:
+    """A sentence for a run without its result: what is missing, and how the run ended."""
+    how = ending(record)
+    return _sentence(f"{what}; {how}" if how else what)
 
 
 def difference(before: float | None, after: float | None, unit: str) -> tuple[str, Tone]:
-    """A signed change in words: ("17.2 ms less (19 %)", "good").
+    """A signed change in words: ("▼ 17.2 ms less (19 %)", "good").
 
     Args:
         unit: "seconds", "bytes" or "count", where less is better; any other one is a rate, where more is.
@@ -302,23 +310,32 @@ def difference(before: float | None, after: float | None, unit: str) -> tuple[st
         return "", "neutral"
     if before == after:
         return "the same", "neutral"
-    size = abs(after - before)
+    size, less = abs(after - before), after < before
     shown = {"seconds": units.seconds, "bytes": units.size, "count": units.count}.get(unit)
     amount = shown(size) if shown else f"{units.number(size)} {unit}"
     relative = f" ({units.share(size / before)})" if before > 0 else ""
-    better = (after < before) == (shown is not None)
-    return f"{amount} {'less' if after < before else 'more'}{relative}", "good" if better else "bad"
+    word = ("fewer" if unit == "count" else "less") if less else "more"
+    return f"{'▼' if less else '▲'} {amount} {word}{relative}", "good" if less == (shown is not None) else "bad"
 
 
 def phases_in_words(workload: WorkloadInfo) -> str:
-    """Which phases are in place: "phases 0, 1 (triton)" or "no phase in place"."""
+    """Which phases are in place: "phases 0, 1 (triton)" or "no phase"."""
     if not workload.phases:
-        return "no phase in place"
+        return "no phase"
     named = []
     for number in workload.phases:
         implementation = workload.implementations.get(str(number), "")
         named.append(f"{number} ({implementation})" if implementation else str(number))
     return f"phase{'s' if len(named) > 1 else ''} {', '.join(named)}"
+
+
+def evidence_apart(sentence: str) -> list[tuple[str, bool]]:
+    """A sentence in pieces for a page: bracketed ones marked True, to be set lighter; figures keep their unit."""
+    unbroken = re.sub(r"(?<=\d) (?=(?:s|ms|µs|ns|%)(?!\w))", "\N{NO-BREAK SPACE}", sentence).replace(
+        "–", "–\N{WORD JOINER}"
+    )
+    pieces = re.split(r"(\([^()]*\))", unbroken)
+    return [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece]
 
 
 def kind_in_words(record: Record) -> str:

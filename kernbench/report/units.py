@@ -76,11 +76,6 @@ def units_rate(value: float, unit: str) -> str:
     return f"{number(value)} {unit}/s"
 
 
-def units_range(interval: tuple[float, float], unit: str) -> str:
-    """An interval of a throughput: "10,900–11,300 tokens/s"."""
-    return f"{number(interval[0])}–{number(interval[1])} {unit}/s"
-
-
 def count(value: float | None) -> str:
     """A count per step: whole numbers as such ("1,204"), others with their fraction ("6.5")."""
     if value is None:
