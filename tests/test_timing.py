@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import statistics
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -52,25 +52,30 @@ def test_the_collector_is_restored_after_a_failed_step_and_stays_off_where_it_wa
         gc.enable()
 
 
-def test_the_timer_costs_less_than_two_percent_of_a_bare_loop() -> None:
+def test_the_timer_costs_less_than_two_percent_of_a_bare_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+
     def step(_: int) -> None:
         busy(2e-4)
 
     def bare() -> float:
         start = time.perf_counter()
-        for index in range(20):
+        for index in range(5):
             step(index)
         return time.perf_counter() - start
 
     def harness() -> float:
-        return sum(bench.time_steps(step, first=0, count=20, device=CPU))
+        return sum(bench.time_steps(step, first=0, count=5, device=CPU))
 
     def block() -> float:
-        return 20 * bench.timed_block(step, first=0, count=20, device=CPU)
+        return 5 * bench.timed_block(step, first=0, count=5, device=CPU)
 
-    rounds = [(bare(), harness(), block()) for _ in range(15)]
-    assert statistics.median(timed / loop for loop, timed, _ in rounds) == pytest.approx(1, abs=0.02)
-    assert statistics.median(timed / loop for loop, _, timed in rounds) == pytest.approx(1, abs=0.02)
+    # The shortest of many interleaved millisecond repeats, as another process may take the core away in most of them.
+    loop, timed, blocked = (
+        min(repeats) for repeats in zip(*((bare(), harness(), block()) for _ in range(60)), strict=True)
+    )
+    assert timed == pytest.approx(loop, rel=0.02)
+    assert blocked == pytest.approx(loop, rel=0.02)
 
 
 @pytest.fixture
@@ -176,18 +181,25 @@ def test_an_interrupt_gets_through() -> None:
     assert gc.isenabled()
 
 
-def test_a_planted_two_percent_is_found_and_identical_arms_show_nothing() -> None:
-    def arm(seconds: float) -> Callable[[int], float]:
-        return lambda number: bench.timed_block(lambda _: busy(seconds), first=number * 5, count=5, device=CPU)
+def test_a_planted_two_percent_is_found_and_identical_arms_show_nothing(clock: Callable[[float], None]) -> None:
+    noise = random.Random(0)
 
-    slow, quick = 2.04e-4, 2e-4
-    arms, _, _ = bench.interleave({"before": arm(slow), "after": arm(quick), "again": arm(slow)}, rounds=40)
+    def arm(seconds: float) -> Callable[[int], float]:
+        def block(number: int) -> float:
+            # One figure of noise a block, and a machine that slows down by 30 % over the race.
+            pace = noise.gauss(1, 0.005) * (1 + 0.01 * number)
+            return bench.timed_block(lambda _: clock(pace * seconds), first=number * 5, count=5, device=CPU)
+
+        return block
+
+    arms, _, _ = bench.interleave({"before": arm(1.02), "after": arm(1.0), "again": arm(1.02)}, rounds=30)
     seconds = {one.name: one.seconds for one in arms}
     ratio = paired_ratio(seconds["before"], seconds["after"], seconds["again"], steps_per_round=5)
-    assert ratio.median == pytest.approx(1.02, abs=0.01)
+    assert ratio.median == pytest.approx(1.02, abs=0.005)
     assert ratio.low > 1
+    assert ratio.median - 1 > ratio.noise_floor
     assert ratio.a_a is not None
-    assert ratio.a_a[0] - 0.005 <= 1 <= ratio.a_a[1] + 0.005
+    assert ratio.a_a[0] <= 1 <= ratio.a_a[1]
 
 
 @pytest.mark.gpu
