@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -141,7 +142,7 @@ def group_of(
     Raises:
         RuntimeError: the group is new, and a CUDA graph is being captured.
     """
-    tensors = [tensor for column in columns for tensor in column]
+    tensors = list(chain.from_iterable(columns))
     resident = addresses_of(tensors)
     for group in _groups:
         if group.resident == resident and not group.expired:
@@ -182,10 +183,24 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.clone()
 
 
-def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ValueError unless the tensor is contiguous and as said."""
-    if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device) or not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, {dtype} {shape} on {device}; it is {described(tensor)}")
+def check(
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    index: int | None = None,
+) -> None:
+    """Raises ValueError unless the tensor, the one at ``index`` in a list ``name``, is contiguous and as said."""
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+        which = name if index is None else f"{name} number {index}"
+        raise ValueError(f"{which} must be contiguous, {dtype} {tuple(shape)} on {device}; it is {described(tensor)}")
+
+
+def check_each(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
+    """:func:`check` of each tensor against its counterpart in ``like``, but for the dtype if one is given."""
+    for index, (tensor, other) in enumerate(zip(tensors, like, strict=True)):
+        check(name, tensor, other.shape, dtype or other.dtype, other.device, index)
 
 
 def described(tensor: Tensor) -> str:

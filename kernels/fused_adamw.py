@@ -232,7 +232,7 @@ def _launch(
         return
     check_state = partial(_check_state, params, exp_avgs, exp_avg_sqs)
     group = _pointer_table.group_of((params, exp_avgs, exp_avg_sqs), check_state, _launch_for)
-    check_grads = partial(_check_like, "grads", grads, params)
+    check_grads = partial(_pointer_table.check_each, "grads", grads, params)
     if not all(map(Tensor.is_contiguous, grads)):
         check_grads()
     table = group.table(grads, check_grads)
@@ -272,13 +272,8 @@ def _check_state(params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list
                 "fused_adamw takes contiguous float32 or bfloat16 params, all on one device; "
                 f"number {index} is {_pointer_table.described(param)}"
             )
-    _check_like("exp_avgs", exp_avgs, params, torch.float32)
-    _check_like("exp_avg_sqs", exp_avg_sqs, params, torch.float32)
-
-
-def _check_like(name: str, tensors: list[Tensor], params: list[Tensor], dtype: torch.dtype | None = None) -> None:
-    for index, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-        _pointer_table.check(f"{name} number {index}", tensor, tuple(param.shape), dtype or param.dtype, param.device)
+    _pointer_table.check_each("exp_avgs", exp_avgs, params, torch.float32)
+    _pointer_table.check_each("exp_avg_sqs", exp_avg_sqs, params, torch.float32)
 
 
 def _check_vectors(steps: Tensor, lrs: Tensor, ok: Tensor, count: int, device: torch.device) -> None:
