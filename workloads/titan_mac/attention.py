@@ -14,13 +14,13 @@ from .config import TitanConfig
 CONVOLUTION_TAPS = 4
 
 
-def window_mask(positions: int, persistent: int, window: int, device: torch.device) -> Tensor:
-    """Who sees whom, bool [S, S]: all see the persistent columns, persistent rows see nothing else, the other rows see
-    what lies at most ``window`` before them."""
-    index_S = torch.arange(positions, device=device)
-    distance_SS = index_S[:, None] - index_S[None, :]
-    in_window_SS = (distance_SS >= 0) & (distance_SS <= window) & (index_S >= persistent)[:, None]
-    return in_window_SS | (index_S < persistent)[None, :]
+def window_mask(like: Tensor, positions: int, persistent: int, window: int) -> Tensor:
+    """Who sees whom, bool [S, S] beside ``like``: all see the persistent columns, persistent rows see nothing else, the
+    other rows see what lies at most ``window`` before them."""
+    mask_SS = like.new_ones(positions, positions, dtype=torch.bool).tril().triu(-window)
+    mask_SS[:persistent] = False
+    mask_SS[:, :persistent] = True
+    return mask_SS
 
 
 class WindowedAttention(nn.Module):
@@ -31,7 +31,6 @@ class WindowedAttention(nn.Module):
         self.heads = config.heads
         self.persistent = config.persistent
         self.window = config.window
-        self.device = device
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False, device=device, dtype=dtype)
         self.output = nn.Linear(config.width, config.width, bias=False, device=device, dtype=dtype)
         self.masks: dict[int, Tensor] = {}
@@ -41,9 +40,8 @@ class WindowedAttention(nn.Module):
         positions = x_BSD.shape[1]
         q_BHSF, k_BHSF, v_BHSF = (split_heads(part, self.heads) for part in self.qkv(x_BSD).chunk(3, dim=-1))
         if positions not in self.masks:
-            self.masks[positions] = window_mask(positions, self.persistent, self.window, self.device)
-        bias_SS = torch.zeros(positions, positions, dtype=x_BSD.dtype, device=self.device)
-        bias_SS = bias_SS.masked_fill(~self.masks[positions], float("-inf"))
+            self.masks[positions] = window_mask(x_BSD, positions, self.persistent, self.window)
+        bias_SS = x_BSD.new_zeros(positions, positions).masked_fill(~self.masks[positions], float("-inf"))
         mixed_BHSF = functional.scaled_dot_product_attention(q_BHSF, k_BHSF, v_BHSF, attn_mask=bias_SS)
         output: Tensor = self.output(join_heads(mixed_BHSF))
         return output
@@ -62,7 +60,6 @@ class BlockAttention(nn.Module):
         self.persistent = config.persistent
         self.window = config.window
         self.block = config.block
-        self.device = device
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False, device=device, dtype=dtype)
         self.output = nn.Linear(config.width, config.width, bias=False, device=device, dtype=dtype)
         self.convolutions = nn.ModuleList(
@@ -96,18 +93,17 @@ class BlockAttention(nn.Module):
             first = max(kept, start - self.window)
             keys = torch.cat([k_BHSF[:, :, :kept], k_BHSF[:, :, first:end]], dim=2)
             values = torch.cat([v_BHSF[:, :, :kept], v_BHSF[:, :, first:end]], dim=2)
-            mask_QK = self.block_mask(end - start, start - first)
+            mask_QK = self.block_mask(x_BSD, end - start, start - first)
             mixed.append(attend(q_BHSF[:, :, start:end], keys, values, mask_QK))
         output: Tensor = self.output(join_heads(torch.cat(mixed, dim=2)))
         return output
 
-    def block_mask(self, queries: int, earlier: int) -> Tensor:
+    def block_mask(self, like: Tensor, queries: int, earlier: int) -> Tensor:
         """Bool [Q, K] of a block with ``earlier`` keys before it: causal, persistent columns open; cached."""
         size = (queries, earlier)
         if size not in self.masks:
             before = self.persistent + earlier
-            everything = torch.ones(queries, before + queries, dtype=torch.bool, device=self.device)
-            self.masks[size] = everything.tril(before)
+            self.masks[size] = like.new_ones(queries, before + queries, dtype=torch.bool).tril(before)
         return self.masks[size]
 
 
