@@ -1,0 +1,383 @@
+"""Checks one kernel spec against its reference: all cases, dtypes, layouts, updates, gradients and modes.
+
+Per case and dtype the reference runs twice on the same inputs, in the working dtype (eager) and on float64 copies (the
+oracle). Where eager happens to equal the oracle exactly, its error is taken to be that of the reference on inputs moved
+by up to one ulp: a kernel may be off by what the last bit of its inputs does to the result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernbench import compare, conditions, modes, mutants, registry
+from kernbench.compare import Judged, Leaves, Rule
+from kernbench.errors import KernbenchError
+from kernbench.progress import Progress, Silent
+from kernbench.record import ParityResult
+from kernbench.spec import Case, Inputs, KernelSpec, Tolerance
+
+UPDATES = (10, 100)
+NOISE = 0.1
+"""A tensor in which eager's RMS error is above this share holds rounding noise, which no mutant can be told from."""
+
+
+@dataclass
+class Finding:
+    """What one check found; it becomes a ParityResult. An empty ``reason`` with ``judged`` leaves is a pass."""
+
+    judged: list[Judged] = field(default_factory=list)
+    reason: str = ""
+    passed: bool | None = None
+    mutants: tuple[int, int] | None = None
+    bitwise: bool | None = None
+
+    def row(self, kernel: str, case: str, dtype: str, mode: str, seconds: float) -> ParityResult:
+        worst = max(self.judged, key=lambda judged: judged.excess, default=None)
+        reasons = [self.reason, *(judged.reason for judged in self.judged if judged.reason)]
+        reason = "; ".join(text for text in reasons if text)
+        limits = worst.limits if worst else None
+        return ParityResult(
+            kernel=kernel,
+            case=case,
+            dtype=dtype,
+            mode=mode,
+            passed=not reason if self.passed is None else self.passed,
+            errors=worst.errors if worst else None,
+            eager_errors=worst.eager if worst else None,
+            bound=limits.max if limits else None,
+            tensor=worst.name if worst else "",
+            mutants_killed=self.mutants,
+            bitwise=self.bitwise,
+            seconds=seconds,
+            reason=reason,
+        )
+
+
+def check_kernel(
+    spec: KernelSpec,
+    *,
+    device: torch.device,
+    dtypes: Sequence[str | torch.dtype] | None = None,
+    cases: Sequence[Case | str] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[ParityResult]:
+    """One result per case, dtype and way of calling. A kernel that raises is a failed result, and the others go on.
+
+    Args:
+        dtypes: dtypes to check, those of the tolerance by default.
+        cases: cases to check, by default all, on the CPU without the large ones.
+
+    Raises:
+        KernbenchError: a dtype without a tolerance, or an unknown case.
+    """
+    progress = progress or Silent()
+    names = _dtypes(spec, dtypes)
+    chosen = _cases(spec, cases, device, progress)
+    smallest = min(chosen, key=_size, default=None)
+    with progress.stage(f"checking {spec.name}", len(names) * len(chosen)) as advance:
+        for name in names:
+            for case in chosen:
+                check = _Check(spec, case, getattr(torch, name), device, seed)
+                for mode, body in _bodies(check, smallest):
+                    started = time.perf_counter()
+                    finding = _run(body)
+                    yield finding.row(spec.name, case.name, name, mode, time.perf_counter() - started)
+                    if check.broken:
+                        break
+                advance(1)
+
+
+def _dtypes(spec: KernelSpec, dtypes: Sequence[str | torch.dtype] | None) -> list[str]:
+    names = [str(name).removeprefix("torch.") for name in dtypes or spec.tolerance]
+    for name in names:
+        if name not in spec.tolerance:
+            raise KernbenchError(
+                f"kernel {spec.name!r} states no tolerance for {name}; it is checked in {', '.join(spec.tolerance)}"
+            )
+    return names
+
+
+def _cases(
+    spec: KernelSpec, cases: Sequence[Case | str] | None, device: torch.device, progress: Progress
+) -> list[Case]:
+    known = {case.name: case for case in spec.cases}
+    if cases is not None:
+        names = [case.name if isinstance(case, Case) else case for case in cases]
+        return [known[registry.nearest(name, list(known), f"case of {spec.name}")] for name in names]
+    if device.type == "cuda":
+        return list(spec.cases)
+    large = [case.name for case in spec.cases if case.large]
+    if large:
+        progress.note(f"{spec.name}: large cases are left out without a GPU: {', '.join(large)}")
+    return [case for case in spec.cases if not case.large]
+
+
+def _size(case: Case) -> int:
+    size = 1
+    for value in case.sizes.values():
+        size *= max(1, value)
+    return size
+
+
+def _bodies(check: _Check, smallest: Case | None) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    """Every way in which a case is checked on this device, by its mode."""
+    spec, case = check.spec, check.case
+    on_gpu = check.device.type == "cuda"
+    yield "plain", check.plain
+    if case.ragged:
+        yield "offset", check.offset
+        if not spec.mutates:
+            yield "strided", check.strided
+    if spec.differentiable:
+        yield "gradient", check.gradient
+        if case.ragged:
+            yield "gradient of a sum", check.gradient_of_sum
+    if spec.stateful:
+        last = UPDATES[-1] if on_gpu or case is smallest else UPDATES[0]
+        yield from ((f"{count} updates", check.updates(count)) for count in UPDATES if count <= last)
+    if on_gpu:
+        yield "compile", check.compiled
+        yield "graph", check.graph
+
+
+def _run(body: Callable[[], Finding]) -> Finding:
+    try:
+        return body()
+    except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the result of checking it
+        return Finding(reason=raised(error))
+
+
+def raised(error: Exception) -> str:
+    """An exception as a reason: its type and first line."""
+    first = (str(error).splitlines() or [""])[0]
+    return f"raised {type(error).__name__}: {first}" if first else f"raised {type(error).__name__}"
+
+
+@dataclass
+class Truth:
+    """What the reference makes of some inputs, in the working dtype and in float64."""
+
+    eager: Leaves
+    oracle: Leaves
+
+
+class _Check:
+    """One kernel, case and dtype, with what the reference says of them computed once."""
+
+    def __init__(self, spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        self.spec = spec
+        self.case = case
+        self.dtype = dtype
+        self.device = device
+        self.seed = seed
+        tolerance: Tolerance = spec.tolerance[str(dtype).removeprefix("torch.")]
+        self.forward = Rule(tolerance.forward, tolerance.floor_ulp)
+        self.backward = Rule(tolerance.gradient, tolerance.floor_ulp)
+        self.broken = True
+        """Until the reference has run: as long as it does not, no mode can be judged."""
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        return self.spec.make_inputs(self.case, self.dtype, self.device, self.seed)
+
+    @cached_property
+    def others(self) -> Inputs:
+        """Inputs of another seed, which a kernel that caches its result gets wrong."""
+        return self.spec.make_inputs(self.case, self.dtype, self.device, self.seed + 1)
+
+    @cached_property
+    def truth(self) -> Truth:
+        return self.truth_of(self.inputs)
+
+    @cached_property
+    def other_truth(self) -> Truth:
+        return self.truth_of(self.others)
+
+    def truth_of(self, inputs: Inputs) -> Truth:
+        truth = Truth(
+            self.call(self.spec.reference, compare.clone(inputs)),
+            self.call(self.spec.reference, compare.upcast(inputs)),
+        )
+        self.broken = False
+        return truth
+
+    def call(self, function: Callable[..., Any], inputs: Inputs) -> Leaves:
+        """Outputs and mutated arguments of one call by name."""
+        with torch.no_grad():
+            output = function(**inputs)
+        return self.results(output, inputs)
+
+    def results(self, output: Any, inputs: Inputs) -> Leaves:
+        """An output and the mutated arguments by name."""
+        found = compare.leaves(output, "output")
+        for name in self.spec.mutates:
+            found |= compare.leaves(inputs[name], name)
+        return found
+
+    def judge(self, got: Leaves, truth: Truth, inputs: Inputs | None = None) -> list[Judged]:
+        """Hold a result against the truth; ``inputs`` are moved by an ulp where eager equals the oracle exactly."""
+        judged = judge_all(got, truth, self.forward)
+        if inputs is None or all(not item.reason or item.eager != compare.ZERO for item in judged):
+            return judged
+        nudged = self.call(self.spec.reference, nudge(inputs, self.seed))
+        perturbed = {item.name: item for item in judge_all(nudged, truth, self.forward)}
+        return [
+            compare.limit(
+                item.name, item.errors, perturbed[item.name].errors or compare.ZERO, self.forward, got[item.name]
+            )
+            if item.reason and item.errors and item.eager == compare.ZERO
+            else item
+            for item in judged
+        ]
+
+    def plain(self) -> Finding:
+        """Poisoned outputs: right, twice the same, right on other inputs too, and nothing else touched."""
+        truth, other_truth = self.truth, self.other_truth
+        inputs = compare.clone(self.inputs)
+        with conditions.poisoned():
+            first = self.call(self.spec.optimized, inputs)
+        touched = self._touched(inputs)
+        first = compare.clone(first)
+        judged = self.judge(first, truth, self.inputs)
+        others = self.judge(self.call(self.spec.optimized, compare.clone(self.others)), other_truth, self.others)
+        again = self.call(self.spec.optimized, compare.clone(self.inputs))
+        bitwise = first.keys() == again.keys() and all(compare.same_leaf(first[name], again[name]) for name in first)
+        survey = mutants.survey(
+            self._mutants(), lambda changed: passes(judge_all(changed, truth, self.forward, part=True))
+        )
+        reasons = [
+            touched,
+            "" if bitwise else "two calls on equal inputs differ",
+            next((f"on inputs of another seed {item.reason}" for item in others if item.reason), ""),
+            survey.reason,
+        ]
+        return Finding(judged, "; ".join(filter(None, reasons)), None, (survey.killed, survey.total), bitwise)
+
+    def _touched(self, inputs: Inputs) -> str:
+        changed = [
+            name
+            for argument, value in inputs.items()
+            if argument not in self.spec.mutates
+            for name, leaf in compare.leaves(value, argument).items()
+            if not compare.same_leaf(leaf, compare.leaves(self.inputs[argument], argument)[name])
+        ]
+        return f"writes into {', '.join(changed[:3])}, which it does not declare in mutates" if changed else ""
+
+    def _mutants(self) -> Iterator[mutants.Mutant]:
+        initial = self.results((), self.inputs)
+        given = {key: leaf for name, value in self.inputs.items() for key, leaf in compare.leaves(value, name).items()}
+        signal = {item.name for item in judge_all(self.truth.eager, self.truth, self.forward) if not _noise(item)}
+        for mutant in mutants.of_call(self.truth.eager, initial, given, self.other_truth.eager):
+            if signal & mutant.changed.keys():
+                yield mutant
+
+    def offset(self) -> Finding:
+        """Each tensor misaligned between guard bands: what is read or written past an end shows."""
+        guarded = conditions.Guarded()
+        with conditions.poisoned():
+            got = self.call(self.spec.optimized, guarded.embed(self.inputs))
+        reason = "" if guarded.intact() else "writes past the end of a tensor"
+        return Finding(self.judge(got, self.truth, self.inputs), reason)
+
+    def strided(self) -> Finding:
+        """Inputs with gaps between elements; a kernel may refuse them with a ValueError, but not get them wrong."""
+        try:
+            with conditions.poisoned():
+                got = self.call(self.spec.optimized, conditions.strided(self.inputs))
+        except ValueError as error:
+            return Finding(reason=f"refused: {(str(error).splitlines() or [''])[0]}", passed=True)
+        return Finding(self.judge(got, self.truth, self.inputs))
+
+    def gradient(self) -> Finding:
+        """Gradients to all inputs that require them, for a random upstream gradient."""
+        return self._gradient(expanded=False)
+
+    def gradient_of_sum(self) -> Finding:
+        """The same for the upstream gradient of ``sum()``, which is one number with strides of zero."""
+        return self._gradient(expanded=True)
+
+    def _gradient(self, *, expanded: bool) -> Finding:
+        upstream = modes.upstream(self.truth.eager, self.seed, expanded=expanded)
+        wanted = modes.differentiable_names(self.inputs, self.spec.mutates)
+        run = modes.Backward(wanted, upstream)
+        truth = Truth(
+            run(self.spec.reference, compare.clone(self.inputs)), run(self.spec.reference, compare.upcast(self.inputs))
+        )
+        with conditions.poisoned():
+            got = run(self.spec.optimized, compare.clone(self.inputs))
+        judged = judge_all(got, truth, self.backward)
+        noise = {item.name for item in judged if _noise(item)}
+        right = {name: leaf for name, leaf in truth.eager.items() if isinstance(leaf, Tensor) and name not in noise}
+        survey = mutants.survey(
+            mutants.of_gradients(right), lambda changed: passes(judge_all(changed, truth, self.backward, part=True))
+        )
+        return Finding(judged, survey.reason, None, (survey.killed, survey.total))
+
+    def updates(self, count: int) -> Callable[[], Finding]:
+        """All state after ``count`` updates from one start, each with fresh inputs, against float64 all the way."""
+
+        def body() -> Finding:
+            steps = modes.Updates(self.spec, self.inputs, self.seed)
+            eager = self.results(*steps.run(self.spec.reference, compare.clone(self.inputs), count))
+            oracle = self.results(*steps.run(self.spec.reference, compare.upcast(self.inputs), count))
+            got = self.results(*steps.run(self.spec.optimized, compare.clone(self.inputs), count))
+            return Finding(judge_all(got, Truth(eager, oracle), self.forward))
+
+        return body
+
+    def compiled(self) -> Finding:
+        """The kernel called from inside a graph of torch.compile."""
+        got = self.call(modes.compiled(self.spec.optimized), compare.clone(self.inputs))
+        return Finding(self.judge(got, self.truth, self.inputs))
+
+    def graph(self) -> Finding:
+        """The kernel captured in a CUDA graph, replayed on other inputs at the same addresses."""
+        mixed = modes.with_tensors_of(self.inputs, self.others)
+        output, inputs = modes.replayed(self.spec.optimized, self.inputs, self.others)
+        return Finding(self.judge(self.results(output, inputs), self.truth_of(mixed), mixed))
+
+
+def judge_all(got: Leaves, truth: Truth, rule: Rule, *, part: bool = False) -> list[Judged]:
+    """Every leaf of a result held against the truth; in a ``part``, leaves may be absent."""
+    judged = [
+        compare.judge(name, got[name], eager, truth.oracle[name], rule)
+        for name, eager in truth.eager.items()
+        if name in got
+    ]
+    if part:
+        return judged
+    missing, extra = truth.eager.keys() - got.keys(), got.keys() - truth.eager.keys()
+    if missing or extra:
+        what = f"gives {', '.join(sorted(got))}, eager gives {', '.join(sorted(truth.eager))}"
+        judged.append(Judged("output", None, None, None, what))
+    return judged
+
+
+def passes(judged: Sequence[Judged]) -> bool:
+    """Whether nothing is wrong with any leaf."""
+    return not any(item.reason for item in judged)
+
+
+def nudge(value: Any, seed: int) -> Any:
+    """A copy with every floating element moved by up to one ulp, at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.detach().clone()
+        shift = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device) * 2 - 1
+        return (tensor.detach().double() * (1 + shift * torch.finfo(tensor.dtype).eps)).to(tensor.dtype)
+
+    return compare.map_tensors(value, move)
+
+
+def _noise(judged: Judged) -> bool:
+    return judged.eager is not None and judged.eager.rms_ratio > NOISE

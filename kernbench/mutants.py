@@ -1,0 +1,127 @@
+"""Wrong results on purpose: a gate that lets one of these pass proves nothing.
+
+Each mutant is made from what eager computed, so running them costs no kernel call. A mutant that equals eager's result
+bit for bit (a zero output where zero is right) tells nothing and is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernbench.compare import Leaves, root_mean_square, same_leaf
+
+ENOUGH_TO_TELL = 16
+"""A copied input of fewer elements may resemble the right result by chance."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong result: eager's leaves with some replaced."""
+
+    name: str
+    changed: Leaves
+
+
+@dataclass(frozen=True)
+class Survey:
+    """How many mutants the gate killed, and the names of those it let pass."""
+
+    killed: int
+    total: int
+    survivors: tuple[str, ...]
+
+    @property
+    def reason(self) -> str:
+        """Why a gate with survivors fails; empty if there are none."""
+        if not self.survivors:
+            return ""
+        return (
+            f"the gate would let wrong results pass ({', '.join(self.survivors[:3])}): "
+            "draw inputs that tell them apart, or tighten the tolerance"
+        )
+
+
+def survey(mutants: Iterator[Mutant], passes: Callable[[Leaves], bool]) -> Survey:
+    """Put every mutant before the gate; ``passes`` judges its changed leaves."""
+    killed, survivors = 0, []
+    for mutant in mutants:
+        if passes(mutant.changed):
+            survivors.append(mutant.name)
+        else:
+            killed += 1
+    return Survey(killed, killed + len(survivors), tuple(survivors))
+
+
+def of_call(right: Leaves, initial: Leaves, inputs: Leaves, earlier: Leaves) -> Iterator[Mutant]:
+    """Mutants of one call.
+
+    Args:
+        right: what eager computed: outputs and mutated arguments.
+        initial: what the mutated arguments held before the call.
+        inputs: what the call was given.
+        earlier: what eager computed for other inputs, as a kernel that caches its result would return.
+    """
+    floating = {name: leaf for name, leaf in right.items() if _is_floating(leaf)}
+    nothing = {name: initial.get(name, _zeros(leaf)) for name, leaf in right.items()}
+    yield from _told_apart("no-op", nothing, right)
+    yield from _told_apart("copied input", _copied(floating, inputs), right)
+    yield from _told_apart("tail not written", _without_tail(floating, initial), right)
+    yield from _told_apart("result of another call", earlier, right)
+    yield from scaled(floating)
+
+
+def of_gradients(right: Leaves) -> Iterator[Mutant]:
+    """Mutants of a backward pass: each gradient missing, and each off by a factor."""
+    for name, leaf in right.items():
+        yield from _told_apart(f"zero {name}", {name: _zeros(leaf)}, right)
+    yield from scaled({name: leaf for name, leaf in right.items() if _is_floating(leaf)})
+
+
+def scaled(right: Leaves) -> Iterator[Mutant]:
+    """Each leaf off by 2 %, or by 8 ulp in a dtype whose ulp is larger than that: a small term forgotten."""
+    for name, leaf in right.items():
+        factor = 1 + max(0.02, 8 * torch.finfo(leaf.dtype).eps)
+        if leaf.numel() and root_mean_square(leaf) > 0.0:
+            yield from _told_apart(f"{name} times {factor:g}", {name: (leaf.double() * factor).to(leaf.dtype)}, right)
+
+
+def _told_apart(name: str, changed: Leaves, right: Mapping[str, Any]) -> Iterator[Mutant]:
+    different = {key: leaf for key, leaf in changed.items() if not same_leaf(leaf, right.get(key))}
+    if different:
+        yield Mutant(name, different)
+
+
+def _copied(floating: Leaves, inputs: Leaves) -> Leaves:
+    copied = {}
+    for name, leaf in floating.items():
+        for source, value in inputs.items():
+            same_form = isinstance(value, Tensor) and value.shape == leaf.shape and value.dtype == leaf.dtype
+            if same_form and source != name and leaf.numel() >= ENOUGH_TO_TELL:
+                copied[name] = value
+                break
+    return copied
+
+
+def _without_tail(floating: Leaves, initial: Leaves) -> Leaves:
+    """The last element as it was before the call: NaN in a fresh output, which the poison guarantees."""
+    cut = {}
+    for name, leaf in floating.items():
+        if leaf.numel() == 0:
+            continue
+        flat = leaf.detach().clone().reshape(-1)
+        flat[-1] = initial[name].reshape(-1)[-1] if name in initial else float("nan")
+        cut[name] = flat.reshape(leaf.shape)
+    return cut
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _zeros(leaf: Any) -> Any:
+    return torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf
