@@ -27,12 +27,12 @@ _LONGEST_NS = 2**53
 
 
 class _Args(Struct, gc=False):
-    correlation: Number = None
-    stream: Number = None
-    device: Number = None
-    bytes: Number = None
-    sequence: Number = field(name="Sequence number", default=None)
-    forward_thread: Number = field(name="Fwd thread id", default=None)
+    correlation: Number = -1
+    stream: Number = -1
+    device: Number = -1
+    bytes: Number = -1
+    sequence: Number = field(name="Sequence number", default=-1)
+    forward_thread: Number = field(name="Fwd thread id", default=-1)
 
 
 class _Event(Struct, gc=False):
@@ -156,9 +156,6 @@ def _columns(events: list[_Event], origin: float, names: dict[str, int], threads
     nothing = _Args()
     args = [event.args or nothing for event in events]
 
-    def numbers(values: list[Number]) -> Ints:
-        return np.fromiter((_integer(value) for value in values), np.int64, count)
-
     return Columns(
         name=np.fromiter((names.setdefault(event.name, len(names)) for event in events), np.int64, count),
         thread=np.fromiter(
@@ -166,19 +163,24 @@ def _columns(events: list[_Event], origin: float, names: dict[str, int], threads
         ),
         start_ns=start_ns,
         end_ns=start_ns + np.rint(np.maximum(duration_us, 0) * 1000).astype(np.int64),
-        correlation=numbers([arg.correlation for arg in args]),
-        stream=numbers([arg.stream for arg in args]),
-        device=numbers([arg.device for arg in args]),
-        bytes=numbers([arg.bytes for arg in args]),
-        sequence=numbers([arg.sequence for arg in args]),
-        forward_thread=numbers([arg.forward_thread for arg in args]),
+        correlation=_integers([arg.correlation for arg in args]),
+        stream=_integers([arg.stream for arg in args]),
+        device=_integers([arg.device for arg in args]),
+        bytes=_integers([arg.bytes for arg in args]),
+        sequence=_integers([arg.sequence for arg in args]),
+        forward_thread=_integers([arg.forward_thread for arg in args]),
     )
 
 
+def _integers(values: list[Number]) -> Ints:
+    """The numbers themselves, -1 for what is none (null, or ROCm's hexadecimal stream handles)."""
+    try:
+        return np.fromiter(values, np.int64, len(values))
+    except (TypeError, ValueError):
+        return np.fromiter((_integer(value) for value in values), np.int64, len(values))
+
+
 def _integer(value: Number) -> int:
-    """The number itself, -1 for what is none (absent, or ROCm's hexadecimal stream handles)."""
-    if type(value) is int:
-        return value
-    if isinstance(value, float) or (isinstance(value, str) and value.isdecimal()):
-        return int(value)
-    return -1
+    if isinstance(value, str):
+        return int(value) if value.isdecimal() else -1
+    return -1 if value is None else int(value)

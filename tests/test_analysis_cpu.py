@@ -33,8 +33,8 @@ class Model(torch.nn.Module):
         hidden = self.first(x)
         hidden = self.norm(hidden)
         hidden = torch.tanh(hidden)
-        hidden = self.second(hidden)
-        return hidden
+        output: torch.Tensor = self.second(hidden)
+        return output
 
 
 def make_step() -> Callable[[], None]:
@@ -111,7 +111,7 @@ def test_hotspots_are_operators_with_exact_lines(recorded: trace.Trace, log: Lin
     assert sources["aten::tanh_backward"] == "hidden = torch.tanh(hidden)", "through the sequence number"
     assert sources["aten::native_layer_norm_backward"] == "hidden = self.norm(hidden)"
     assert sources["aten::addcdiv_"] == "optimizer.step()"
-    linear_layers = {"hidden = self.first(x)", "hidden = self.second(hidden)"}
+    linear_layers = {"hidden = self.first(x)", "output: torch.Tensor = self.second(hidden)"}
     assert {sources["aten::addmm"], sources["aten::linear"]} <= linear_layers, "a wrapper has the line of what it wraps"
     assert found["aten::addmm"].op == "aten::linear"
     assert found["aten::addmm"].calls_per_step == 2
@@ -126,7 +126,7 @@ def test_every_call_of_an_operator_is_told_apart(recorded: trace.Trace, log: Lin
     line = line_of_rows(recorded, log)
     rows = recorded.host.name == recorded.names.index("aten::addmm")
     texts = [log.lines[index].text for index in line[rows].tolist()]
-    assert texts == ["hidden = self.first(x)", "hidden = self.second(hidden)"] * STEPS
+    assert texts == ["hidden = self.first(x)", "output: torch.Tensor = self.second(hidden)"] * STEPS
 
 
 def test_hotspots_are_sorted_and_shares_are_of_the_step(recorded: trace.Trace) -> None:
