@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 
@@ -207,7 +208,9 @@ class _KernelBench:
             rows.insert(2, self.unmeasured(case, dtype, "triton", NOT_MEASURED, INTERPRETED))
         return rows
 
-    def unmeasured(self, case: Case, dtype: str, implementation: str, label: str, note: str) -> BenchResult:
+    def unmeasured(
+        self, case: Case, dtype: str, implementation: str, label: str, note: str, cache: str = ""
+    ) -> BenchResult:
         """A row without a time."""
         return BenchResult(
             kernel=self.spec.name,
@@ -215,6 +218,7 @@ class _KernelBench:
             dtype=dtype,
             implementation=implementation,
             seconds=None,
+            cache=cache,
             label=label,
             note=note,
         )
@@ -226,6 +230,7 @@ class _KernelBench:
         inputs = InputSets(self.spec, case, getattr(torch, dtype), self.device)
         title = f"{self.spec.name} {case.name} {dtype}"
         with (
+            torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(),
             torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
             self.progress.stage(title, self.rounds) as advance,
         ):
@@ -283,7 +288,7 @@ class _KernelBench:
 
     def _row(self, case: Case, dtype: str, cost: Cost, timed: _Timed) -> BenchResult:
         if timed.seconds is None:
-            return self.unmeasured(case, dtype, timed.implementation, FAILED, timed.failure)
+            return self.unmeasured(case, dtype, timed.implementation, FAILED, timed.failure, timed.cache)
         middle, low, high = bootstrap_median(timed.seconds)
         stands = place(middle, cost, dtype, self.ceilings, in_cache=timed.in_cache)
         label, note = ("", stands.note)

@@ -1,4 +1,7 @@
-"""Times single calls of a kernel: on rotating inputs, with a cleared cache, and replayed from a CUDA graph."""
+"""Times single calls of a kernel: on rotating inputs, with a cleared cache, and replayed from a CUDA graph.
+
+On a GPU all of it acts on the current device, which the caller makes the inputs' own.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +143,7 @@ class ColdCalls:
     def _seconds(self, call: Callable[..., Any], count: int, host_seconds: float) -> float:
         marks: list[tuple[Any, Any]] = [(event(), event()) for _ in range(count)]
         run_length = int(min(count, max(1, QUEUE_SECONDS / host_seconds)))
-        with torch.cuda.device(self.device), collector_off():
+        with collector_off():
             for start in range(0, count, run_length):
                 run = range(start, min(start + run_length, count))
                 self._occupy(1.5 * len(run) * host_seconds + 1e-4)
@@ -156,13 +159,12 @@ class ColdCalls:
         _spin(int(seconds * self.cycles_per_second))
 
     def _calibrate(self) -> float:
-        with torch.cuda.device(self.device):
-            _spin(CALIBRATION_CYCLES)
-            begin, end = event(), event()
-            begin.record()
-            _spin(CALIBRATION_CYCLES)
-            end.record()
-            torch.cuda.synchronize(self.device)
+        _spin(CALIBRATION_CYCLES)
+        begin, end = event(), event()
+        begin.record()
+        _spin(CALIBRATION_CYCLES)
+        end.record()
+        torch.cuda.synchronize(self.device)
         return CALIBRATION_CYCLES / (float(begin.elapsed_time(end)) / 1e3)
 
 
@@ -181,14 +183,14 @@ class GraphCalls:
         call(**self.inputs[0])
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph):
+        with torch.cuda.graph(graph):
             for _ in range(self.count):
                 call(**self.inputs[0])
 
         def block(_: int) -> float:
             self.inputs.restore()
             begin, end = event(), event()
-            with torch.cuda.device(self.device), collector_off():
+            with collector_off():
                 graph.replay()
                 begin.record()
                 for _ in range(REPLAYS):

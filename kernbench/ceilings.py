@@ -38,12 +38,16 @@ def measure_ceilings(device: torch.device, *, quick: bool = True) -> Ceilings:
     seconds = QUICK_SECONDS if quick else THOROUGH_SECONDS
     with torch.no_grad():
         copy, triad = _memory(device, seconds)
-        return Ceilings(
+        found = Ceilings(
             copy_bytes_per_second=copy,
             triad_bytes_per_second=triad,
             matmul_flops_per_second=_matmul(device, seconds),
             launch_seconds=_launch(device),
         )
+    if device.type == "cuda":
+        # What the buffers took goes back to the device, so that the workload after this finds all of its memory.
+        torch.cuda.empty_cache()
+    return found
 
 
 def cache_bytes(device: torch.device) -> int:
