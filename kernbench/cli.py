@@ -17,7 +17,7 @@ from kernbench import __version__
 from kernbench.errors import KernbenchError, WorkloadFailed
 
 if TYPE_CHECKING:
-    from kernbench.pipeline import Outcome
+    from kernbench.publish import Outcome
 
 OK, NEGATIVE, WRONG_USE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 

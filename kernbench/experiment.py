@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from statistics import median
+from collections.abc import Iterator, Mapping
 
-from kernbench import bench, parity, record, statistics, swap, verdict
-from kernbench.measure import Settings, Side, measure
+from kernbench import parity, record, swap, verdict
+from kernbench.measure import Settings, measure
+from kernbench.progress import Progress
+from kernbench.race import receipt_of_steps, run_race
 from kernbench.runfolder import Run
 from kernbench.workload import Phase
 
-BLOCK_SECONDS = 0.05
 PARITY_STEPS = 10
-RECEIPT_STEPS = 2
 
 
 def judge(
@@ -43,12 +41,15 @@ def judge(
     chosen = next(iter(racing or green or candidates))
     if racing:
         with run.stage("race"):
-            chosen = _race(run, settings, before, racing, rounds)
+            race = run_race(settings, before, racing, rounds=rounds, progress=run.progress)
+            chosen = race.fastest
+            result.arms, result.clocks, result.ratio = race.arms, race.clocks, race.ratio(chosen)
+            result.receipt = race.receipts[chosen]
         result.after = _side_record(result)
         measure(run, result.after, settings, racing[chosen], label="after")
     elif green:
         run.skip("race", "Triton's interpreter says nothing of a kernel's speed")
-        result.receipt = _receipt(settings, green[chosen])
+        result.receipt = receipt_of_steps(settings, green[chosen])
     else:
         run.skip("race", "no timing on a red gate")
     result.phase = record.PhaseInfo(number=phase.number, title=phase.title, flag=phase.flag, implementation=chosen)
@@ -91,71 +92,25 @@ def _check(
     if name == "triton":
         for spec in plan.kernels:
             rows += parity.check_kernel(spec, device=settings.device, progress=run.progress)
-    rows += parity.check_phase(
+    return rows + list(check_phase(settings, before, plan, run.progress))
+
+
+def check_phase(
+    settings: Settings, before: swap.Plan, after: swap.Plan, progress: Progress
+) -> Iterator[record.ParityResult]:
+    """Parity of two plans on real steps of a workload, its faults included."""
+    return parity.check_phase(
         settings.workload,
         before,
-        plan,
+        after,
         preset=settings.preset,
         device=settings.device,
         dtype=settings.dtype,
         seed=settings.seed,
         data=settings.data,
         steps=PARITY_STEPS,
-        progress=run.progress,
+        progress=progress,
     )
-    return rows
-
-
-def _race(
-    run: Run[record.SwapRecord], settings: Settings, before: swap.Plan, racing: Mapping[str, swap.Plan], rounds: int
-) -> str:
-    """Interleave before, before again and every candidate on the same inputs; the name of the fastest candidate."""
-    result = run.record
-    baseline = Side(settings, before)
-    sides = {name: Side(settings, plan) for name, plan in racing.items()}
-    typical = _typical_seconds(baseline, settings)
-    steps = max(1, math.ceil(BLOCK_SECONDS / typical))
-    first = {"before": _warm(baseline, settings)} | {name: _warm(side, settings) for name, side in sides.items()}
-    start = max(first.values())
-    receipts = {}
-    arms: dict[str, Callable[[int], float]] = {
-        "before": _arm(baseline, settings, start, steps),
-        "again": _arm(baseline, settings, start, steps),
-    }
-    for name, side in sides.items():
-        receipts[name] = side.plan.receipt()
-        arms[f"after {name}"] = _arm(side, settings, start, steps)
-    with run.progress.stage("interleaving before and after", rounds) as advance:
-        measured, result.clocks, dropped = bench.interleave(arms, rounds=rounds, seed=settings.seed, progress=advance)
-    result.arms = measured
-    seconds = {arm.name: arm.seconds for arm in measured}
-    baseline.check_losses()
-    chosen = min(racing, key=lambda name: median(seconds[f"after {name}"]))
-    result.ratio = statistics.paired_ratio(
-        seconds["before"], seconds[f"after {chosen}"], seconds["again"], steps_per_round=steps, dropped_rounds=dropped
-    )
-    result.receipt = receipts[chosen].hits((rounds + 1) * steps)
-    return chosen
-
-
-def _typical_seconds(side: Side, settings: Settings, first: int) -> float:
-    with side.plan.applied(side.built):
-        return median(bench.time_steps(side.step, first=first, count=3, device=settings.device))
-
-
-def _warm(side: Side, settings: Settings) -> int:
-    with side.plan.applied(side.built):
-        return bench.warm_up(side.step, settings.device)
-
-
-def _arm(side: Side, settings: Settings, start: int, steps: int) -> Callable[[int], float]:
-    """One block of steps; round r runs the same step indices, so the same inputs, in every arm."""
-
-    def block(number: int) -> float:
-        with side.plan.applied(side.built):
-            return bench.timed_block(side.step, first=start + number * steps, count=steps, device=settings.device)
-
-    return block
 
 
 def _side_record(result: record.SwapRecord) -> record.ProfileRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -84,12 +84,15 @@ class workload_errors:  # noqa: N801 - a context manager, used as one
 
 
 class Side:
-    """A built workload with its plan: every step runs with the swaps in place, and they are out again after it."""
+    """A built workload, the plan whose swaps its steps run with, and the losses of those steps, unread."""
 
-    def __init__(self, settings: Settings, plan: swap.Plan) -> None:
+    def __init__(self, settings: Settings, plan: swap.Plan, prepare: Callable[[Built], None] | None = None) -> None:
         self.settings = settings
         self.plan = plan
         self.built = settings.build()
+        if prepare is not None:
+            with workload_errors(f"a peer of {settings.workload.name} could not be prepared"):
+                prepare(self.built)
         self.units_per_step = self.built.units_per_step
         self.losses: dict[int, Any] = {}
 
@@ -118,8 +121,8 @@ class Side:
         for index, loss in losses.items():
             if not math.isfinite(loss):
                 raise WorkloadFailed(
-                    f"the loss of {self.settings.workload.name} is {loss} at step {index} (seed {self.settings.seed}), so "
-                    "these are not the steps you want to measure; lower the learning rate or try another --seed or --data"
+                    f"the loss of {self.settings.workload.name} is {loss} at step {index} with seed {self.settings.seed}, "
+                    "so these are not the steps to measure; lower the learning rate, or try another --seed or --data"
                 )
         self.losses.clear()
         return list(losses.values())
@@ -151,7 +154,7 @@ def measure(
     first += settings.steps
     suffix = f".{label}" if label else ""
     with run.stage(f"{name}trace"), run.progress.stage(f"tracing {name}steps"):
-        events, profiled = _trace(run, side, first, run.folder / f"trace{suffix}.json.gz")
+        events, profiled = trace_side(side, first, run.folder / f"trace{suffix}.json.gz")
         overhead = record.Overhead(trace_ratio=median(profiled) / median(seconds))
         result.overhead = overhead
         result.breakdown = breakdown.breakdown(events, median(seconds))
@@ -174,11 +177,11 @@ def measure(
             )
 
 
-def watch(settings: Settings, plan: swap.Plan) -> record.LineLog:
+def watch(settings: Settings, plan: swap.Plan, prepare: Callable[[Built], None] | None = None) -> record.LineLog:
     """The line pass: a fresh workload, every host read of a steady step with its line."""
 
     def make() -> Built:
-        return _Toggled(Side(settings, plan))
+        return _Toggled(Side(settings, plan, prepare))
 
     return capture.line_pass(make, warmup=LINE_PASS_WARMUP, count=WATCHED_STEPS, device=settings.device)
 
@@ -202,20 +205,24 @@ class _Toggled:
         return self.side.state_dict()
 
 
-def _trace(run: Run[Any], side: Side, first: int, trimmed: Path) -> tuple[trace.Trace, list[float]]:
-    """Trace a few steps; keep one of them beside the record, and return all of them read."""
+def trace_side(side: Side, first: int, keep: Path | None) -> tuple[trace.Trace, list[float]]:
+    """Trace a few steps; returns all of them read, and seconds per step under the profiler.
+
+    Args:
+        keep: where one traced step is left for the user, if anywhere.
+    """
     settings, plan = side.settings, side.plan
     with tempfile.TemporaryDirectory(prefix="kernbench-") as scratch:
         full = Path(scratch) / "trace.json.gz"
         with plan.applied(side.built), swap.annotated(settings.workload, side.built, plan):
             modules = ranges.annotate_modules(side.model) if settings.nvtx and side.model is not None else None
-            profiled = capture.trace_steps(side, first=first, count=TRACED_STEPS, device=settings.device, path=full)
-            if modules is not None:
-                modules.remove()
-        try:
-            capture.trim(full, trimmed)
-        except OSError as error:
-            run.warn(f"the trace could not be kept ({error.strerror or error}); the figures from it are in the record")
+            try:
+                profiled = capture.trace_steps(side, first=first, count=TRACED_STEPS, device=settings.device, path=full)
+            finally:
+                if modules is not None:
+                    modules.remove()
+        if keep is not None:
+            capture.trim(full, keep)
         return trace.load(full), profiled
 
 

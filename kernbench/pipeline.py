@@ -7,7 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import kernbench
-from kernbench import bench, device, experiment, journal, measure, parity, ranges, record, registry, runfolder, state
+from kernbench import (
+    bench,
+    device,
+    experiment,
+    journal,
+    measure,
+    parity,
+    race,
+    ranges,
+    record,
+    registry,
+    runfolder,
+    state,
+)
 from kernbench import request as asked
 from kernbench.errors import KernbenchError
 from kernbench.progress import Progress
@@ -171,7 +184,7 @@ def time(request: Request, names: Sequence[str], case: str | None, progress: Pro
                 run.write()
     if workloads:
         settings = asked.settings(request, workloads[0])
-        experiment.bench_workload(run, settings, request.use, request.rounds)
+        race.bench_workload(run, settings, _variants(settings, request.use), request.rounds)
     return publish(run, workspace)
 
 
@@ -204,6 +217,21 @@ def _sort_names(names: Sequence[str]) -> tuple[list[KernelSpec], list[str]]:
         else:
             registry.nearest(name, [*known, *registry.workloads()], "kernel or workload")
     return kernels, workloads
+
+
+def _variants(settings: measure.Settings, use: str) -> list[race.Variant]:
+    """Baseline, the plan's phases one on top of the other, and the workload's peers of the baseline."""
+    phases = settings.workload.phases
+    bare = asked.plan(settings.workload, {})
+    found = [race.Variant("baseline", bare)]
+    for count in range(1, len(phases) + 1):
+        numbers = [phase.number for phase in phases[:count]]
+        name = f"phase{'s' if count > 1 else ''} {'+'.join(map(str, numbers))}"
+        plan = asked.plan(settings.workload, dict.fromkeys(numbers, use))
+        if experiment.interpreted(settings, plan):
+            continue
+        found.append(race.Variant(name, plan))
+    return found + [race.Variant(peer.name, bare, peer.prepare) for peer in settings.workload.peers]
 
 
 def _one_case(spec: KernelSpec, name: str | None) -> list[Any] | None:

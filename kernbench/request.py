@@ -145,6 +145,6 @@ def workload_or_last(request: Request, workspace: Workspace) -> tuple[str, Reque
     last = state.load(workspace.root).last_profiled
     if last is None:
         raise KernbenchError(
-            "nothing was profiled here yet; type kernbench profile WORKLOAD first, or name one: kernbench swap WORKLOAD ..."
+            "nothing was profiled here yet; type kernbench profile WORKLOAD first, or name a workload in this command"
         )
     return last.workload, replace(request, workload=last.workload, preset=request.preset or last.preset)

@@ -80,6 +80,34 @@ def paired_ratio(
     )
 
 
+def unpaired_ratio(before: Sequence[float], after: Sequence[float], *, seed: int = 0) -> Ratio:
+    """Median step time before over after, of steps from separate runs, each side resampled on its own.
+
+    Drift between the runs cannot cancel, so the noise floor is the larger relative half-width of the two medians.
+
+    Raises:
+        ValueError: a side has no steps, or a time that is not finite and positive.
+    """
+    sides = [_checked(values, name) for values, name in ((before, "before"), (after, "after"))]
+    if min(side.min() for side in sides) <= 0:
+        raise ValueError("a step time is zero or negative")
+    generator = numpy.random.default_rng(seed)
+    medians = [
+        numpy.median(side[generator.integers(0, side.size, size=(RESAMPLES, side.size))], axis=1) for side in sides
+    ]
+    tail = (1 - CONFIDENCE) / 2
+    low, high = numpy.quantile(medians[0] / medians[1], (tail, 1 - tail))
+    widths = [numpy.ptp(numpy.quantile(values, (tail, 1 - tail))) / numpy.median(values) / 2 for values in medians]
+    return Ratio(
+        median=float(numpy.median(sides[0]) / numpy.median(sides[1])),
+        low=float(low),
+        high=float(high),
+        noise_floor=float(max(widths)),
+        rounds=min(side.size for side in sides),
+        steps_per_round=1,
+    )
+
+
 def _checked(values: Sequence[float], name: str) -> NDArray[numpy.float64]:
     sample = numpy.asarray(values, dtype=numpy.float64)
     if sample.ndim != 1 or not sample.size:
