@@ -48,7 +48,7 @@ def render(record: Record) -> str:
             kind=sentences.kind_in_words(record),
             workload=sentences.workload_of(record),
             chips=_chips(record),
-            ending=sentences.ending(record),
+            ending=sentences.capitalized(sentences.ending(record)),
             machine=machine.environment_rows(record.environment),
             ceilings=machine.ceiling_rows(record.environment),
             clocks=machine.clock_rows(machine.clocks_of(record)),

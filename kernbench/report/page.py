@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from kernbench.report import units
 from kernbench.report.sentences import Tone, difference, step_time
 
 BUSY_LOOKS, IDLE_LOOKS = 6, 3
+NEUTRAL: Tone = "neutral"
 RAW_LIMIT_BYTES = 200_000
 
 
@@ -49,7 +50,6 @@ class LegendRow:
     cause: str
     description: str
     look: str
-    busy: bool
     seconds: list[float | None]
     change: str
     tone: Tone
@@ -57,8 +57,11 @@ class LegendRow:
 
 @dataclass(frozen=True)
 class Breakdown:
+    """Bars with their legend; ``notes`` are remarks that several parts share, said once."""
+
     bars: list[StackedBar]
     legend: list[LegendRow]
+    notes: list[str]
 
 
 def breakdown(sides: Sequence[tuple[str, Sequence[Part]]]) -> Breakdown | None:
@@ -87,18 +90,33 @@ def breakdown(sides: Sequence[tuple[str, Sequence[Part]]]) -> Breakdown | None:
             if part.seconds_per_step > 0
         ]
         bars.append(StackedBar(label, sum(part.seconds_per_step for part in parts), segments))
+    own, shared = _remarks([first[cause] for cause in causes], letters)
     legend = []
     for cause in causes:
         seconds = [next((part.seconds_per_step for part in parts if part.cause == cause), None) for _, parts in sides]
         # A cause that is absent from one of two sides took no time there.
-        change, tone = (
-            difference(seconds[0] or 0.0, seconds[1] or 0.0, "seconds") if len(sides) == 2 else ("", "neutral")
-        )
-        part = first[cause]
-        legend.append(
-            LegendRow(letters[cause], cause, part.description, looks[cause], part.busy, seconds, change, tone)
-        )
-    return Breakdown(bars, legend)
+        change, tone = "", NEUTRAL
+        if len(sides) == 2:
+            change, tone = difference(seconds[0] or 0.0, seconds[1] or 0.0, "seconds")
+        legend.append(LegendRow(letters[cause], cause, own[cause], looks[cause], seconds, change, tone))
+    return Breakdown(bars, legend, shared)
+
+
+def _remarks(parts: Sequence[Part], letters: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Each part's own remarks by cause, and those that several parts share, said once with their letters."""
+    holders: dict[str, list[str]] = {}
+    for part in parts:
+        for remark in filter(None, part.description.split("; ")):
+            holders.setdefault(remark, []).append(part.cause)
+    own = {part.cause: "" for part in parts}
+    shared = []
+    for remark, causes in holders.items():
+        if len(causes) == 1:
+            own[causes[0]] = f"{own[causes[0]]}; {remark}".removeprefix("; ")
+        else:
+            of = "All parts" if len(causes) == len(parts) else ", ".join(letters[cause] for cause in causes)
+            shared.append(f"{of}: {remark}")
+    return own, shared
 
 
 def _looks(parts: Sequence[Part]) -> dict[str, str]:

@@ -59,10 +59,13 @@ class Tick:
 
 @dataclass(frozen=True)
 class Picture:
+    """Everything of one drawing; ``looks`` are the ones that occur in it."""
+
     tracks: list[Track]
     marks: list[Mark]
     ticks: list[Tick]
     seconds: float
+    looks: set[str]
 
 
 def layout(spans: Sequence[Span]) -> Picture | None:
@@ -74,7 +77,7 @@ def layout(spans: Sequence[Span]) -> Picture | None:
     tracks = [_track(name, [span for span in spans if span.track == name], end) for name in names]
     waits = [span for span in spans if span.kind in WAITING_KINDS]
     marks = [Mark(round(100 * max(span.start_seconds, 0.0) / end, 2), _title(span)) for span in waits]
-    return Picture(tracks, marks, _ticks(end), end)
+    return Picture(tracks, marks, _ticks(end), end, {_look(span) for span in spans})
 
 
 def _track(name: str, spans: Sequence[Span], end: float) -> Track:

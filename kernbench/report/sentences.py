@@ -158,10 +158,11 @@ def swap_headline(record: SwapRecord) -> str:
         return unfinished(record, f"No verdict on {title}")
     decision = DECISIONS.get(record.verdict.decision, (record.verdict.decision, "neutral"))[0]
     if record.ratio is None:
-        return f"{decision}: {title}. {_capital(_sentence(record.verdict.sentence))}"
+        why = record.verdict.sentence.removeprefix(f"{record.verdict.decision}: ")
+        return f"{decision}: {title}. {capitalized(_sentence(why))}"
     sides = before_after_seconds(record)
     step = f"a step goes from {units.seconds(sides[0])} to {units.seconds(sides[1])}, " if sides else ""
-    return f"{decision}: {title}. {_capital(step + change(record.ratio))} ({ratio_evidence(record.ratio)})."
+    return f"{decision}: {title}. {capitalized(step + change(record.ratio))} ({ratio_evidence(record.ratio)})."
 
 
 def before_after_seconds(record: SwapRecord) -> tuple[float, float] | None:
@@ -353,5 +354,6 @@ def _sentence(text: str) -> str:
     return text if not text or text.endswith((".", "!", "?")) else f"{text}."
 
 
-def _capital(text: str) -> str:
+def capitalized(text: str) -> str:
+    """The text with its first letter capital, the rest as it stands."""
     return text[:1].upper() + text[1:]
