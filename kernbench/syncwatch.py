@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from enum import Enum, auto
 from typing import Any
 
 import torch
+from torch._C import DispatchKey, DispatchKeySet
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +33,18 @@ _MODULES = _TORCH + "nn/modules/"
 _HOST = torch.device("cpu")
 # Attributes of torch._C are typed as descriptors whose __get__ is made anew each time; they compare equal.
 _DEVICE_OF = torch.Tensor.device.__get__
+
+
+class Body(Enum):
+    """What an operator is made of: whether the watch has to look inside.
+
+    Composite operators are made of others, and arrive whole under ``torch.inference_mode`` and in custom operators.
+    Custom operators are Python functions behind a dispatch key.
+    """
+
+    LEAF = auto()
+    COMPOSITE = auto()
+    CUSTOM = auto()
 
 
 class SyncWatch:
@@ -53,17 +67,19 @@ class SyncWatch:
         self._muted = 0
         self._calls: list[tuple[str, tuple[Any, ...]]] = []
         self._functions = _FunctionMode(self)
+        self._operators = _DispatchMode(self)
+        self._bodies: dict[Any, Body] = {}
         self._stack = ExitStack()
-        self._eager = False
         self._handlers = self._make_handlers()
 
     def __enter__(self) -> SyncWatch:
         with ExitStack() as stack:
+            # One call of a compiled function under a dispatch mode would switch its compilation off for good.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(_attribute(torch.autograd, "_engine_run_backward", self._watched_engine))
             stack.enter_context(self._functions)
-            stack.enter_context(_DispatchMode(self))
+            stack.enter_context(self._operators)
             self._stack = stack.pop_all()
-        self._keep_compiled_code()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -71,7 +87,6 @@ class SyncWatch:
 
     def begin_step(self, index: int, *, record_ops: bool = False) -> None:
         """Record from here on, as step ``index``; ``record_ops`` starts :attr:`op_lines` afresh."""
-        self._keep_compiled_code()
         self._step, self._record_ops = index, record_ops
         if record_ops:
             self.op_lines = {}
@@ -80,26 +95,33 @@ class SyncWatch:
         """Stop recording."""
         self._step, self._record_ops = None, False
 
-    def _keep_compiled_code(self) -> None:
-        """Run compiled functions eagerly: one call under a dispatch mode would switch their compilation off for good.
-
-        Importing the compiler takes seconds, so this waits until the program has imported it.
-        """
-        if not self._eager and "torch._dynamo" in sys.modules:
-            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
-            self._eager = True
-
     def _watched_engine(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Custom ``backward`` methods run inside ``torch.autograd.backward``, where torch has taken the mode away."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-            if any(mode is self._functions for mode in modes):
-                return original(*args, **kwargs)
-            with self._functions:
+            with self._functions_again():
                 return original(*args, **kwargs)
 
         return run
+
+    def _functions_again(self) -> AbstractContextManager[Any]:
+        modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        return nullcontext() if any(mode is self._functions for mode in modes) else self._functions
+
+    def _run(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator, and watch inside where its body is made of further operators."""
+        body = self._bodies.get(operator)
+        if body is None:
+            body = self._bodies[operator] = _body(operator)
+        if body is Body.LEAF:
+            return operator(*args, **kwargs)
+        if body is Body.COMPOSITE:
+            with self._operators:
+                return operator.decompose(*args, **kwargs)
+        on_cuda = any(tensor.is_cuda for tensor in [*tensors_in(args), *tensors_in(kwargs.values())])
+        keys = DispatchKeySet(DispatchKey.CUDA if on_cuda else DispatchKey.CPU)
+        with torch._C._EnableTorchFunction(), self._functions_again(), self._operators:
+            return operator.redispatch(keys, *args, **kwargs)
 
     # What the modes report.
 
@@ -132,7 +154,7 @@ class SyncWatch:
                 self._record(shown, read.form or form, host=read.host_tensor)
                 if self._record_ops and shown not in (name, "aten::item"):
                     self._note_operator(shown)
-        result = operator(*args, **kwargs)
+        result = self._run(operator, args, kwargs)
         if self._marks is not None:
             self._mark_results(args, kwargs, result)
         return result
@@ -307,6 +329,12 @@ class SyncWatch:
             result = function(*args, **kwargs)
         self._settle(result, self._sides.holds(args[0]))
         return result
+
+
+def _body(operator: Any) -> Body:
+    if operator._can_decompose():
+        return Body.COMPOSITE
+    return Body.LEAF if operator.namespace in ("aten", "prims", "profiler") else Body.CUSTOM
 
 
 def _called_by_torch() -> bool:

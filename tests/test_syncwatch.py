@@ -292,6 +292,48 @@ def test_custom_backward_is_watched():
     check(build, differentiate, Reading.backward)
 
 
+@torch.library.custom_op("kernbench_test::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    if x.sum() > -1e9:  #: aten::is_nonzero if device
+        x.tolist()  #: aten::tolist tolist device
+    torch.tensor([1.0], device=x.device)  #: aten::_to_copy copy device
+    torch.tensor(1.0).item()  #: aten::item item host
+    return x * 2
+
+
+@torch.library.custom_op("kernbench_test::double_", mutates_args=("x",))
+def double_(x: torch.Tensor) -> None:
+    x.mul_(2).sum().item()  #: aten::item item device
+
+
+def test_bodies_of_custom_operators_are_watched():
+    def step(t, index):
+        doubled(t["x"]).sum().item()  #: aten::item item device
+        version = t["x"]._version
+        double_(t["x"])
+        assert t["x"]._version > version
+
+    check(tensors, step, doubled._init_fn, double_._init_fn)
+
+
+def test_composite_operators_under_inference_mode():
+    def build():
+        return torch.nn.Linear(4, 4, device=DEVICE), torch.ones(2, 4, device=DEVICE), torch.ones(2)
+
+    def step(t, index):
+        model, x, host = t
+        with torch.inference_mode():
+            y = model(x)
+            y.sum().item()  #: aten::item item device
+            if (y > 1e9).any():  #: aten::is_nonzero if device
+                pass
+            torch.where(y > 0)  #: aten::where where device
+            torch.einsum("ij,ij->", y, y).item()  #: aten::item item device
+            host.sum().item()  #: aten::item item host
+
+    check(build, step)
+
+
 def test_each_steady_step_is_recorded_and_warmup_is_not():
     def step(t, index):
         t["s"].item()
