@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kineto_builder import AUTOGRAD, KinetoBuilder
 
@@ -83,6 +83,16 @@ def test_allocation_slow_launches_and_queues_are_told_apart(tmp_path: Path) -> N
     builder.launch("waits for an event", 120, 400, 410, stream=8)
     expected = {"launch": 5, "allocation": 50, "host": 40, "slow launch": 95, "queued": 200}
     assert causes(one_step(tmp_path, builder, end=410)) == expected
+
+
+def test_a_trace_of_the_device_alone_does_not_guess_causes(tmp_path: Path) -> None:
+    builder = KinetoBuilder()
+    builder.on_device("kernel", "gemm", 0, 10, 1)
+    builder.on_device("kernel", "gemm", 20, 30, 2)
+    loaded = trace.load(builder.write(tmp_path / "device.json"))
+    assert causes(loaded) == {"unknown": 10}
+    assert hotspots.hotspots(loaded, None)[0].calls_per_step == 2
+    assert stalls.stalls(loaded, None) == []
 
 
 def test_overlapping_streams_are_busy_once(tmp_path: Path) -> None:
@@ -292,3 +302,59 @@ def test_interval_sets_agree_with_counting(
     assert brute_force(gaps.start, gaps.end) == window - ticks
     for found, expected in ((one.without(two), ticks - others), (one.within(two), ticks & others)):
         assert brute_force(found.start, found.end) == expected
+
+
+_TIME = st.integers(0, 500)
+_EVENT = st.tuples(
+    st.sampled_from(["launch", "orphan", "lost", "sync", "malloc", "op", "step", "copy", "phase"]),
+    _TIME,
+    st.integers(0, 80),
+    st.integers(0, 100),
+    st.sampled_from([7, 20]),
+    st.sampled_from([100, AUTOGRAD]),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@given(st.lists(_EVENT, min_size=1, max_size=25))
+def test_any_trace_is_analysed_and_everything_adds_up(
+    tmp_path: Path, events: list[tuple[str, int, int, int, int, int]]
+) -> None:
+    builder = KinetoBuilder(offset_us=0)
+    builder.op("aten::add", 0, 1)
+    for number, (what, start, length, delay, stream, tid) in enumerate(events):
+        end = start + length
+        if what == "launch":
+            builder.launch(
+                f"gemm {number % 3}", start, end + delay, end + 2 * delay, stream=stream, tid=tid, call_us=length
+            )
+        elif what == "orphan":
+            builder.on_device("kernel", "reduce_kernel", start, end, 10_000 + number, stream)
+        elif what == "copy":
+            call = builder.call("cudaMemcpyAsync", start, end, tid)
+            builder.on_device("gpu_memcpy", "Memcpy DtoH (Device -> Pageable)", start, end + delay, call, stream)
+        elif what == "op":
+            builder.op(f"aten::mul{number % 4}", start, end, tid, sequence=delay % 4, backward=delay % 2 == 1)
+        elif what == "step":
+            builder.step(number, start, end)
+        elif what == "phase":
+            builder.annotation(f"kernbench.phase{number % 3}:site", start, end, tid)
+        else:
+            calls = {"lost": "cudaLaunchKernel", "sync": "cudaStreamSynchronize", "malloc": "cudaMalloc"}
+            builder.call(calls[what], start, end, tid)
+    loaded = trace.load(builder.write(tmp_path / "any.json"))
+    log = LineLog(steps=1, lines=[NO_LINE], reads=[read(0)], op_lines={"aten::mul1": [0], "aten::mul2": [0, -1]})
+    window = idle.step_windows(loaded).mean_ns / 1e9
+    found = idle.idle(loaded)
+    if found is not None:
+        assert sum(found.causes.values()) == pytest.approx(found.idle_seconds_per_step, abs=1e-12)
+        assert found.busy_seconds_per_step + found.idle_seconds_per_step == pytest.approx(window, abs=1e-12)
+        assert found.idle_seconds_per_step >= 0
+    if window:
+        parts = breakdown.breakdown(loaded, 1e-3)
+        assert sum(part.seconds_per_step for part in parts) == pytest.approx(1e-3)
+        assert all(part.seconds_per_step >= 0 for part in parts)
+    assert sum(hotspot.share for hotspot in hotspots.hotspots(loaded, log)) <= 1 + 1e-9
+    assert launches.launches(loaded).per_step >= 0
+    assert all(stall.count_per_step > 0 for stall in stalls.stalls(loaded, log))
+    assert all(span.duration_seconds >= 0 for span in timeline.timeline(loaded))

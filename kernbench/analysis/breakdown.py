@@ -20,6 +20,7 @@ _IDLE_DESCRIPTIONS = {
     "launch": "device idle while the next piece of work was on its way",
     "slow launch": "device idle while a launch call took long, as when it loads a kernel",
     "queued": "device idle though work was queued: it waited for another stream or event",
+    "unknown": "device idle, and the trace does not hold the launch of what came next",
 }
 
 

@@ -9,6 +9,7 @@ lies after is the way from the launch to the device. Causes:
 - "launch": the work was on its way, less than ``LAUNCH_NS`` after the launch began.
 - "slow launch": the launch call itself took longer than that, as when it loads the kernel's module.
 - "queued": the work had been handed over for longer than that; it waited for another stream or an event.
+- "unknown": the trace does not hold the launch of the next event, or nothing of the host at all.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from kernbench.nesting import CALL, Bools, Ints
 from kernbench.record import Idle
 from kernbench.trace import Trace
 
-CAUSES = ("sync", "host", "allocation", "launch", "slow launch", "queued")
+CAUSES = ("sync", "host", "allocation", "launch", "slow launch", "queued", "unknown")
 # Launch calls take 4.5 to 7 us on current machines; twice that is no longer the way of a launch.
 LAUNCH_NS = 15_000
 _ALLOCATION = re.compile(r"(cuda|cu|hip)(Malloc|Free|MemAlloc|MemFree|HostAlloc|HostMalloc|HostFree|MemCreate|MemMap)")
 _NEVER = np.iinfo(np.int64).max
+_NOT_TRACED = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +117,7 @@ def pieces(trace: Trace) -> Pieces:
     begun, returned = np.clip(launch_start, gaps.start, gaps.end), np.clip(launch_end, gaps.start, gaps.end)
     late = np.where(gaps.end - returned < LAUNCH_NS, CAUSES.index("slow launch"), CAUSES.index("queued"))
     travel = np.where(gaps.end - begun < LAUNCH_NS, CAUSES.index("launch"), late)
+    travel[launch_start == _NOT_TRACED] = CAUSES.index("unknown")
     before = _by_host_activity(trace, gaps.start, begun)
     starts = np.concatenate([before.start, begun])
     ends = np.concatenate([before.end, gaps.end])
@@ -125,12 +128,13 @@ def pieces(trace: Trace) -> Pieces:
 
 
 def _next_launch(trace: Trace, mine: Ints, gaps: Intervals) -> tuple[Ints, Ints]:
-    """When the host began and finished launching the event that ends each gap; never, where nothing follows."""
+    """When the host began and finished launching the event that ends each gap."""
     host, call = trace.host, trace.device.call[mine]
     following = np.searchsorted(trace.device.start_ns[mine], gaps.end, side="left")
-    # An event without a launch in the trace was launched before the trace began.
     start, end = (
-        np.append(np.where(call >= 0, time[call], 0) if len(host) else np.zeros(len(mine), np.int64), _NEVER)
+        np.append(
+            np.where(call >= 0, time[call], _NOT_TRACED) if len(host) else np.full(len(mine), _NOT_TRACED), _NEVER
+        )
         for time in (host.start_ns, host.end_ns)
     )
     return start[following], end[following]

@@ -23,7 +23,8 @@ def launches(trace: Trace) -> Launches:
 
     On a GPU these are kernels, copies and memsets. On a CPU they are estimated: the innermost calls of operators that
     compute something (views, allocations and metadata in ``families.NO_LAUNCH`` do not), with a ``_foreach_`` or
-    ``_fused_`` operator as one. A GPU may need a few more or less, as its kernels are fused differently.
+    ``_fused_`` operator as one. A GPU may need a few more or less: its kernels are fused differently, and the trace
+    does not tell work on host tensors (an optimizer's step counters) from the rest.
     """
     steps = len(trace.counted)
     if not trace.on_gpu:
