@@ -55,18 +55,17 @@ def fused_adamw_reference(
     ok: Tensor,
 ) -> None:
     """The update in plain PyTorch, without a branch on ``ok``; arguments as in :func:`fused_adamw`."""
+    dtype = exp_avgs[0].dtype if exp_avgs else torch.float32
     exact_steps = steps.double() + 1
-    decays = 1 - lrs.double() * weight_decay
-    step_sizes = lrs.double() / (1 - beta1**exact_steps)
-    roots = (1 - beta2**exact_steps).sqrt()
+    decays = (1 - lrs.double() * weight_decay).to(dtype)
+    step_sizes = (lrs.double() / (1 - beta1**exact_steps)).to(dtype)
+    roots = (1 - beta2**exact_steps).sqrt().to(dtype)
     tensors = zip(params, grads, exp_avgs, exp_avg_sqs, decays, step_sizes, roots, strict=True)
     for param, grad, exp_avg, exp_avg_sq, decay, step_size, root in tensors:
-        dtype = exp_avg.dtype
         gradient = grad.to(dtype)
-        first = exp_avg + (gradient - exp_avg) * (1 - beta1)
-        second = exp_avg_sq * beta2 + gradient * gradient * (1 - beta2)
-        denominator = second.sqrt() / root.to(dtype) + eps
-        updated = param.to(dtype) * decay.to(dtype) - step_size.to(dtype) * (first / denominator)
+        first = torch.lerp(exp_avg, gradient, 1 - beta1)
+        second = torch.addcmul(exp_avg_sq * beta2, gradient, gradient, value=1 - beta2)
+        updated = param.to(dtype) * decay - step_size * (first / (second.sqrt() / root + eps))
         param.copy_(torch.where(ok, updated.to(param.dtype), param))
         exp_avg.copy_(torch.where(ok, first, exp_avg))
         exp_avg_sq.copy_(torch.where(ok, second, exp_avg_sq))
