@@ -72,9 +72,9 @@ def line_of(label: str) -> tuple[str, int]:
     return name, source[: source.index(text)].count("\n") + 1
 
 
-class _Items(TorchDispatchMode):
+class _Items(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, record: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.record = record
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
