@@ -121,7 +121,7 @@ def stalls(device: str = "cuda") -> list[Stall]:
             88,
             "if torch.isnan(norm) or torch.isinf(norm):",
             "aten::is_nonzero",
-            3,
+            3.0,
             "drain",
             wait_seconds_per_step=4.1e-3,
             saving_seconds_per_step=3.2e-3,
@@ -133,7 +133,7 @@ def stalls(device: str = "cuda") -> list[Stall]:
             141,
             "if grad_norm > self.max_norm:",
             "aten::is_nonzero",
-            1,
+            1.0,
             "busy",
             wait_seconds_per_step=6.2e-3,
             saving_seconds_per_step=1.1e-3,
@@ -145,7 +145,7 @@ def stalls(device: str = "cuda") -> list[Stall]:
             131,
             "lrs = multipliers.tolist()",
             "aten::_to_copy",
-            1,
+            1.0,
             "starved",
             wait_seconds_per_step=0.05e-3,
             function="DeepNestedOptimizer.step",
@@ -155,22 +155,22 @@ def stalls(device: str = "cuda") -> list[Stall]:
             52,
             f'print(loss.item(), "{HOSTILE}")',
             "aten::item",
-            1,
+            1.0,
             "free",
             wait_seconds_per_step=3e-6,
         ),
-        stall("torch/optim/adamw.py", 402, "step = _get_value(step_t)", "aten::item", 312, "cpu-tensor"),
+        stall("torch/optim/adamw.py", 402, "step = _get_value(step_t)", "aten::item", 312.0, "cpu-tensor"),
     ]
 
 
 def hotspots(device: str = "cuda") -> list[Hotspot]:
     kind: Any = "kernel" if device == "cuda" else "op"
     rows = [
-        (LONG_GEMM, 9.8e-3, 0.31, 96, "compute", None),
-        ("multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>", 6.1e-3, 0.19, 12, "memory", 3),
-        (LONG_ADD, 3.3e-3, 0.105, 411, "launch", None),
-        (HOSTILE, 1.9e-3, 0.06, 7, None, 1),
-        ("Memcpy DtoH (Device -> Pageable)", 1.2e-4, 0.004, 6, None, None),
+        (LONG_GEMM, 9.8e-3, 0.31, 96.0, "compute", None),
+        ("multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>", 6.1e-3, 0.19, 12.0, "memory", 3),
+        (LONG_ADD, 3.3e-3, 0.105, 411.0, "launch", None),
+        (HOSTILE, 1.9e-3, 0.06, 7.0, None, 1),
+        ("Memcpy DtoH (Device -> Pageable)", 1.2e-4, 0.004, 6.0, None, None),
     ]  # fmt: skip
     return [
         Hotspot(
@@ -231,7 +231,7 @@ def timeline(seed: int = 0, kernels: int = 900) -> list[Span]:
             Span(track="host: main", name="cudaLaunchKernel", start_seconds=host, duration_seconds=6e-6, kind="runtime")
         )
         start = max(device, host + 5e-6)
-        length = source.choice([3e-6, 8e-6, 40e-6, 200e-6])
+        length = 200e-6 if index == 7 else source.choice([3e-6, 8e-6, 40e-6, 200e-6])
         name = HOSTILE if index == 7 else f"gemm_{index % 9}"
         spans.append(Span(track="stream 7", name=name, start_seconds=start, duration_seconds=length, kind="kernel"))
         device = start + length

@@ -12,7 +12,7 @@ from kernbench.report import units
 WIDTH = 1000.0
 # A bar thinner than this is invisible on a page; such bars join their neighbours, which keeps the page small.
 SLIVER = 0.6
-LANE_HEIGHT = 14
+LANE_HEIGHT = 18
 MAX_LANES = 6
 
 WAITING_KINDS = frozenset({"sync", "stall", "wait"})

@@ -1,0 +1,196 @@
+"""Terminal output: what stands where, nothing of the data read as markup, progress on standard error only."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import report_records as samples
+from rich.console import Console
+
+from kernbench import record as records
+from kernbench.record import Hotspot
+from kernbench.report import console
+
+REPORT = Path("reports/titan-mac/20261121-142530-profile-3fa9/report.html")
+
+
+def test_profile_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show(samples.profile(), REPORT)
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
+    text = " ".join(output.out.split())
+    assert output.err == ""
+    assert len(lines) <= 35
+    assert text.startswith("A step takes 92.1 ms (median of 20 steps, 95 % interval 91.2–93.1 ms); 6 host reads a step")
+    assert "22,200 tokens/s, 1,421 launches a step, no phase in place" in lines
+    assert "E idle: host reads 17.0 ms 18 %" in text
+    assert any(line.startswith("A━━━━") and "E╌╌╌╌" in line for line in lines), "bars are legible without colour"
+    assert "workloads/titan_mac/optimizer.py:88  3 a step, drains the device, waits 4.10 ms a step" in lines
+    assert "    if torch.isnan(norm) or torch.isinf(norm):" in lines
+    assert lines[-1] == f"report: {REPORT}"
+
+
+@pytest.mark.parametrize("name", list(samples.all_kinds()))
+def test_every_kind_prints_and_keeps_names_as_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    record = samples.all_kinds()[name]
+    console.show(record, REPORT)
+    output = capsys.readouterr().out
+    assert output.rstrip().endswith(str(REPORT))
+    assert "None" not in output
+    assert "\x1b" not in output
+    if samples.HOSTILE in records.encode(record).decode() and name.startswith("profile-cpu"):
+        assert "[red]" in output
+
+
+def test_control_characters_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "evil\x1b]0;title\x07\x1b[31m[bold]kernel[/bold]"
+    hotspots = [Hotspot(name=name, self_seconds_per_step=1e-3, share=0.5, calls_per_step=1)]
+    console.show(samples.profile(hotspots=hotspots, warnings=["\x1b[2J"]), None)
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    assert "\x07" not in output
+    assert "[bold]kernel[/bold]" in output
+
+
+def test_warnings_and_endings_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show(samples.interrupted_profile(), None)
+    assert "warning: the run was interrupted in stage trace" in capsys.readouterr().out
+    console.show(samples.comparison(), None)
+    assert "warning: the presets differ: tiny and seed" in capsys.readouterr().out
+
+
+def test_swap_shows_change_prediction_parity_and_receipt(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show(samples.swap(), REPORT)
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "Kept: phase 0, no host syncs. A step goes from",
+        "step time 92.1 ms 74.9 ms ▼ 17.2 ms less (19 %)",
+        "launches a step 1,395 1,398 3 more than predicted",
+        "parity: All 26 comparisons agree",
+        "receipt: titan_mac.memory:NeuralMemory.update by python, 1 call a step",
+        "drains the device, waits 4.10 ms a step gone",
+    ):
+        assert words in text
+
+
+def test_bench_and_parity_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show(samples.bench("cpu"), None)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "triton - not measured here: Triton's interpreter has no speed of its own" in text
+    console.show(samples.workload_bench(), None)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "phase 0 75.0 ms 74.2–75.8 ms 1.23x faster 27,300 tokens/s 1,398 1" in text
+    console.show(samples.parity(failing=True), None)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "fused_adamw 23 1 80 of 80" in text
+    assert "failed: fused_adamw, ragged, bfloat16, 10 updates: max error 9" in text
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show_runs([])
+    assert "start with: kernbench profile" in capsys.readouterr().out
+    run = {"run": "20261121-1-profile-aa", "group": "titan-mac", "folder": "x"}
+    console.show_runs(
+        [
+            {**run, "kind": "profile", "status": "complete", "created_utc": "2026-11-21T14:25:30+00:00"},
+            {**run, "kind": "damaged", "status": "record.json is damaged ([red]x)"},
+        ]
+    )
+    output = capsys.readouterr().out
+    assert "2026-11-21 14:25 UTC" in output
+    assert "record.json is damaged ([red]x)" in output
+    phases = [{"number": 0, "title": "no host syncs", "flag": "TITAN_SYNC_FREE", "kept": "python"}]
+    console.show_declarations(
+        {
+            "workspace": "/somewhere",
+            "workloads": [
+                {
+                    "name": "titan-mac",
+                    "summary": "one step",
+                    "unit": "tokens",
+                    "presets": ["tiny", "seed"],
+                    "phases": phases,
+                }
+            ],
+            "kernels": [{"name": "fused_adamw", "cases": ["ragged"], "dtypes": ["float32"]}],
+        }
+    )
+    output = capsys.readouterr().out
+    assert "phase 0: no host syncs  TITAN_SYNC_FREE=1  kept (python)" in output
+    assert "presets: tiny, seed; counts tokens" in output
+    console.show_journal([{"date": "2026-11-21", "title": "phase 0", "verdict": "keep", "run_id": "x"}])
+    assert "keep" in capsys.readouterr().out
+    console.show_journal([])
+    assert "kernbench swap --phase N" in capsys.readouterr().out
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show_doctor(
+        {
+            "environment": msgspec.to_builtins(samples.environment("cpu")),
+            "capabilities": [
+                {"name": "Triton", "works": True, "detail": "interpreter"},
+                {"name": "NVML", "works": False, "detail": "no device"},
+            ],
+            "workspaces": ["/somewhere"],
+        }
+    )
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Triton yes interpreter" in text
+    assert "NVML no no device" in text
+    assert "copy 21.4 GB/s" in text
+
+
+def test_progress_off_a_terminal_is_one_line_per_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = console.progress()
+    with progress.stage("timing steps", 20) as advance:
+        advance(20)
+    progress.note("clocks cannot be read")
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == "timing steps ...\nnote: clocks cannot be read\n"
+
+
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = console.progress(quiet=True)
+    with progress.stage("timing steps") as advance:
+        advance(1)
+    progress.note("nothing")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bars_nest_and_end_with_their_stage() -> None:
+    screen = io.StringIO()
+    bars = console._Bars(Console(file=screen, force_terminal=True, width=80))
+    with pytest.raises(RuntimeError), bars.stage("[red]outer", 2) as advance:
+        advance(1)
+        with bars.stage("inner"):
+            bars.note("[bold]said")
+        raise RuntimeError
+    assert bars.open_stages == 0
+    assert not bars.bars.live.is_started
+    assert "[red]outer" in screen.getvalue()
+    assert "[bold]said" in screen.getvalue()
+    with bars.stage("again"):
+        assert bars.bars.live.is_started
+
+
+def test_bars_run_no_thread_beside_timed_steps() -> None:
+    import threading
+
+    bars = console._Bars(Console(file=io.StringIO(), force_terminal=True))
+    before = threading.active_count()
+    with bars.stage("timing", 3):
+        assert threading.active_count() == before
+
+
+def test_a_terminal_without_these_signs_gets_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    console.show(samples.profile(), None)
+    sys.stdout.flush()
+    assert b"A step takes 92.1 ms" in raw.getvalue()

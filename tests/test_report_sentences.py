@@ -1,0 +1,186 @@
+"""Verdict sentences and words, for every kind of record and for records that stopped half-way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+import report_records as samples
+
+from kernbench.record import Arm, ProfileRecord, Ratio, Stage, Verdict
+from kernbench.report import page, sentences
+
+
+def test_profile_on_a_cpu_speaks_of_a_gpu() -> None:
+    assert sentences.headline(samples.profile("cpu")) == (
+        "A step takes 92.1 ms (median of 20 steps, 95 % interval 91.2–93.1 ms); "
+        "6 host reads a step would make a GPU wait, 3 of them at optimizer.py:88."
+    )
+
+
+def test_profile_on_a_gpu_speaks_of_the_host() -> None:
+    assert "; 6 host reads a step make the host wait, 3 of them at" in sentences.headline(samples.profile())
+
+
+@pytest.mark.parametrize(
+    ("changes", "clause"),
+    [
+        ({"stalls": [], "syncs_per_step": 0.0}, "no host reads: nothing makes the host wait."),
+        (
+            {"stalls": samples.stalls()[1:2], "syncs_per_step": 1.0},
+            "1 host read a step makes the host wait, at memory.py:141.",
+        ),
+        ({"stalls": [], "syncs_per_step": None, "stages": []}, "host reads were not watched."),
+    ],
+)
+def test_stall_clause(changes: dict[str, Any], clause: str) -> None:
+    assert sentences.headline(samples.profile(**changes)).endswith(f"; {clause}")
+
+
+def test_reads_of_host_tensors_are_no_stalls() -> None:
+    only_host = [stall for stall in samples.stalls() if stall.klass == "cpu-tensor"]
+    assert "nothing makes the host wait" in sentences.headline(samples.profile(stalls=only_host, syncs_per_step=0.0))
+
+
+def test_swap_names_both_sides_interval_rounds_and_floor() -> None:
+    sentence = sentences.headline(samples.swap())
+    assert sentence.startswith("Kept: phase 0, no host syncs. A step goes from 92.")
+    assert sentence.endswith("1.23x faster (95 % interval 1.22–1.24, n = 30, A/A floor ±0.4 %).")
+
+
+def test_swap_takes_the_arm_of_its_implementation() -> None:
+    seconds = {"before": 2.0, "after compile": 9.0, "after python": 1.0}
+    record = samples.swap(arms=[Arm(name=name, seconds=[value]) for name, value in seconds.items()])
+    assert sentences.before_after_seconds(record) == (2.0, 1.0)
+
+
+def test_swap_without_speed_says_why() -> None:
+    verdict = Verdict(decision="inconclusive", sentence="inconclusive: a Triton kernel has no speed here", reasons=[])
+    record = samples.swap(verdict=verdict, ratio=None, arms=[])
+    assert sentences.headline(record) == "Inconclusive: phase 0, no host syncs. A Triton kernel has no speed here."
+
+
+@pytest.mark.parametrize(
+    ("figures", "words", "tone"),
+    [
+        ((1.23, 1.22, 1.24, 0.004), "1.23x faster", "good"),
+        ((0.80, 0.78, 0.82, 0.004), "1.25x slower", "bad"),
+        ((1.05, 0.99, 1.10, 0.004), "no change shown", "neutral"),
+        ((1.05, 1.04, 1.06, 0.08), "no change shown", "neutral"),
+    ],
+)
+def test_a_change_needs_interval_and_floor(figures: tuple[float, ...], words: str, tone: str) -> None:
+    median, low, high, floor = figures
+    ratio = Ratio(median=median, low=low, high=high, noise_floor=floor, rounds=30, steps_per_round=1)
+    assert (sentences.change(ratio), sentences.ratio_tone(ratio)) == (words, tone)
+
+
+def test_an_unshown_change_still_names_its_ratio() -> None:
+    ratio = Ratio(median=1.01, low=0.99, high=1.03, noise_floor=0.02, rounds=30, steps_per_round=1)
+    assert sentences.ratio_evidence(ratio).startswith("before/after 1.01x, 95 % interval 0.990–1.03")
+
+
+def test_parity_counts_failures_and_planted_errors() -> None:
+    assert sentences.headline(samples.parity()) == (
+        "All 26 comparisons agree with the float64 oracle; 80 of 80 planted errors were caught."
+    )
+    assert sentences.headline(samples.parity(failing=True)).startswith(
+        "1 of 26 comparisons failed, the first one fused_adamw, ragged, bfloat16, 10 updates: max error"
+    )
+
+
+def test_impossible_figures_do_not_win() -> None:
+    record = samples.bench()
+    rows = sentences.bench_groups(record.results)["fused_adamw", "seed", "float32"]
+    impossible = next(row for row in rows if row.label == "impossible")
+    best = sentences.fastest([impossible, *rows])
+    assert best is not None
+    assert best.label != "impossible"
+
+
+def test_bench_on_a_cpu_says_what_was_not_measured() -> None:
+    assert sentences.headline(samples.bench("cpu")).endswith("; triton not measured here.")
+
+
+@pytest.mark.parametrize(
+    ("status", "stages", "how"),
+    [
+        ("running", [], "the run is not finished."),
+        (
+            "failed",
+            [Stage(name="time", status="failed", seconds=1, message="CUDA out of memory")],
+            "the run failed in stage time: CUDA out of memory.",
+        ),
+        (
+            "interrupted",
+            [Stage(name="time", status="interrupted", seconds=1)],
+            "the run was interrupted in stage time.",
+        ),
+    ],
+)
+def test_runs_without_a_result_say_how_they_ended(status: str, stages: list[Stage], how: str) -> None:
+    record = samples.profile(status=status, stages=stages, steps=None, throughput=None)
+    assert sentences.headline(record) == f"No step was timed; {how}"
+
+
+def test_every_kind_has_a_sentence() -> None:
+    for name, record in samples.all_kinds().items():
+        sentence = sentences.headline(record)
+        assert sentence.endswith("."), name
+        assert "None" not in sentence, name
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "unit", "words", "tone"),
+    [
+        (0.0921, 0.0749, "seconds", "▼ 17.2 ms less (19 %)", "good"),
+        (6.0, 1.0, "count", "▼ 5 fewer (83 %)", "good"),
+        (0.0, 2.0, "count", "▲ 2 more", "bad"),
+        (100.0, 120.0, "tokens/s", "▲ 20.0 tokens/s more (20 %)", "good"),
+        (100.0, 80.0, "tokens/s", "▼ 20.0 tokens/s less (20 %)", "bad"),
+        (1.0, 1.0, "seconds", "the same", "neutral"),
+        (None, 1.0, "seconds", "", "neutral"),
+    ],
+)
+def test_differences_in_words(before: float | None, after: float, unit: str, words: str, tone: str) -> None:
+    assert sentences.difference(before, after, unit) == (words, tone)
+
+
+def test_parts_keep_letter_and_look_on_both_sides() -> None:
+    drawn = page.breakdown([("before", samples.breakdown()), ("after", samples.breakdown()[::-1][:-1])])
+    assert drawn is not None
+    assert [bar.label for bar in drawn.bars] == ["before", "after"]
+    letters = [{segment.cause: (segment.letter, segment.look) for segment in bar.segments} for bar in drawn.bars]
+    assert letters[1].items() <= letters[0].items()
+    assert sum(segment.percent for segment in drawn.bars[0].segments) == pytest.approx(100, abs=0.1)
+    assert sum(segment.percent for segment in drawn.bars[1].segments) < 100
+    assert drawn.legend[0].seconds == [33.0e-3, None]
+
+
+def test_stalls_pair_by_text_although_lines_move() -> None:
+    before = samples.stalls()[:2]
+    moved = [msgspec.structs.replace(samples.stalls()[1], line=999)]
+    pairs = page.stall_pairs(before, moved)
+    assert [(pair.words, pair.tone) for pair in pairs] == [("gone", "good"), ("the same", "neutral")]
+
+
+def test_predictions_are_set_beside_outcomes() -> None:
+    record = samples.swap()
+    assert record.predicted is not None
+    promises = page.promises(record.predicted, record.after, record.ratio)
+    rows = {row.name: (row.predicted, row.measured, row.words) for row in promises}
+    assert rows["host reads that wait, a step"] == ("1", "1", "as predicted")
+    assert rows["launches a step"] == ("1,395", "1,398", "3 more than predicted")
+    assert rows["step time before / after"] == ("1.05–1.25x", "1.23x (1.22–1.24)", "as predicted")
+    unmeasured = page.promises(record.predicted, None, None)
+    assert {row.measured for row in unmeasured} == {"not measured"}
+
+
+def test_step_time_without_throughput_is_the_median() -> None:
+    record = samples.profile(throughput=None)
+    assert isinstance(record, ProfileRecord)
+    time = sentences.step_time(record)
+    assert time is not None
+    assert time.interval is None
+    assert time.seconds == pytest.approx(92.1e-3, rel=0.01)
