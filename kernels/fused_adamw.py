@@ -152,8 +152,8 @@ def _update_kernel(  # type: ignore[no-untyped-def]
             factors, beta1_complement, beta2, beta2_complement, eps, LOAD_POLICY, STORE_MODIFIER, INTERPRETED,
         )  # fmt: skip
     else:
-        for first in range(start, min(start + BLOCK, count), THREADS):
-            offsets = first + tl.arange(0, THREADS)
+        for first in range(0, BLOCK, THREADS):
+            offsets = start + first + tl.arange(0, THREADS)
             _update(
                 param, grad, exp_avg, exp_avg_sq, offsets, offsets < count,
                 factors, beta1_complement, beta2, beta2_complement, eps, LOAD_POLICY, STORE_MODIFIER, INTERPRETED,
