@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -105,13 +106,12 @@ def list_(
     from kernbench import catalogue
     from kernbench.report import console
 
-    listing = catalogue.runs() if runs else catalogue.declarations()
-    if as_json:
-        print(json.dumps(listing, indent=1))
-    elif runs:
-        console.show_runs(listing)
+    if runs:
+        found = catalogue.runs()
+        print(json.dumps(found, indent=1)) if as_json else console.show_runs(found)
     else:
-        console.show_declarations(listing)
+        declared = catalogue.declarations()
+        print(json.dumps(declared, indent=1)) if as_json else console.show_declarations(declared)
     return OK
 
 
@@ -334,6 +334,8 @@ def _root(
 
 def main() -> NoReturn:
     """Entry point of the console script."""
+    # Kineto prints two lines of its own at every trace; what it could not record shows in the trace.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     try:
         app()
     except Exception:  # noqa: BLE001 - a bug of ours is shown whole, apart from the user's errors

@@ -59,6 +59,8 @@ def judge(
             ratio=result.ratio,
             receipt=result.receipt,
             speed_measured=bool(racing),
+            syncs_before=result.before.syncs_per_step,
+            syncs_after=result.after.syncs_per_step if result.after else None,
             not_measured_reason="on the CPU a Triton kernel runs in the interpreter, so its speed is not measured here",
         )
 

@@ -121,8 +121,8 @@ class Side:
         for index, loss in losses.items():
             if not math.isfinite(loss):
                 raise WorkloadFailed(
-                    f"the loss of {self.settings.workload.name} is {loss} at step {index} with seed {self.settings.seed}, "
-                    "so these are not the steps to measure; lower the learning rate, or try another --seed or --data"
+                    f"the loss of {self.settings.workload.name} is {loss} at step {index}, so these are not the steps to "
+                    f"measure; lower the learning rate, or try another --data or --seed than {self.settings.seed}"
                 )
         self.losses.clear()
         return list(losses.values())
@@ -155,6 +155,8 @@ def measure(
     suffix = f".{label}" if label else ""
     with run.stage(f"{name}trace"), run.progress.stage(f"tracing {name}steps"):
         events, profiled = trace_side(side, first, run.folder / f"trace{suffix}.json.gz")
+        if settings.device.type == "cuda" and not events.on_gpu:
+            run.warn("the profiler recorded no device work; set KINETO_LOG_LEVEL=0 to see why")
         overhead = record.Overhead(trace_ratio=median(profiled) / median(seconds))
         result.overhead = overhead
         result.breakdown = breakdown.breakdown(events, median(seconds))

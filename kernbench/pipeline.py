@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import kernbench
 from kernbench import (
@@ -192,7 +195,7 @@ def doctor(name: str, progress: Progress) -> dict[str, Any]:
     """Device, versions, what works here, and the measured ceilings."""
     chosen = device.resolve(name)
     with progress.stage("measuring ceilings"):
-        environment = device.fingerprint(chosen, ceilings=device.measure_ceilings(chosen))
+        environment = device.fingerprint(chosen, ceilings=_ceilings(chosen))
     with progress.stage("trying what works here"):
         capabilities = device.capabilities(chosen)
     return {
@@ -243,14 +246,21 @@ def _one_case(spec: KernelSpec, name: str | None) -> list[Any] | None:
 
 def _header(request: Request, run_id: str, chosen: Any, workspace: Workspace, progress: Progress) -> dict[str, Any]:
     with progress.stage("measuring this device's ceilings"):
-        ceilings = device.measure_ceilings(chosen)
+        ceilings = _ceilings(chosen)
     return {
         "run_id": run_id,
         "created_utc": runfolder.now_utc().isoformat(timespec="seconds"),
         "command": request.command,
         "environment": device.fingerprint(chosen, ceilings=ceilings),
         "git": device.git(workspace.root),
+        "warnings": list(device.WARNINGS),
     }
+
+
+@functools.cache
+def _ceilings(chosen: torch.device) -> record.Ceilings:
+    """Measured once per process: the phases of one walk share them."""
+    return device.measure_ceilings(chosen)
 
 
 def _remember_profile(workspace: Workspace, request: Request, settings: measure.Settings) -> None:

@@ -342,7 +342,7 @@ class Arm(Struct, frozen=True, kw_only=True):
 
 
 class BenchResult(Struct, frozen=True, kw_only=True):
-    """One timed implementation. ``label`` warns ("launch-bound", "impossible", "not measured here"), ``note`` says why."""
+    """One timed implementation. ``label`` warns ("launch-bound", "impossible", …) and ``note`` says why."""
 
     kernel: str
     case: str

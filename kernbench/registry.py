@@ -167,7 +167,7 @@ def _collect(folder: str, kind: type[Declaration]) -> dict[str, Found[Declaratio
             for declaration in _declared(_import_file(file, name), kind):
                 if declaration.name in found:
                     raise KernbenchError(
-                        f"{declaration.name!r} is declared twice, in {found[declaration.name].file} and {file}; rename one"
+                        f"{declaration.name!r} is declared twice, by {found[declaration.name].file} and {file}; rename one"
                     )
                 found[declaration.name] = Found(declaration, file, workspace)
     return found

@@ -16,8 +16,6 @@ from kernbench.registry import Workspace
 from kernbench.spec import KernelSpec
 from kernbench.workload import Phase, Workload
 
-IMPLEMENTATIONS = ("triton", "compile", "eager")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -115,7 +113,8 @@ def _numbers(workload: Workload, text: str) -> list[int]:
 
 def plan(workload: Workload, phases: Mapping[int, str]) -> swap.Plan:
     """The plan of swaps for these phases, each with its implementation."""
-    return swap.plan(workload, sorted(phases), use=phases, kernels=_kernel)
+    use = {number: name for number, name in phases.items() if name != swap.PYTHON}
+    return swap.plan(workload, sorted(phases), use=use, kernels=_kernel)
 
 
 def _kernel(name: str) -> KernelSpec:
@@ -128,9 +127,9 @@ def candidates(chosen: Phase, use: str) -> tuple[str, ...]:
     Raises:
         KernbenchError: ``use`` is unknown.
     """
-    registry.nearest(use, (*IMPLEMENTATIONS, "auto"), "implementation")
+    registry.nearest(use, (*swap.IMPLEMENTATIONS, "auto"), "implementation")
     if not any(item.kernel for item in chosen.swaps):
-        return ("python",)
+        return (swap.PYTHON,)
     return ("triton", "compile") if use == "auto" else (use,)
 
 

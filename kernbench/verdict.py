@@ -40,6 +40,12 @@ def decide(
     return _on_speed(ratio, reasons)
 
 
+def compare(ratio: Ratio) -> Verdict:
+    """Judge two separate runs by the rule for speed alone; their drift is in the interval, as nothing pairs them."""
+    judged = _on_speed(ratio, ["the steps are of two separate runs, so they are not paired"])
+    return Verdict(decision=judged.decision, sentence=judged.sentence.partition(": ")[2], reasons=judged.reasons)
+
+
 def _missing_evidence(
     parity: Sequence[ParityResult], receipt: Sequence[SiteHit], ratio: Ratio | None, not_measured_reason: str
 ) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 # Two test processes share two cores, and torch must learn of it before it is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 REPOSITORY = Path(__file__).parents[1]
 NOBODY = 65534

@@ -136,7 +136,7 @@ def test_replacement_that_never_runs_is_inconclusive(toy_workspace):
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert found["verdict"]["decision"] == "inconclusive"
-    assert "never ran" in " ".join(found["verdict"]["reasons"])
+    assert "never ran" in found["verdict"]["sentence"]
     assert state.load(toy_workspace).kept == {}
 
 
