@@ -7,11 +7,31 @@ Source: the CUDA implementations in ATen, where each of these copies a value to 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from enum import Enum, auto
 from typing import Any, NamedTuple
 
 import torch
 
 from kernbench.taint import Sides
+
+
+class Body(Enum):
+    """What an operator is made of: whether the watch has to look inside.
+
+    Composite operators are made of others, and arrive whole under ``torch.inference_mode`` and in custom operators.
+    Custom operators are Python functions behind a dispatch key.
+    """
+
+    LEAF = auto()
+    COMPOSITE = auto()
+    CUSTOM = auto()
+
+
+def body(operator: Any) -> Body:
+    """What an overload is made of."""
+    if operator._can_decompose():
+        return Body.COMPOSITE
+    return Body.LEAF if operator.namespace in ("aten", "prims", "profiler") else Body.CUSTOM
 
 
 class Read(NamedTuple):

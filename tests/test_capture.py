@@ -169,13 +169,6 @@ class TestOnGpu:
 
         return Program
 
-    def forms(self, log):
-        return {
-            (read.op, read.form, read.host_tensor, read.real)
-            for read in log.reads
-            if read.step == min(read.step for read in log.reads)
-        }
-
     def test_trace_holds_kernels_and_sync_events(self, tmp_path):
         path = tmp_path / "trace.json.gz"
         capture.trace_steps(Multiply(self.device), first=0, count=2, device=self.device, path=path)

@@ -13,6 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
@@ -258,6 +259,31 @@ def test_training_step(moved):
         optimizer.zero_grad()
         next(model.parameters()).sum().item()  #: aten::item item device
         loss.item()  #: aten::item item device
+
+    check(build, step)
+
+
+def test_what_training_code_commonly_calls_makes_no_false_reads():
+    def build():
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, device=DEVICE)
+        recurrent = torch.nn.LSTM(8, 8, batch_first=True).to(DEVICE)
+        both = torch.nn.ModuleList([layer, recurrent])
+        optimizer = torch.optim.SGD(both.parameters(), momentum=0.9, foreach=True)
+        return layer, recurrent, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+
+    def step(t, index):
+        layer, recurrent, optimizer, schedule = t
+        x = torch.randn(2, 3, 8).to(DEVICE)  #: aten::_to_copy copy device
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+        h = torch.utils.checkpoint.checkpoint(recurrent, h.float(), use_reentrant=False)[0]
+        torch.nn.functional.cross_entropy(h.flatten(0, 1), torch.arange(6, device=x.device)).backward()
+        torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        h.topk(2), h.sort(), torch.einsum("bij,bij->b", h, h)
+        h.sum().item()  #: aten::item item device
 
     check(build, step)
 
