@@ -28,6 +28,9 @@ they tell which runs are entered already.
 
 MARKER = re.compile(rb"^<!-- kernbench:run (\S+) -->\s*$")
 HEADING = re.compile(r"^## (?P<date>\d{4}-\d{2}-\d{2}) (?P<title>.*?)(?:: (?P<verdict>keep|reject|inconclusive))?$")
+PYTHON = "python"
+"""The implementation of a phase that swaps no kernel; it has no other, so its title need not say so."""
+
 LEFTOVER = re.compile(r"[a-z0-9_]{8}")
 """What ``tempfile.mkstemp`` appends; an editor's own hidden files beside the journal look different."""
 
@@ -156,11 +159,12 @@ def render(swap: SwapRecord, link: str) -> str:
     """The entry of one swap as Markdown, its marker included."""
     workload, phase, verdict = swap.workload, swap.phase, swap.verdict
     outcome = f": {verdict.decision}" if verdict else ""
-    use = f" ({_plain(phase.implementation)})" if phase.implementation else ""
+    use = f" ({_plain(phase.implementation)})" if phase.implementation not in ("", PYTHON) else ""
     title = f"{_plain(workload.name)} phase {phase.number}, {_plain(phase.title)}{use}"
     facts = [
         ("Verdict", _verdict(swap)),
         ("Step time", _step_time(swap)),
+        ("Other implementations", _others(swap)),
         ("Predicted", _predicted(swap)),
         ("Source document", swap.predicted.claim if swap.predicted else ""),
         ("Throughput", _throughput(swap)),
@@ -191,19 +195,33 @@ def _verdict(swap: SwapRecord) -> str:
     return "; ".join([swap.verdict.sentence, *swap.verdict.reasons])
 
 
+def _arm_seconds(swap: SwapRecord) -> dict[str, float]:
+    """Median seconds of a step per interleaved arm; the arm of the implementation in question is "after"."""
+    chosen = f"after {swap.phase.implementation}"
+    medians = {arm.name: median(arm.seconds) for arm in swap.arms if arm.seconds}
+    return {"after" if name == chosen else name: seconds for name, seconds in medians.items()}
+
+
 def _step_time(swap: SwapRecord) -> str:
     """Medians of the interleaved arms; the ratio is paired by round, so it need not be their quotient."""
-    arms = {arm.name: median(arm.seconds) for arm in swap.arms if arm.seconds}
+    arms = _arm_seconds(swap)
     measured = {"before", "after"} <= set(arms)
     times = f"{units.seconds(arms['before'])} → {units.seconds(arms['after'])}" if measured else ""
     ratio = swap.ratio
     if ratio is None:
         return times or "not measured"
+    each = "1 step" if ratio.steps_per_round == 1 else f"{ratio.steps_per_round} steps"
     proof = (
         f"{units.faster(ratio.median)} (95 % interval of the ratio {units.times_range(ratio.low, ratio.high)}, "
-        f"n = {ratio.rounds} rounds of {ratio.steps_per_round} steps, A/A floor {units.floor(ratio.noise_floor)})"
+        f"n = {ratio.rounds} rounds of {each}, A/A floor {units.floor(ratio.noise_floor)})"
     )
     return f"{times}, {proof}" if times else proof
+
+
+def _others(swap: SwapRecord) -> str:
+    """Implementations that were timed beside the one in question."""
+    others = {name: seconds for name, seconds in _arm_seconds(swap).items() if name.startswith("after ")}
+    return ", ".join(f"{name.removeprefix('after ')} {units.seconds(seconds)}" for name, seconds in others.items())
 
 
 def _predicted(swap: SwapRecord) -> str:
@@ -220,16 +238,20 @@ def _predicted(swap: SwapRecord) -> str:
 
 
 def _throughput(swap: SwapRecord) -> str:
-    before, after = (side.throughput if side else None for side in (swap.before, swap.after))
-    if before is None or after is None:
+    """From the interleaved arms, like the ratio: what else ran meanwhile slowed both of them."""
+    arms = _arm_seconds(swap)
+    steps = swap.before.steps if swap.before else None
+    if steps is None or not {"before", "after"} <= set(arms):
         return ""
-    unit = swap.workload.unit
-    return f"{units.number(before.units_per_second)} → {units.units_rate(after.units_per_second, unit)}"
+    before, after = (steps.units_per_step / arms[name] for name in ("before", "after"))
+    return f"{units.number(before)} → {units.units_rate(after, swap.workload.unit)}"
 
 
 def _both(swap: SwapRecord, figure: Callable[[ProfileRecord], float | None]) -> str:
     before, after = (figure(side) if side else None for side in (swap.before, swap.after))
-    return "" if before is None and after is None else f"{units.count(before)} → {units.count(after)}"
+    if before is None:
+        return ""
+    return f"{units.count(before)} → {'not measured' if after is None else units.count(after)}"
 
 
 def _syncs_name(swap: SwapRecord) -> str:

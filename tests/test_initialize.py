@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,6 +131,31 @@ def test_the_model_learns_and_its_phases_do_not_change_what_it_learns(tmp_path: 
     losses = json.loads(run_in(tmp_path, TRAIN_WITH_AND_WITHOUT_THE_KERNEL))
     assert losses["before"][-1] < 0.9 * losses["before"][0]
     assert losses["after"] == pytest.approx(losses["before"], rel=1e-5)
+
+
+def kernbench(folder: Path, *arguments: str) -> dict[str, Any]:
+    """The record that a command prints. Whether a swap wins is not asked here, so exit code 1 is fine."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kernbench", *arguments, "--device", "cpu", "--json"],
+        cwd=folder, capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_kernel_of_the_user_is_swapped_into_a_model_of_the_user(workspace: Path) -> None:
+    initialize.init(workspace)
+    found = kernbench(workspace, "profile", "./workloads/my_model.py", "--steps", "3")
+    (stall,) = (item for item in found["stalls"] if item["class"] != "cpu-tensor")  # AdamW's step counters
+    assert (stall["source"], stall["count_per_step"]) == ("self.loss_sum += loss.item()", 1)
+    found = kernbench(workspace, "swap", "--phase", "1", "--steps", "3", "--rounds", "3")
+    assert found["workload"]["name"] == "my-model"
+    assert found["parity"]
+    assert [result["reason"] for result in found["parity"] if not result["passed"]] == []
+    assert [(hit["kernel"], hit["calls_per_step"]) for hit in found["receipt"]] == [("my_kernel", 2)]
+    (entry,) = journal.entries(workspace / "JOURNAL.md")
+    assert entry.run_id == found["run_id"]
 
 
 def test_the_files_are_in_house_style(tmp_path: Path) -> None:

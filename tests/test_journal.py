@@ -24,8 +24,8 @@ from kernbench.record import (
     Prediction,
     ProfileRecord,
     Ratio,
+    Steps,
     SwapRecord,
-    Throughput,
     Verdict,
     WorkloadInfo,
 )
@@ -57,9 +57,9 @@ def swap_record(run_id: str = "run1", **changes: Any) -> SwapRecord:
     sides = {
         name: ProfileRecord(
             run_id=f"{run_id}-{name}", workload=workload, syncs_per_step=syncs, launches_per_step=launches,
-            throughput=Throughput(units_per_second=rate, interval=(rate - 1, rate + 1)), **common,
+            steps=Steps(seconds=[0.5], units_per_step=160.0), **common,
         )
-        for name, syncs, launches, rate in (("before", 3120.0, 812.0, 8000.0), ("after", 0.0, 400.5, 10_000.0))
+        for name, syncs, launches in (("before", 3120.0, 812.0), ("after", 0.0, 400.5))
     }  # fmt: skip
     fields: dict[str, Any] = {
         **common,
@@ -68,14 +68,14 @@ def swap_record(run_id: str = "run1", **changes: Any) -> SwapRecord:
         "status": "complete",
         "git": Git(commit="0123456789abcdef", dirty=True),
         "workload": workload,
-        "phase": PhaseInfo(number=0, title="no host syncs"),
+        "phase": PhaseInfo(number=0, title="no host syncs", implementation="triton"),
         "predicted": Prediction(text="all real syncs gone", claim="40 to 50 % faster", ratio_low=1.1, ratio_high=1.3),
         "parity": [
             ParityResult(kernel="k", case="c", dtype="float32", mode="forward", passed=True, mutants_killed=(9, 9)),
             ParityResult(kernel="k", case="d", dtype="float32", mode="forward", passed=False, mutants_killed=(2, 3)),
         ],
         "ratio": Ratio(median=1.25, low=1.21, high=1.29, noise_floor=0.011, rounds=20, steps_per_round=4),
-        "arms": [Arm(name="before", seconds=[0.02, 0.01, 0.03]), Arm(name="after", seconds=[0.016])],
+        "arms": [Arm(name="before", seconds=[0.02, 0.01, 0.03]), Arm(name="after triton", seconds=[0.016])],
         "verdict": Verdict(decision="keep", sentence="Faster beyond doubt"),
     }
     return SwapRecord(run_id=run_id, **{**fields, **changes})
@@ -96,7 +96,7 @@ def test_an_entry_holds_what_was_predicted_measured_and_decided(tmp_path: Path) 
     assert journal.append(path, swap_record(), report)
     assert path.read_text() == journal.HEADER + (
         """
-## 2026-11-21 titan-mac phase 0, no host syncs: keep
+## 2026-11-21 titan-mac phase 0, no host syncs (triton): keep
 <!-- kernbench:run run1 -->
 
 - Verdict: Faster beyond doubt
@@ -114,6 +114,27 @@ def test_an_entry_holds_what_was_predicted_measured_and_decided(tmp_path: Path) 
 - Report: [run1](reports/titan-mac/run%201/report.html)
 """  # noqa: E501 - one line of the journal is one line here
     )
+
+
+def test_implementations_that_were_timed_as_well_are_named(tmp_path: Path) -> None:
+    phase = PhaseInfo(number=2, title="AdamW", implementation="compile")
+    arms = [Arm(name=name, seconds=[0.01]) for name in ("before", "again", "after triton", "after compile")]
+    journal.append(tmp_path / "JOURNAL.md", swap_record(phase=phase, arms=arms), tmp_path / "report.html")
+    text = (tmp_path / "JOURNAL.md").read_text()
+    assert "- Other implementations: triton 10.0 ms\n" in text
+    assert "(compile): keep\n" in text
+
+
+def test_a_phase_without_a_kernel_names_no_implementation(tmp_path: Path) -> None:
+    phase = PhaseInfo(number=0, title="no host syncs", implementation="python")
+    journal.append(tmp_path / "JOURNAL.md", swap_record(phase=phase), tmp_path / "report.html")
+    (entry,) = journal.entries(tmp_path / "JOURNAL.md")
+    assert entry.title == "titan-mac phase 0, no host syncs"
+
+
+def test_a_side_that_was_not_measured_is_not_a_number(tmp_path: Path) -> None:
+    journal.append(tmp_path / "JOURNAL.md", swap_record(after=None), tmp_path / "report.html")
+    assert "- Launches per step: 812 → not measured\n" in (tmp_path / "JOURNAL.md").read_text()
 
 
 def test_on_the_cpu_reads_are_not_called_syncs(tmp_path: Path) -> None:
@@ -147,9 +168,9 @@ def test_entries_are_listed_with_those_that_people_wrote(tmp_path: Path) -> None
     rejected = Verdict(decision="reject", sentence="slower")
     journal.append(path, swap_record("two", verdict=rejected), tmp_path / "r")
     assert [(entry.date, entry.title, entry.verdict, entry.run_id) for entry in journal.entries(path)] == [
-        ("2026-11-21", "titan-mac phase 0, no host syncs", "keep", "one"),
+        ("2026-11-21", "titan-mac phase 0, no host syncs (triton)", "keep", "one"),
         ("2026-11-22", "Why the claim was wrong", "", ""),
-        ("2026-11-21", "titan-mac phase 0, no host syncs", "reject", "two"),
+        ("2026-11-21", "titan-mac phase 0, no host syncs (triton)", "reject", "two"),
     ]
     assert by_hand in path.read_text()
 
