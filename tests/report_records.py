@@ -389,8 +389,8 @@ def swap(device: str = "cuda", *, decision: Any = "keep", **changes: Any) -> Swa
         "predicted": Prediction(
             text="Five of six reads go; the device no longer runs dry behind them.",
             claim="Phase 0: 20-30 % (seed document)",
-            syncs_per_step=1.0,
-            launches_per_step=1395.0,
+            syncs_per_step=5.0,
+            launches_per_step=26.0,
             ratio_low=1.05,
             ratio_high=1.25,
             basis="replay of the trace before",

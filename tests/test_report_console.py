@@ -68,8 +68,8 @@ def test_swap_shows_change_prediction_parity_and_receipt(capsys: pytest.CaptureF
     text = " ".join(capsys.readouterr().out.split())
     for words in (
         "Kept: phase 0, no host syncs. A step goes from",
-        "step time 92.1 ms 74.9 ms ▼ 17.2 ms less (19 %)",
-        "launches a step 1,395 1,398 3 more than predicted",
+        "step time, interleaved 92.8 ms 75.7 ms ▼ 17.1 ms less (18 %)",
+        "launches taken out of a step 26 23 3 fewer than predicted",
         "parity: All 26 comparisons agree",
         "receipt: titan_mac.memory:NeuralMemory.update by python, 1 call a step",
         "drains the device, waits 4.10 ms a step gone",

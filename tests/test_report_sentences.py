@@ -9,7 +9,7 @@ import pytest
 import report_records as samples
 
 from kernbench.record import Arm, ProfileRecord, Ratio, Stage, Verdict
-from kernbench.report import page, sentences
+from kernbench.report import html, page, sentences
 
 
 def test_profile_on_a_cpu_speaks_of_a_gpu() -> None:
@@ -168,12 +168,12 @@ def test_stalls_pair_by_text_although_lines_move() -> None:
 def test_predictions_are_set_beside_outcomes() -> None:
     record = samples.swap()
     assert record.predicted is not None
-    promises = page.promises(record.predicted, record.after, record.ratio)
+    promises = page.promises(record.predicted, record.before, record.after, record.ratio)
     rows = {row.name: (row.predicted, row.measured, row.words) for row in promises}
-    assert rows["host reads that wait, a step"] == ("1", "1", "as predicted")
-    assert rows["launches a step"] == ("1,395", "1,398", "3 more than predicted")
+    assert rows["host reads taken out of a step"] == ("5", "5", "as predicted")
+    assert rows["launches taken out of a step"] == ("26", "23", "3 fewer than predicted")
     assert rows["step time before / after"] == ("1.05–1.25x", "1.23x (1.22–1.24)", "as predicted")
-    unmeasured = page.promises(record.predicted, None, None)
+    unmeasured = page.promises(record.predicted, record.before, None, None)
     assert {row.measured for row in unmeasured} == {"not measured"}
 
 
@@ -184,3 +184,25 @@ def test_step_time_without_throughput_is_the_median() -> None:
     assert time is not None
     assert time.interval is None
     assert time.seconds == pytest.approx(92.1e-3, rel=0.01)
+
+
+def test_what_was_not_shown_is_neither_better_nor_worse() -> None:
+    record = samples.swap()
+    assert record.before is not None
+    assert record.after is not None
+    sides = [("before", record.before.breakdown), ("after", record.after.breakdown)]
+    for shown, expected in ((True, {"good", "neutral"}), (False, {"neutral"})):
+        drawn = page.breakdown(sides, shown=shown)
+        assert drawn is not None
+        assert {row.tone for row in drawn.legend} == expected
+    rows = {row.name: row for row in page.changes(record.before, record.after, race=(0.1, 0.101), shown=False)}
+    assert rows["step time, interleaved"].words == "▲ 1.00 ms more (1.0 %)"
+    assert rows["step time, interleaved"].tone == "neutral"
+    assert rows["throughput, interleaved"].after == 2048 / 0.101
+    assert rows["launches a step"].tone == "good", "counts need no interval"
+
+
+def test_arms_that_were_raced_in_vain_are_named() -> None:
+    arms = [Arm(name=name, seconds=[1.0, 2.0, 3.0]) for name in ("before", "again", "after python", "after compile")]
+    assert sentences.other_arms(samples.swap(arms=arms)) == [("compile", 2.0)]
+    assert "Also raced: compile" in " ".join(html.render(samples.swap(arms=arms)).replace("<", " <").split())

@@ -26,7 +26,9 @@ from kernbench.record import (
     Hotspot,
     ParityRecord,
     ParityResult,
+    Part,
     ProfileRecord,
+    Ratio,
     Record,
     Stall,
     SwapRecord,
@@ -196,7 +198,7 @@ def _body(record: Record) -> list[RenderableType]:
         case SwapRecord():
             return _swap(record)
         case CompareRecord():
-            return _comparison(record.before, record.after)
+            return _comparison(record.before, record.after, record.ratio)
         case ParityRecord():
             return _parity(record.results)
         case BenchRecord():
@@ -223,9 +225,10 @@ def _swap(record: SwapRecord) -> list[RenderableType]:
     if record.verdict is not None and record.verdict.reasons:
         blocks.append(Group(*(_text(f"- {reason}") for reason in record.verdict.reasons)))
     if record.before is not None and record.after is not None:
-        blocks += _comparison(record.before, record.after)
+        race = sentences.before_after_seconds(record) if all(sentences.raced_arms(record)) else None
+        blocks += _comparison(record.before, record.after, record.ratio, race)
     if record.predicted is not None:
-        promises = page.promises(record.predicted, record.after, record.ratio)
+        promises = page.promises(record.predicted, record.before, record.after, record.ratio)
         table = _table("prediction", "predicted", "measured", "outcome")
         for row in promises:
             table.add_row(*map(_text, (row.name, row.predicted, row.measured, row.words)))
@@ -238,21 +241,24 @@ def _swap(record: SwapRecord) -> list[RenderableType]:
     return [*blocks, Group(*evidence)] if evidence else blocks
 
 
-def _comparison(before: ProfileRecord, after: ProfileRecord) -> list[RenderableType]:
+def _comparison(
+    before: ProfileRecord, after: ProfileRecord, ratio: Ratio | None, race: tuple[float, float] | None = None
+) -> list[RenderableType]:
+    shown = sentences.changed(ratio)
     table = _table("figure", ">before", ">after", "change")
-    for row in page.changes(before, after):
+    for row in page.changes(before, after, race=race, shown=shown):
         sides = (_text(row.show(row.before)), _text(row.show(row.after)))
         table.add_row(_text(row.name), *sides, _text(row.words, STYLES[row.tone]))
-    blocks = [*_breakdown([("before", before.breakdown), ("after", after.breakdown)]), table]
+    blocks = [*_breakdown([("before", before.breakdown), ("after", after.breakdown)], shown=shown), table]
     pairs = page.stall_pairs(sentences.waiting(before.stalls), sentences.waiting(after.stalls))
     if pairs:
         blocks.append(_stalls([(pair.shown, pair.words, STYLES[pair.tone]) for pair in pairs]))
     return blocks
 
 
-def _breakdown(sides: Sequence[tuple[str, Sequence[Any]]]) -> list[RenderableType]:
+def _breakdown(sides: Sequence[tuple[str, Sequence[Part]]], *, shown: bool = True) -> list[RenderableType]:
     """The step as bars of letters, legible without colour: a full line works, a broken one waits."""
-    drawn = page.breakdown(sides)
+    drawn = page.breakdown(sides, shown=shown)
     if drawn is None:
         return []
     bars = []
@@ -339,12 +345,6 @@ def _bench(record: BenchRecord) -> list[RenderableType]:
 
 
 def _bench_row(record: BenchRecord, row: BenchResult) -> list[Text]:
-    if row.units_per_second is not None:
-        rate = units.units_rate(row.units_per_second, record.workload.unit if record.workload else "units")
-    elif row.bytes_per_second is not None:
-        rate = units.bytes_rate(row.bytes_per_second)
-    else:
-        rate = units.flops_rate(row.flops_per_second) if row.flops_per_second is not None else ""
     if record.workload:
         own = [
             _text(units.count(value) if value is not None else "")
@@ -358,7 +358,7 @@ def _bench_row(record: BenchRecord, row: BenchResult) -> list[Text]:
         _text(units.seconds(row.seconds) if row.seconds is not None else "-"),
         _text(units.seconds_range(*row.interval) if row.interval else ""),
         _text(units.faster(row.speedup[0]) if row.speedup else ""),
-        _text(rate),
+        _text(sentences.bench_rate(row, record.workload)),
         *own,
         _text(label, "yellow" if row.label else ""),
     ]

@@ -9,7 +9,16 @@ from typing import Any
 
 import jinja2
 
-from kernbench.record import BenchRecord, BenchResult, CompareRecord, ParityRecord, ProfileRecord, Record, SwapRecord
+from kernbench.record import (
+    BenchRecord,
+    BenchResult,
+    CompareRecord,
+    ParityRecord,
+    ProfileRecord,
+    Ratio,
+    Record,
+    SwapRecord,
+)
 from kernbench.record import kind as kind_of
 from kernbench.report import machine, page, picture, plots, sentences, units
 from kernbench.report.sentences import Tone
@@ -82,7 +91,7 @@ def _context(record: Record) -> dict[str, Any]:
         case SwapRecord():
             return _swap(record)
         case CompareRecord():
-            return _sides(record.before, record.after)
+            return _sides(record.before, record.after, record.ratio)
         case ParityRecord():
             return {"groups": page.parity_groups(record.results), "mutants": sentences.mutants(record.results)}
         case BenchRecord():
@@ -99,17 +108,20 @@ def _profile(record: ProfileRecord) -> dict[str, Any]:
     }
 
 
-def _sides(before: ProfileRecord, after: ProfileRecord) -> dict[str, Any]:
+def _sides(
+    before: ProfileRecord, after: ProfileRecord, ratio: Ratio | None, race: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    shown = sentences.changed(ratio)
     pictures = [
         (label, picture.layout(side.timeline))
         for label, side in (("before", before), ("after", after))
         if side.timeline
     ]
     return {
-        "breakdown": page.breakdown([("before", before.breakdown), ("after", after.breakdown)]),
-        "changes": page.changes(before, after),
+        "breakdown": page.breakdown([("before", before.breakdown), ("after", after.breakdown)], shown=shown),
+        "changes": page.changes(before, after, race=race, shown=shown),
         "stall_pairs": page.stall_pairs(sentences.waiting(before.stalls), sentences.waiting(after.stalls)),
-        "hotspot_pairs": page.hotspot_pairs(before.hotspots, after.hotspots),
+        "hotspot_pairs": page.hotspot_pairs(before.hotspots, after.hotspots, shown=shown),
         "pictures": pictures,
     }
 
@@ -118,7 +130,10 @@ def _swap(record: SwapRecord) -> dict[str, Any]:
     context: dict[str, Any] = {
         "groups": page.parity_groups(record.parity),
         "mutants": sentences.mutants(record.parity),
-        "promises": page.promises(record.predicted, record.after, record.ratio) if record.predicted else [],
+        "promises": page.promises(record.predicted, record.before, record.after, record.ratio)
+        if record.predicted
+        else [],
+        "others": sentences.other_arms(record),
         "ratios": None,
     }
     before, after = sentences.raced_arms(record)
@@ -129,7 +144,8 @@ def _swap(record: SwapRecord) -> dict[str, Any]:
         return context
     if record.after is None:
         return context | _profile(record.before)
-    return context | _sides(record.before, record.after)
+    race = sentences.before_after_seconds(record) if before and after else None
+    return context | _sides(record.before, record.after, record.ratio, race)
 
 
 def _bench(record: BenchRecord) -> dict[str, Any]:

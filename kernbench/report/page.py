@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kernbench import record as records
@@ -64,8 +64,12 @@ class Breakdown:
     notes: list[str]
 
 
-def breakdown(sides: Sequence[tuple[str, Sequence[Part]]]) -> Breakdown | None:
-    """Stacked bars on one scale, a cause in the same look in each of them; None where no side has parts."""
+def breakdown(sides: Sequence[tuple[str, Sequence[Part]]], *, shown: bool = True) -> Breakdown | None:
+    """Stacked bars on one scale, a cause in the same look in each of them; None where no side has parts.
+
+    Args:
+        shown: whether the steps were shown to differ; if not, no cause is called better or worse.
+    """
     sides = [(label, parts) for label, parts in sides if parts]
     if not sides:
         return None
@@ -98,6 +102,7 @@ def breakdown(sides: Sequence[tuple[str, Sequence[Part]]]) -> Breakdown | None:
         change, tone = "", NEUTRAL
         if len(sides) == 2:
             change, tone = difference(seconds[0] or 0.0, seconds[1] or 0.0, "seconds")
+        tone = tone if shown else NEUTRAL
         legend.append(LegendRow(letters[cause], cause, own[cause], looks[cause], seconds, change, tone))
     return Breakdown(bars, legend, shared)
 
@@ -141,21 +146,35 @@ class Change:
     tone: Tone
 
 
-def changes(before: ProfileRecord, after: ProfileRecord) -> list[Change]:
-    """The figures that both sides may have; those that neither has are left out."""
-    rows = [
-        _change(name, left, right, unit)
-        for (name, left, unit), (_, right, _) in zip(_figures(before), _figures(after), strict=True)
-    ]
+def changes(
+    before: ProfileRecord, after: ProfileRecord, *, race: tuple[float, float] | None = None, shown: bool = True
+) -> list[Change]:
+    """The figures that both sides may have; those that neither has are left out.
+
+    Args:
+        race: median steps of interleaved arms; they replace the times of the two profiles, which were taken apart.
+        shown: whether the steps were shown to differ; if not, no time is called better or worse.
+    """
+    sides = [_figures(side, race[index] if race else None) for index, side in enumerate((before, after))]
+    rows = []
+    for (name, left, unit), (_, right, _) in zip(*sides, strict=True):
+        row = _change(name, left, right, unit)
+        timed = unit not in ("count", "bytes")
+        rows.append(replace(row, tone=NEUTRAL) if timed and not shown else row)
     return [row for row in rows if row.before is not None or row.after is not None]
 
 
-def _figures(record: ProfileRecord) -> list[tuple[str, float | None, str]]:
+def _figures(record: ProfileRecord, raced: float | None) -> list[tuple[str, float | None, str]]:
     """Name, value and unit of every figure that one number tells."""
     time, rate, idle = step_time(record), record.throughput, record.idle
+    seconds = None if time is None else time.seconds
+    throughput = None if rate is None else rate.units_per_second
+    if raced and record.steps is not None:
+        seconds, throughput = raced, record.steps.units_per_step / raced
+    interleaved = ", interleaved" if raced else ""
     return [
-        ("step time", None if time is None else time.seconds, "seconds"),
-        ("throughput", None if rate is None else rate.units_per_second, f"{record.workload.unit}/s"),
+        (f"step time{interleaved}", seconds, "seconds"),
+        (f"throughput{interleaved}", throughput, f"{record.workload.unit}/s"),
         ("host reads that wait, a step", record.syncs_per_step, "count"),
         ("launches a step", record.launches_per_step, "count"),
         ("device idle, a step", None if idle is None else idle.idle_seconds_per_step, "seconds"),
@@ -204,14 +223,15 @@ def stall_pairs(before: Sequence[Stall], after: Sequence[Stall]) -> list[Pair]:
     return sorted(rows, key=lambda pair: order.get(pair.words, 2 + (pair.words == "the same")))
 
 
-def hotspot_pairs(before: Sequence[Hotspot], after: Sequence[Hotspot]) -> list[Pair]:
-    """Hotspots matched by name, the largest on either side first."""
+def hotspot_pairs(before: Sequence[Hotspot], after: Sequence[Hotspot], *, shown: bool = True) -> list[Pair]:
+    """Hotspots matched by name, the largest on either side first; none is better or worse unless ``shown``."""
     rows = []
     for left, right in _pairs(before, after, lambda hotspot: hotspot.name):
         words, tone = difference(
             left.self_seconds_per_step if left else 0.0, right.self_seconds_per_step if right else 0.0, "seconds"
         )
-        rows.append(Pair(left, right, "gone" if right is None else "new" if left is None else words, tone))
+        words = "gone" if right is None else "new" if left is None else words
+        rows.append(Pair(left, right, words, tone if shown else NEUTRAL))
     sides = [(pair.before, pair.after) for pair in rows]
     weights = [max(side.self_seconds_per_step for side in both if side) for both in sides]
     return [pair for _, pair in sorted(zip(weights, rows, strict=True), key=lambda item: -item[0])]
@@ -240,13 +260,22 @@ class Promise:
     words: str
 
 
-def promises(predicted: Prediction, after: ProfileRecord | None, ratio: Ratio | None) -> list[Promise]:
-    """The predicted figures; those that were not predicted are left out."""
+def promises(
+    predicted: Prediction, before: ProfileRecord | None, after: ProfileRecord | None, ratio: Ratio | None
+) -> list[Promise]:
+    """The predicted figures, reads and launches as what goes from a step; unpredicted ones are left out."""
     rows = []
-    syncs, launches = (after.syncs_per_step, after.launches_per_step) if after is not None else (None, None)
+    syncs, launches = (
+        (
+            _removed(before.syncs_per_step, after.syncs_per_step),
+            _removed(before.launches_per_step, after.launches_per_step),
+        )
+        if before is not None and after is not None
+        else (None, None)
+    )
     for name, promise, outcome in (
-        ("host reads that wait, a step", predicted.syncs_per_step, syncs),
-        ("launches a step", predicted.launches_per_step, launches),
+        ("host reads taken out of a step", predicted.syncs_per_step, syncs),
+        ("launches taken out of a step", predicted.launches_per_step, launches),
     ):
         if promise is None:
             continue
@@ -264,6 +293,10 @@ def promises(predicted: Prediction, after: ProfileRecord | None, ratio: Ratio | 
         )
         rows.append(Promise("step time before / after", f"{shown}x", measured, words))
     return rows
+
+
+def _removed(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else before - after
 
 
 def _off(outcome: float, promise: float) -> str:

@@ -181,6 +181,13 @@ def raced_arms(record: SwapRecord) -> tuple[list[float], list[float]]:
     return arms.get("before", []), after
 
 
+def other_arms(record: SwapRecord) -> list[tuple[str, float]]:
+    """Implementations that were raced but not chosen, with their median step."""
+    chosen = f"after {record.phase.implementation}"
+    others = [arm for arm in record.arms if arm.seconds and arm.name.startswith("after ") and arm.name != chosen]
+    return [(arm.name.removeprefix("after "), median(arm.seconds)) for arm in others]
+
+
 def change(ratio: Ratio) -> str:
     """A ratio in words, by the rule of evidence: the interval excludes 1 and the effect exceeds the A/A floor."""
     if not changed(ratio):
@@ -188,8 +195,10 @@ def change(ratio: Ratio) -> str:
     return units.faster(ratio.median)
 
 
-def changed(ratio: Ratio) -> bool:
-    """Whether a ratio shows a change rather than noise."""
+def changed(ratio: Ratio | None) -> bool:
+    """Whether a ratio shows a change rather than noise; no ratio shows none."""
+    if ratio is None:
+        return False
     excludes_one = ratio.low > 1 or ratio.high < 1
     return excludes_one and abs(ratio.median - 1) > ratio.noise_floor
 
@@ -268,6 +277,15 @@ def fastest(rows: Sequence[BenchResult]) -> BenchResult | None:
     """The row with the least time; figures marked impossible do not win."""
     timed = [row for row in rows if row.seconds is not None and row.label != "impossible"]
     return min(timed, key=lambda row: row.seconds or 0.0, default=None)
+
+
+def bench_rate(row: BenchResult, workload: WorkloadInfo | None) -> str:
+    """The one rate that tells most of a timed row: throughput, else bandwidth, else arithmetic."""
+    if row.units_per_second is not None:
+        return units.units_rate(row.units_per_second, workload.unit if workload else "units")
+    if row.bytes_per_second is not None:
+        return units.bytes_rate(row.bytes_per_second)
+    return units.flops_rate(row.flops_per_second) if row.flops_per_second is not None else ""
 
 
 def compare_headline(record: CompareRecord) -> str:
