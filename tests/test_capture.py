@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,23 +23,23 @@ class Multiply:
 
     units_per_step = 1.0
 
-    def __init__(self, device=CPU):
+    def __init__(self, device: Any = CPU) -> None:
         self.x = torch.ones(32, 32, device=device)
-        self.seen = []
+        self.seen: list[int] = []
 
-    def step(self, index):
+    def step(self, index: int) -> Any:
         self.seen.append(index)
         return (self.x @ self.x).sum().item()
 
-    def state_dict(self):
+    def state_dict(self) -> Any:
         return {}
 
 
-def events_of(path):
+def events_of(path: Any) -> Any:
     return json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
 
 
-def test_each_step_is_annotated(tmp_path):
+def test_each_step_is_annotated(tmp_path: Path) -> None:
     built, path = Multiply(), tmp_path / "run" / "trace.json.gz"
     seconds = capture.trace_steps(built, first=5, count=3, device=CPU, path=path)
     assert built.seen == [5, 6, 7]
@@ -52,9 +54,9 @@ def test_each_step_is_annotated(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["trace.json.gz"]
 
 
-def test_a_failing_step_leaves_no_file_and_raises_its_own_error(tmp_path):
+def test_a_failing_step_leaves_no_file_and_raises_its_own_error(tmp_path: Path) -> None:
     class Failing(Multiply):
-        def step(self, index):
+        def step(self, index: int) -> None:
             raise KeyError("from the workload")
 
     with pytest.raises(KeyError, match="from the workload"):
@@ -63,7 +65,7 @@ def test_a_failing_step_leaves_no_file_and_raises_its_own_error(tmp_path):
     assert capture.trace_steps(Multiply(), first=0, count=1, device=CPU, path=tmp_path / "trace.json.gz")
 
 
-def test_trimmed_trace_of_real_steps(tmp_path):
+def test_trimmed_trace_of_real_steps(tmp_path: Path) -> None:
     full, small = tmp_path / "full.json.gz", tmp_path / "small.json.gz"
     capture.trace_steps(Multiply(), first=0, count=3, device=CPU, path=full)
     capture.trim(full, small)
@@ -74,7 +76,7 @@ def test_trimmed_trace_of_real_steps(tmp_path):
     assert sum(event["name"] == "aten::mm" for event in events_of(small)) == 2
 
 
-def complete(category, name, start, duration, *, correlation=None):
+def complete(category: Any, name: Any, start: Any, duration: Any, *, correlation: Any = None) -> Any:
     arguments = {} if correlation is None else {"correlation": correlation}
     return {
         "ph": "X",
@@ -88,7 +90,7 @@ def complete(category, name, start, duration, *, correlation=None):
     }
 
 
-def test_trim_keeps_device_work_that_runs_after_its_step(tmp_path):
+def test_trim_keeps_device_work_that_runs_after_its_step(tmp_path: Path) -> None:
     flow = {"ph": "s", "cat": "ac2g", "name": "ac2g", "pid": 1, "tid": 1}
     events = [
         {"ph": "M", "name": "process_name", "pid": 1, "tid": 1, "args": {"name": "python"}},
@@ -130,7 +132,7 @@ def test_trim_keeps_device_work_that_runs_after_its_step(tmp_path):
         (b'{"traceEvents": []}', "no step of kernbench"),
     ],
 )
-def test_trim_of_damaged_input(tmp_path, content, message):
+def test_trim_of_damaged_input(tmp_path: Path, content: Any, message: Any) -> None:
     path = tmp_path / "trace.json.gz"
     path.write_bytes(content)
     with pytest.raises(KernbenchError, match=message):
@@ -138,38 +140,38 @@ def test_trim_of_damaged_input(tmp_path, content, message):
     assert not (tmp_path / "small.json.gz").exists()
 
 
-def test_trim_of_an_absent_file(tmp_path):
+def test_trim_of_an_absent_file(tmp_path: Path) -> None:
     with pytest.raises(KernbenchError, match="cannot read"):
         capture.trim(tmp_path / "absent.json.gz", tmp_path / "small.json.gz")
 
 
 class TestOnGpu:
     pytestmark = gpu
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else None
+    device = torch.device("cuda", 0)
 
-    def program(self, *lines):
+    def program(self, *lines: Any) -> Any:
         """A workload whose step runs these statements, each on a line of its own, and the number of its first line."""
         test = self
 
         class Program:
             units_per_step = 1.0
 
-            def __init__(self):
+            def __init__(self) -> None:
                 self.x = torch.randn(64, 64, device=test.device)
                 self.mask = self.x > 0
                 self.index = torch.ones((), dtype=torch.long, device=test.device)
                 self.host = torch.tensor(1.0)
 
-            def step(self, index):
+            def step(self, index: int) -> None:
                 for line in lines:
                     line(self)
 
-            def state_dict(self):
+            def state_dict(self) -> Any:
                 return {}
 
         return Program
 
-    def test_trace_holds_kernels_and_sync_events(self, tmp_path):
+    def test_trace_holds_kernels_and_sync_events(self, tmp_path: Path) -> None:
         path = tmp_path / "trace.json.gz"
         capture.trace_steps(Multiply(self.device), first=0, count=2, device=self.device, path=path)
         categories = {event.get("cat") for event in events_of(path)}
@@ -195,7 +197,7 @@ class TestOnGpu:
             (lambda p: str(p.x), "Tensor.__repr__", "print"),
         ],
     )
-    def test_each_form_is_one_real_read_with_its_wait(self, line, operator, form):
+    def test_each_form_is_one_real_read_with_its_wait(self, line: Any, operator: Any, form: Any) -> None:
         log = capture.line_pass(self.program(line), warmup=2, count=3, device=self.device)
         assert [(read.op, read.form, read.real, read.host_tensor) for read in log.reads] == [
             (operator, form, True, False)
@@ -213,18 +215,18 @@ class TestOnGpu:
             lambda p: torch.zeros(3, device=p.x.device).add_(p.host),
         ],
     )
-    def test_what_does_not_synchronise_is_not_reported(self, line):
+    def test_what_does_not_synchronise_is_not_reported(self, line: Any) -> None:
         log = capture.line_pass(self.program(line), warmup=2, count=2, device=self.device)
         assert log.reads == []
 
-    def test_reads_of_host_tensors_are_no_stalls(self):
+    def test_reads_of_host_tensors_are_no_stalls(self) -> None:
         log = capture.line_pass(self.program(lambda p: p.host.item()), warmup=1, count=2, device=self.device)
         assert [(read.host_tensor, read.real, read.step) for read in log.reads] == [(True, False, 1), (True, False, 2)]
 
-    def test_debug_mode_and_wrapped_calls_are_restored(self):
+    def test_debug_mode_and_wrapped_calls_are_restored(self) -> None:
         before = (torch.cuda.get_sync_debug_mode(), torch.cuda.synchronize, torch.cuda.Event.synchronize)
 
-        def fail(program):
+        def fail(program: Any) -> None:
             raise KeyError
 
         with pytest.raises(KeyError):

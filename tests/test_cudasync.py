@@ -3,6 +3,7 @@
 import sys
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +14,17 @@ from kernbench.record import HostRead
 from kernbench.sourcelines import SourceTable
 
 
-def event(name, start, duration, *, thread=7, category="cuda_runtime", phase="X"):
+def event(
+    name: Any, start: Any, duration: Any, *, thread: Any = 7, category: Any = "cuda_runtime", phase: Any = "X"
+) -> Any:
     return {"ph": phase, "cat": category, "name": name, "ts": start, "dur": duration, "pid": 1, "tid": thread}
 
 
-def step(index, start, duration):
+def step(index: int, start: Any, duration: Any) -> Any:
     return event(f"kernbench.step#{index}", start, duration, category="user_annotation")
 
 
-def test_runtime_calls_of_the_steps_and_thread_alone():
+def test_runtime_calls_of_the_steps_and_thread_alone() -> None:
     events = [
         event("cudaDeviceSynchronize", 5, 1),
         event("cudaStreamSynchronize", 150, 4),
@@ -43,12 +46,12 @@ def test_runtime_calls_of_the_steps_and_thread_alone():
     assert [call.seconds for call in calls] == pytest.approx([35e-6, 10e-6, 4e-6, 2e-6])
 
 
-def test_runtime_names_of_rocm():
+def test_runtime_names_of_rocm() -> None:
     events = [step(0, 0, 100), event("hipMemcpyWithStream", 10, 5), event("hipDeviceSynchronize", 20, 6)]
     assert [call.call for call in cudasync.runtime_calls(events)] == [STREAM, DEVICE]
 
 
-def test_waits_are_matched_by_order_within_kind_and_step():
+def test_waits_are_matched_by_order_within_kind_and_step() -> None:
     reports = [Report(0, 1, STREAM, 1), Report(0, 2, DEVICE, 2), Report(0, 3, STREAM, 3), Report(1, 1, STREAM, 4)]
     calls = [
         RuntimeCall(0, STREAM, 1.0),
@@ -59,13 +62,13 @@ def test_waits_are_matched_by_order_within_kind_and_step():
     assert match_waits(reports, calls) == ({1: 1.0, 2: 3.0, 3: 2.0, 4: 4.0}, [])
 
 
-def test_waits_of_one_print_add_up():
+def test_waits_of_one_print_add_up() -> None:
     reports = [Report(0, 1, STREAM, 1), Report(0, 1, STREAM, 1), Report(0, 2, STREAM, 2)]
     calls = [RuntimeCall(0, STREAM, seconds) for seconds in (1.0, 2.0, 4.0)]
     assert match_waits(reports, calls) == ({1: 3.0, 2: 4.0}, [])
 
 
-def test_no_wait_is_guessed_where_the_numbers_differ():
+def test_no_wait_is_guessed_where_the_numbers_differ() -> None:
     reports = [Report(0, 1, STREAM, 1), Report(0, 2, DEVICE, 2), Report(1, 1, STREAM, 3)]
     calls = [RuntimeCall(0, STREAM, 1.0), RuntimeCall(0, STREAM, 2.0), RuntimeCall(0, DEVICE, 3.0)]
     waits, notes = match_waits(reports, calls)
@@ -76,11 +79,11 @@ def test_no_wait_is_guessed_where_the_numbers_differ():
     ]
 
 
-def named(at, line, op="aten::item", form="item", *, host=False):
+def named(at: Any, line: Any, op: Any = "aten::item", form: Any = "item", *, host: Any = False) -> Any:
     return HostRead(step=at, line=line, op=op, form=form, host_tensor=host, real=False)
 
 
-def test_merge_names_real_reads_and_keeps_reads_of_host_tensors():
+def test_merge_names_real_reads_and_keeps_reads_of_host_tensors() -> None:
     reports = [
         Report(0, 1, STREAM, 1),
         Report(0, 1, STREAM, 2),
@@ -110,7 +113,7 @@ def test_merge_names_real_reads_and_keeps_reads_of_host_tensors():
     assert unseen == {9: 2}
 
 
-def test_merge_takes_the_commonest_name_where_counts_differ():
+def test_merge_takes_the_commonest_name_where_counts_differ() -> None:
     reads = [named(1, 1, "aten::nonzero", "nonzero"), named(1, 1), named(1, 1)]
     merged, unseen = merge([Report(0, 1, STREAM, 1)], {1: 1.0}, reads, shift=1)
     assert [(read.op, read.form) for read in merged] == [("aten::item", "item")]
@@ -118,7 +121,7 @@ def test_merge_takes_the_commonest_name_where_counts_differ():
 
 
 @pytest.fixture
-def fake_cuda(monkeypatch):
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A runtime that warns as torch does, so that the hook and the wrapped calls run without a GPU."""
     mode = SimpleNamespace(value=0)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode.value)
@@ -128,11 +131,11 @@ def fake_cuda(monkeypatch):
     return mode
 
 
-def synchronising_call():
+def synchronising_call() -> None:
     warnings.warn("called a synchronizing CUDA operation (Triggered internally at x.cpp:1.)", UserWarning, stacklevel=2)
 
 
-def test_hook_reports_lines_and_passes_other_warnings_on(fake_cuda):
+def test_hook_reports_lines_and_passes_other_warnings_on(fake_cuda: Any) -> None:
     passed = []
     sources = SourceTable()
     watch = RuntimeWatch(sources)
@@ -148,7 +151,7 @@ def test_hook_reports_lines_and_passes_other_warnings_on(fake_cuda):
                 synchronising_call()
             warnings.warn("something else", UserWarning, stacklevel=1)
             torch.cuda.synchronize()
-            torch.cuda.Stream.synchronize(None)
+            torch.cuda.Stream.synchronize(None)  # type: ignore[arg-type]
             watch.end_step()
             torch.cuda.synchronize()
     assert fake_cuda.value == 0
@@ -168,8 +171,8 @@ def test_hook_reports_lines_and_passes_other_warnings_on(fake_cuda):
     )
 
 
-def test_all_reports_of_one_print_form_one_group(fake_cuda, monkeypatch):
-    def rendering(tensor, *, tensor_contents=None):
+def test_all_reports_of_one_print_form_one_group(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rendering(tensor: Any, *, tensor_contents: Any = None) -> Any:
         synchronising_call()
         synchronising_call()
         return "tensor"
@@ -184,7 +187,7 @@ def test_all_reports_of_one_print_form_one_group(fake_cuda, monkeypatch):
     assert [report.group for report in watch.reports] == [1, 1, 2, 2]
 
 
-def test_state_is_restored_when_a_step_raises(fake_cuda):
+def test_state_is_restored_when_a_step_raises(fake_cuda: Any) -> None:
     original = torch.cuda.synchronize
     with pytest.raises(KeyError), RuntimeWatch(SourceTable()).watching():
         raise KeyError
@@ -192,7 +195,7 @@ def test_state_is_restored_when_a_step_raises(fake_cuda):
     assert fake_cuda.value == 0
 
 
-def test_no_line_of_the_program():
+def test_no_line_of_the_program() -> None:
     sources = SourceTable()
     assert sources.locate(None) == -1
     assert sources.lines[sources.nowhere()].line == 0

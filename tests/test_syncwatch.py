@@ -9,6 +9,7 @@ import inspect
 import threading
 import warnings
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from kernbench.sourcelines import SourceTable
 from kernbench.syncwatch import SyncWatch, current_phase
 
 DEVICE = torch.device("cpu:0")
+Reads = Counter[tuple[int, str, str, str]]
 
 
 class Program:
@@ -31,30 +33,30 @@ class Program:
 
     units_per_step = 1.0
 
-    def __init__(self, build, step):
+    def __init__(self, build: Any, step: Any) -> None:
         self.state = build()
         self._step = step
 
-    def step(self, index):
+    def step(self, index: int) -> Any:
         return self._step(self.state, index)
 
-    def state_dict(self):
+    def state_dict(self) -> Any:
         return {}
 
 
-def watch(build, step, *, warmup=1, count=1) -> LineLog:
+def watch(build: Any, step: Any, *, warmup: int = 1, count: int = 1) -> LineLog:
     return line_pass(lambda: Program(build, step), warmup=warmup, count=count, device=DEVICE)
 
 
-def found(log: LineLog) -> Counter:
+def found(log: LineLog) -> Reads:
     return Counter(
         (log.lines[read.line].line, read.op, read.form, "host" if read.host_tensor else "device") for read in log.reads
     )
 
 
-def expected(*functions) -> Counter:
+def expected(*functions: Any) -> Reads:
     """What the comments of these functions promise."""
-    reads: Counter = Counter()
+    reads: Reads = Counter()
     for function in functions:
         lines, first = inspect.getsourcelines(function)
         for number, text in enumerate(lines, first):
@@ -64,13 +66,13 @@ def expected(*functions) -> Counter:
     return reads
 
 
-def check(build, step, *others) -> LineLog:
+def check(build: Any, step: Any, *others: Any) -> LineLog:
     log = watch(build, step)
     assert found(log) == expected(step, *others)
     return log
 
 
-def tensors():
+def tensors() -> Any:
     return {
         "x": torch.randn(4, 4, device=DEVICE),
         "v": torch.tensor([1, 2], device=DEVICE),
@@ -82,8 +84,8 @@ def tensors():
     }
 
 
-def test_scalar_reads():
-    def step(t, index):
+def test_scalar_reads() -> None:
+    def step(t: Any, index: int) -> None:
         s, hs, x = t["s"], t["hs"], t["x"]
         s.item()  #: aten::item item device
         float(s)  #: aten::item float device
@@ -111,8 +113,8 @@ def test_scalar_reads():
     check(tensors, step)
 
 
-def test_reads_of_whole_tensors():
-    def step(t, index):
+def test_reads_of_whole_tensors() -> None:
+    def step(t: Any, index: int) -> None:
         x, v, hv = t["x"], t["v"], t["hv"]
         v.tolist()  #: aten::tolist tolist device
         hv.tolist()  #: aten::tolist tolist host
@@ -133,8 +135,8 @@ def test_reads_of_whole_tensors():
     check(tensors, step)
 
 
-def test_results_whose_size_depends_on_values():
-    def step(t, index):
+def test_results_whose_size_depends_on_values() -> None:
+    def step(t: Any, index: int) -> None:
         x, v, mask, hx, hv = t["x"], t["v"], t["mask"], t["hx"], t["hv"]
         x.nonzero()  #: aten::nonzero nonzero device
         torch.nonzero(x, as_tuple=True)  #: aten::nonzero nonzero device
@@ -162,8 +164,8 @@ def test_results_whose_size_depends_on_values():
     check(tensors, step)
 
 
-def test_copies_between_host_and_device():
-    def step(t, index):
+def test_copies_between_host_and_device() -> None:
+    def step(t: Any, index: int) -> None:
         x, hx, hv = t["x"], t["hx"], t["hv"]
         x.cpu()  #: aten::_to_copy copy device
         x.to("cpu")  #: aten::_to_copy copy device
@@ -190,8 +192,8 @@ def test_copies_between_host_and_device():
     check(tensors, step)
 
 
-def test_linalg_error_checks():
-    def step(t, index):
+def test_linalg_error_checks() -> None:
+    def step(t: Any, index: int) -> None:
         eye = torch.eye(2, device=t["x"].device)
         torch.linalg.inv(eye)  #: aten::linalg_inv linalg device
         torch.linalg.cholesky(eye)  #: aten::linalg_cholesky linalg device
@@ -202,8 +204,8 @@ def test_linalg_error_checks():
     check(tensors, step)
 
 
-def test_sides_follow_views_in_place_operations_and_factories():
-    def step(t, index):
+def test_sides_follow_views_in_place_operations_and_factories() -> None:
+    def step(t: Any, index: int) -> None:
         x, hx = t["x"], t["hx"]
         x.view(-1)[:1].item()  #: aten::item item device
         x.detach().data.sum().item()  #: aten::item item device
@@ -229,8 +231,8 @@ def test_sides_follow_views_in_place_operations_and_factories():
     check(tensors, step)
 
 
-def test_a_new_storage_does_not_take_a_dead_ones_mark():
-    def step(t, index):
+def test_a_new_storage_does_not_take_a_dead_ones_mark() -> None:
+    def step(t: Any, index: int) -> None:
         for _ in range(200):
             torch.zeros(64, device=DEVICE)
             torch.zeros(64)[0].item()
@@ -240,15 +242,15 @@ def test_a_new_storage_does_not_take_a_dead_ones_mark():
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_training_step(moved):
+def test_training_step(moved: Any) -> None:
     """Modules born on the device or moved there; AdamW reads its step counters, which are host tensors."""
 
-    def build():
+    def build() -> Any:
         model = torch.nn.Sequential(torch.nn.Linear(4, 8, device=None if moved else DEVICE), torch.nn.ReLU())
         model = model.to(DEVICE) if moved else model
         return model, torch.optim.AdamW(model.parameters(), foreach=False), torch.randn(2, 4, device=DEVICE)
 
-    def step(t, index):
+    def step(t: Any, index: int) -> None:
         model, optimizer, x = t
         loss = model(x).square().mean()
         loss.backward()
@@ -263,21 +265,21 @@ def test_training_step(moved):
     check(build, step)
 
 
-def test_what_training_code_commonly_calls_makes_no_false_reads():
-    def build():
+def test_what_training_code_commonly_calls_makes_no_false_reads() -> None:
+    def build() -> Any:
         layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, device=DEVICE)
         recurrent = torch.nn.LSTM(8, 8, batch_first=True).to(DEVICE)
         both = torch.nn.ModuleList([layer, recurrent])
         optimizer = torch.optim.SGD(both.parameters(), momentum=0.9, foreach=True)
         return layer, recurrent, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
 
-    def step(t, index):
+    def step(t: Any, index: int) -> None:
         layer, recurrent, optimizer, schedule = t
         x = torch.randn(2, 3, 8).to(DEVICE)  #: aten::_to_copy copy device
         with torch.autocast("cpu", dtype=torch.bfloat16):
             h = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
         h = torch.utils.checkpoint.checkpoint(recurrent, h.float(), use_reentrant=False)[0]
-        torch.nn.functional.cross_entropy(h.flatten(0, 1), torch.arange(6, device=x.device)).backward()
+        torch.nn.functional.cross_entropy(h.flatten(0, 1), torch.arange(6, device=x.device)).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -290,29 +292,29 @@ def test_what_training_code_commonly_calls_makes_no_false_reads():
 
 class Reading(torch.autograd.Function):
     @staticmethod
-    def forward(context, x):
+    def forward(context: Any, x: Any) -> Any:
         return x * 2
 
     @staticmethod
-    def backward(context, gradient):
+    def backward(context: Any, gradient: Any) -> Any:
         gradient.tolist()  #: aten::tolist tolist device
         gradient.cpu()  #: aten::_to_copy copy device
         torch.zeros(1, device=gradient.device).item()  #: aten::item item device
         return gradient * 2
 
 
-def test_custom_backward_is_watched():
-    def build():
+def test_custom_backward_is_watched() -> None:
+    def build() -> Any:
         return torch.ones(3, device=DEVICE, requires_grad=True)
 
-    def step(w, index):
-        Reading.apply(w).sum().backward()
+    def step(w: Any, index: int) -> None:
+        Reading.apply(w).sum().backward()  # type: ignore[no-untyped-call]
         w.grad.sum().item()  #: aten::item item device
 
     check(build, step, Reading.backward)
 
-    def differentiate(w, index):
-        (gradient,) = torch.autograd.grad(Reading.apply(w).sum(), w)
+    def differentiate(w: Any, index: int) -> None:
+        (gradient,) = torch.autograd.grad(Reading.apply(w).sum(), w)  # type: ignore[no-untyped-call]
         gradient.sum().item()  #: aten::item item device
 
     check(build, differentiate, Reading.backward)
@@ -332,8 +334,8 @@ def double_(x: torch.Tensor) -> None:
     x.mul_(2).sum().item()  #: aten::item item device
 
 
-def test_bodies_of_custom_operators_are_watched():
-    def step(t, index):
+def test_bodies_of_custom_operators_are_watched() -> None:
+    def step(t: Any, index: int) -> None:
         doubled(t["x"]).sum().item()  #: aten::item item device
         version = t["x"]._version
         double_(t["x"])
@@ -342,11 +344,11 @@ def test_bodies_of_custom_operators_are_watched():
     check(tensors, step, doubled._init_fn, double_._init_fn)
 
 
-def test_composite_operators_under_inference_mode():
-    def build():
+def test_composite_operators_under_inference_mode() -> None:
+    def build() -> Any:
         return torch.nn.Linear(4, 4, device=DEVICE), torch.ones(2, 4, device=DEVICE), torch.ones(2)
 
-    def step(t, index):
+    def step(t: Any, index: int) -> None:
         model, x, host = t
         with torch.inference_mode():
             y = model(x)
@@ -360,8 +362,8 @@ def test_composite_operators_under_inference_mode():
     check(build, step)
 
 
-def test_each_steady_step_is_recorded_and_warmup_is_not():
-    def step(t, index):
+def test_each_steady_step_is_recorded_and_warmup_is_not() -> None:
+    def step(t: Any, index: int) -> None:
         t["s"].item()
 
     log = watch(tensors, step, warmup=3, count=4)
@@ -371,8 +373,8 @@ def test_each_steady_step_is_recorded_and_warmup_is_not():
     assert log.step_seconds is not None and log.step_seconds > 0
 
 
-def test_lines_name_file_text_and_function():
-    def step(t, index):
+def test_lines_name_file_text_and_function() -> None:
+    def step(t: Any, index: int) -> None:
         t["s"].item()
 
     (line,) = watch(tensors, step).lines[-1:]
@@ -381,8 +383,8 @@ def test_lines_name_file_text_and_function():
     assert line.function.endswith("test_lines_name_file_text_and_function.<locals>.step")
 
 
-def test_operators_of_the_last_step_have_lines_in_call_order():
-    def step(t, index):
+def test_operators_of_the_last_step_have_lines_in_call_order() -> None:
+    def step(t: Any, index: int) -> None:
         w = t["x"].requires_grad_()
         loss = (w @ w).sum()
         loss.backward()
@@ -398,8 +400,8 @@ def test_operators_of_the_last_step_have_lines_in_call_order():
     assert not any(name.startswith("profiler::") for name in log.op_lines)
 
 
-def test_phase_of_a_read():
-    def step(t, index):
+def test_phase_of_a_read() -> None:
+    def step(t: Any, index: int) -> None:
         token = current_phase.set(3)
         t["s"].item()
         current_phase.reset(token)
@@ -408,22 +410,22 @@ def test_phase_of_a_read():
     assert [read.phase for read in watch(tensors, step).reads] == [3, None]
 
 
-class Doubling(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+class Doubling(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
-def test_other_modes_may_be_nested():
-    def step(t, index):
-        with Doubling(), FlopCounterMode(display=False), torch.device("meta"):
+def test_other_modes_may_be_nested() -> None:
+    def step(t: Any, index: int) -> None:
+        with Doubling(), FlopCounterMode(display=False), torch.device("meta"):  # type: ignore[no-untyped-call]
             t["s"].item()  #: aten::item item device
             t["x"].cpu()  #: aten::_to_copy copy device
 
     check(tensors, step)
 
 
-def test_other_threads_are_not_watched():
-    def step(t, index):
+def test_other_threads_are_not_watched() -> None:
+    def step(t: Any, index: int) -> None:
         thread = threading.Thread(target=lambda: t["hs"].item())
         thread.start()
         thread.join()
@@ -431,11 +433,11 @@ def test_other_threads_are_not_watched():
     assert watch(tensors, step).reads == []
 
 
-def global_state():
+def global_state() -> Any:
     return (
-        list(_get_current_function_mode_stack()),
+        list(_get_current_function_mode_stack()),  # type: ignore[no-untyped-call]
         list(_get_current_dispatch_mode_stack()),
-        torch.autograd._engine_run_backward,
+        getattr(torch.autograd, "_engine_run_backward"),  # noqa: B009 (private, so mypy does not know it)
         warnings.showwarning,
         list(warnings.filters),
         torch.get_default_device(),
@@ -443,13 +445,13 @@ def global_state():
 
 
 @pytest.mark.parametrize("failing", ["build", "step", "nothing"])
-def test_global_state_is_restored(failing):
-    def build():
+def test_global_state_is_restored(failing: Any) -> None:
+    def build() -> Any:
         if failing == "build":
             raise KeyError("in build")
         return tensors()
 
-    def step(t, index):
+    def step(t: Any, index: int) -> None:
         t["s"].item()
         if failing == "step":
             raise KeyError("in step")
@@ -464,17 +466,17 @@ def test_global_state_is_restored(failing):
     assert torch.zeros(1, device=DEVICE).device == torch.device("cpu")
 
 
-def test_compiled_functions_still_compile_after_the_watch():
+def test_compiled_functions_still_compile_after_the_watch() -> None:
     """One call under a dispatch mode would switch their compilation off for good."""
     calls = []
 
-    def backend(graph, inputs):
+    def backend(graph: Any, inputs: Any) -> Any:
         calls.append("compiled")
         return graph
 
     doubled = torch.compile(lambda x: (x * 2).sum(), backend=backend)
 
-    def step(t, index):
+    def step(t: Any, index: int) -> None:
         doubled(t["x"]).item()  #: aten::item item device
 
     check(tensors, step)
@@ -483,8 +485,8 @@ def test_compiled_functions_still_compile_after_the_watch():
     assert calls == ["compiled"]
 
 
-def test_values_are_those_of_an_unwatched_run():
-    def run():
+def test_values_are_those_of_an_unwatched_run() -> None:
+    def run() -> Any:
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 4, device=DEVICE)
         optimizer = torch.optim.AdamW(model.parameters())
