@@ -6,7 +6,7 @@ Differences are taken in float64 against the oracle. Their unit is U = RMS(oracl
     rms   RMS(difference) / U
     mean  the signed mean difference / U: a small bias that the other two miss is what drifts in training
 
-With e for eager's figure in the working dtype, k and floor from the tolerance, eps of the dtype and n elements, limits are
+With e for eager's figure, k and floor from the tolerance, eps of the working dtype and n elements, the limits are
 
     max   k e + floor eps
     rms   k e + floor eps / 4                                one ulp for the default floor of four; rounding has 0.3
@@ -31,6 +31,8 @@ from kernbench.record import Errors
 
 CHUNK = 2**24
 """Elements compared at once, so that checking a large tensor does not take the memory the kernel needs."""
+LARGEST = 1e300
+"""Errors are cut here: JSON knows no infinity, and limits are multiples of errors."""
 ZERO = Errors(max=0.0, rms_ratio=0.0, mean=0.0)
 Leaves = dict[str, Any]
 """Tensors and scalars of a nested result by their path, for example ``params[3]``."""
@@ -142,16 +144,17 @@ def judge(name: str, actual: Any, eager: Any, oracle: Any, rule: Rule) -> Judged
     elif not reason:
         reason = _misplaced(actual, oracle)
         if not reason:
-            unit = _unit(eager, oracle)
-            return limit(name, measure(actual, oracle, unit), measure(eager, oracle, unit), rule, actual)
+            scale = unit(eager, oracle)
+            eps = torch.finfo(actual.dtype).eps
+            return limit(name, measure(actual, oracle, scale), measure(eager, oracle, scale), rule, eps, actual.numel())
     return Judged(name, None, None, None, f"{name} {reason}" if reason else "")
 
 
-def limit(name: str, errors: Errors, eager: Errors, rule: Rule, tensor: Tensor) -> Judged:
-    """The judgement that follows from measured errors; ``tensor`` gives dtype and size."""
-    floor = rule.floor_ulp * torch.finfo(tensor.dtype).eps
+def limit(name: str, errors: Errors, eager: Errors, rule: Rule, eps: float, elements: int) -> Judged:
+    """The judgement that follows from measured errors; ``eps`` is what one ulp is worth, relative."""
+    floor = rule.floor_ulp * eps
     rms = rule.k * eager.rms_ratio + floor / 4
-    mean = rule.k * abs(eager.mean) + 4 * rms / math.sqrt(max(1, tensor.numel())) + floor / 8
+    mean = rule.k * abs(eager.mean) + 4 * rms / math.sqrt(max(1, elements)) + floor / 8
     limits = Errors(max=rule.k * eager.max + floor, rms_ratio=rms, mean=mean)
     reasons = []
     for what, error, own, allowed in (
@@ -164,6 +167,15 @@ def limit(name: str, errors: Errors, eager: Errors, rule: Rule, tensor: Tensor) 
     return Judged(name, errors, eager, limits, f"{name} {'; '.join(reasons)}" if reasons else "")
 
 
+def envelope(one: Errors, other: Errors) -> Errors:
+    """The larger of two errors in each figure."""
+    return Errors(
+        max=max(one.max, other.max),
+        rms_ratio=max(one.rms_ratio, other.rms_ratio),
+        mean=max(abs(one.mean), abs(other.mean)),
+    )
+
+
 def measure(actual: Tensor, oracle: Tensor, unit: float) -> Errors:
     """Errors of one tensor in units of ``unit`` (see the module's head), over the places where both are finite."""
     largest, squares, total, count = 0.0, 0.0, 0.0, max(1, oracle.numel())
@@ -174,12 +186,10 @@ def measure(actual: Tensor, oracle: Tensor, unit: float) -> Errors:
         largest = max(largest, float((difference.abs() / scale).max()))
         squares += float((difference / unit).square().sum())
         total += float((difference / unit).sum())
-    # JSON knows no infinity, and an error this large needs no digits.
-    most = sys.float_info.max
     return Errors(
-        max=min(largest, most),
-        rms_ratio=min(math.sqrt(squares / count), most),
-        mean=max(-most, min(total / count, most)) if not math.isnan(total) else most,
+        max=min(largest, LARGEST),
+        rms_ratio=min(math.sqrt(squares / count), LARGEST),
+        mean=max(-LARGEST, min(total / count, LARGEST)) if not math.isnan(total) else LARGEST,
     )
 
 
@@ -195,7 +205,8 @@ def root_mean_square(tensor: Tensor) -> float:
     return peak * math.sqrt(squares / count)
 
 
-def _unit(eager: Tensor, oracle: Tensor) -> float:
+def unit(eager: Tensor, oracle: Tensor) -> float:
+    """What differences from the oracle are counted in (see the module's head)."""
     return root_mean_square(oracle) or root_mean_square(eager) or sys.float_info.min
 
 

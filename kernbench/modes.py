@@ -1,4 +1,4 @@
-"""Ways of running a function other than one plain call: backward, many updates, torch.compile, CUDA graph."""
+"""Ways of running a function other than one plain call: nudged, backward, many updates, torch.compile, CUDA graph."""
 
 from __future__ import annotations
 
@@ -116,6 +116,19 @@ def _take(target: Any, drawn: Any) -> Any:
     if isinstance(target, list | tuple):
         return type(target)(_take(value, new) for value, new in zip(target, drawn, strict=True))
     return drawn
+
+
+def nudge(value: Any, seed: int) -> Any:
+    """A copy with every floating element moved by up to one ulp, at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.detach().clone()
+        shift = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device) * 2 - 1
+        return (tensor.detach().double() * (1 + shift * torch.finfo(tensor.dtype).eps)).to(tensor.dtype)
+
+    return compare.map_tensors(value, move)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

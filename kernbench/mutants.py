@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernbench.compare import Leaves, root_mean_square, same_leaf
+from kernbench.record import Errors
 
 ENOUGH_TO_TELL = 16
 """A copied input of fewer elements may resemble the right result by chance."""
@@ -82,12 +83,31 @@ def of_gradients(right: Leaves) -> Iterator[Mutant]:
     yield from scaled({name: leaf for name, leaf in right.items() if _is_floating(leaf)})
 
 
-def scaled(right: Leaves) -> Iterator[Mutant]:
-    """Each leaf off by 2 %, or by 8 ulp in a dtype whose ulp is larger than that: a small term forgotten."""
+def of_state(right: Leaves, initial: Leaves, eps: float) -> Iterator[Mutant]:
+    """Mutants of some steps in a dtype of this ``eps``: the state left as it was, and each tensor off by a factor."""
+    yield from _told_apart("no step taken", initial, right)
+    yield from scaled({name: leaf for name, leaf in right.items() if _is_floating(leaf)}, eps)
+
+
+def scaled(right: Leaves, eps: float = 0.0) -> Iterator[Mutant]:
+    """Each leaf off by a factor: a small term forgotten."""
     for name, leaf in right.items():
-        factor = 1 + max(0.02, 8 * torch.finfo(leaf.dtype).eps)
+        factor = 1 + share_off(max(eps, torch.finfo(leaf.dtype).eps))
         if leaf.numel() and root_mean_square(leaf) > 0.0:
             yield from _told_apart(f"{name} times {factor:g}", {name: (leaf.double() * factor).to(leaf.dtype)}, right)
+
+
+def share_off(eps: float) -> float:
+    """By how much a forgotten term is off: 2 %, or 8 ulp where an ulp is coarse."""
+    return max(0.02, 8 * eps)
+
+
+def telling(eps: float, eager: Errors) -> bool:
+    """Whether eager is so much closer to the oracle than a forgotten term that a gate must tell the two apart.
+
+    Where it is not, as in a sum that cancels, the tensor holds rounding noise. A fifth leaves room for k = 3 and floor.
+    """
+    return eager.rms_ratio <= share_off(eps) / 5
 
 
 def _told_apart(name: str, changed: Leaves, right: Mapping[str, Any]) -> Iterator[Mutant]:

@@ -1,0 +1,547 @@
+"""The gate lets right kernels and phases through and stops one of each kind of wrong one."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernbench import compare, parity, swap
+from kernbench.errors import KernbenchError, WorkloadFailed
+from kernbench.spec import Case, Cost, KernelSpec, Tolerance
+from kernbench.workload import Fault, Phase, Swap, Workload
+
+CPU = torch.device("cpu:0")
+EPS = 1e-5
+
+
+def rms_norm(x, weight):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+
+
+def blocked_rms_norm(x, weight):
+    """Right, with sums in another order and an output that is allocated and then filled, as a kernel does it."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % 8))
+    squares = padded.square().unflatten(-1, (-1, 8)).sum(-2).sum(-1, keepdim=True)
+    result = x / torch.sqrt(squares / x.shape[-1] + EPS) * weight
+    if torch.is_grad_enabled() and result.requires_grad:
+        return result
+    out = torch.empty(x.shape, dtype=x.dtype)
+    return out.copy_(result)
+
+
+def norm_inputs(case, dtype, device, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(case["rows"], case["dim"], generator=generator) * 3 + 1
+    weight = torch.rand(case["dim"], generator=generator) + 0.5
+    return {"x": x.to(device, dtype).requires_grad_(), "weight": weight.to(device, dtype).requires_grad_()}
+
+
+def no_cost(case, dtype):
+    return Cost(flops=1, bytes_read=1, bytes_written=1)
+
+
+NORM = KernelSpec(
+    name="norm",
+    reference=rms_norm,
+    optimized=blocked_rms_norm,
+    make_inputs=norm_inputs,
+    cases=(Case("one", rows=1, dim=1), Case("ragged", rows=5, dim=37), Case("large", large=True, rows=4096, dim=4096)),
+    tolerance={"float32": Tolerance(), "bfloat16": Tolerance()},
+    cost=no_cost,
+    differentiable=True,
+)
+
+
+def average(state, x):
+    state.copy_(state * 0.9 + x * 0.1)
+
+
+def other_average(state, x):
+    state += (x - state) * 0.1
+
+
+def average_inputs(case, dtype, device, seed):
+    generator = torch.Generator().manual_seed(seed)
+    state, x = (torch.randn(case["size"], generator=generator).to(device, dtype) for _ in range(2))
+    return {"state": [state], "x": x}
+
+
+def next_average_inputs(inputs, seed):
+    inputs["x"].normal_(generator=torch.Generator().manual_seed(seed))
+
+
+AVERAGE = KernelSpec(
+    name="average",
+    reference=lambda state, x: average(state[0], x),
+    optimized=lambda state, x: other_average(state[0], x),
+    make_inputs=average_inputs,
+    cases=(Case("ragged", size=50), Case("aligned", size=64)),
+    tolerance={"float32": Tolerance()},
+    cost=no_cost,
+    mutates=("state",),
+    stateful=True,
+    next_inputs=next_average_inputs,
+)
+
+
+def rows_of(spec, optimized=None, **options):
+    chosen = spec if optimized is None else replace(spec, optimized=optimized)
+    options = {"device": CPU, "dtypes": ["float32"], "cases": ["ragged"]} | options
+    return {row.mode: row for row in parity.check_kernel(chosen, **options)}
+
+
+def test_a_right_kernel_passes_in_every_mode_with_all_mutants_killed():
+    rows = list(parity.check_kernel(NORM, device=CPU))
+    assert all(row.passed for row in rows), [row for row in rows if not row.passed]
+    assert {row.case for row in rows} == {"one", "ragged"}
+    assert {row.dtype for row in rows} == {"float32", "bfloat16"}
+    modes = {row.mode for row in rows}
+    assert modes == {"plain", "offset", "strided", "gradient", "gradient of a sum"}
+    plain = next(row for row in rows if row.mode == "plain" and row.case == "ragged")
+    assert plain.mutants_killed == (5, 5)
+    assert plain.bitwise is True
+    assert plain.errors.max <= plain.bound
+
+
+def test_a_right_stateful_kernel_passes_after_many_updates():
+    rows = list(parity.check_kernel(AVERAGE, device=CPU))
+    assert all(row.passed for row in rows), [row for row in rows if not row.passed]
+    assert [row.mode for row in rows if row.case == "ragged"] == ["plain", "offset", "10 updates", "100 updates"]
+    assert [row.mode for row in rows if row.case == "aligned"] == ["plain", "10 updates"]
+
+
+def last_wrong(x, weight):
+    out = blocked_rms_norm(x, weight).clone()
+    out[-1, -1] += 0.01
+    return out
+
+
+def tail_not_written(x, weight):
+    out = torch.empty_like(x)
+    out.reshape(-1)[:-3] = rms_norm(x, weight).reshape(-1)[:-3]
+    return out
+
+
+def writes_its_input(x, weight):
+    out = rms_norm(x, weight)
+    x.mul_(2)
+    return out
+
+
+class Caches:
+    def __init__(self):
+        self.result = None
+
+    def __call__(self, x, weight):
+        self.result = rms_norm(x, weight) if self.result is None else self.result
+        return self.result.clone()
+
+
+class Wavers:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x, weight):
+        self.calls += 1
+        return rms_norm(x, weight) * (1 + self.calls * 2**-23)
+
+
+def assumes_contiguous(x, weight):
+    flat = x.as_strided(x.shape, (x.shape[1], 1), x.storage_offset())
+    return rms_norm(flat, weight.as_strided(weight.shape, (1,), weight.storage_offset()))
+
+
+def reads_past_the_end(x, weight):
+    if x.untyped_storage().nbytes() > x.numel() * x.element_size():
+        after = x.storage_offset() + x.numel()
+        return rms_norm(x, weight) + x.as_strided((1,), (1,), after) * 0
+    return rms_norm(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("optimized", "mode", "reason"),
+    [
+        (lambda x, weight: torch.zeros_like(x), "plain", "max error"),
+        (lambda x, weight: x.clone(), "plain", "max error"),
+        (lambda x, weight: rms_norm(x, weight) * 1.001, "plain", "rms error"),
+        (lambda x, weight: rms_norm(x, weight) + 5e-7, "plain", "mean error"),
+        (last_wrong, "plain", "max error"),
+        (tail_not_written, "plain", "is NaN at 3 of 185 places"),
+        (writes_its_input, "plain", "writes into x"),
+        (Caches(), "plain", "on inputs of another seed"),
+        (Wavers(), "plain", "two calls on equal inputs differ"),
+        (reads_past_the_end, "offset", "is NaN"),
+        (assumes_contiguous, "strided", "is NaN"),
+        (lambda x, weight: rms_norm(x, weight)[:-1], "plain", r"has shape \(4, 37\), eager gives \(5, 37\)"),
+        (lambda x, weight: rms_norm(x, weight).double(), "plain", "has dtype torch.float64"),
+        (lambda x, weight: None, "plain", "is no tensor"),
+        (lambda x, weight: (rms_norm(x, weight),) * 2, "plain", "gives output"),
+        (lambda x, weight: rms_norm(x, weight.detach()), "gradient", "gradient of weight is no tensor"),
+        (lambda x, weight: rms_norm(x, weight.detach() + 0 * weight), "gradient", "gradient of weight max error"),
+        (lambda x, weight: rms_norm(x.detach(), weight.detach()), "gradient", "gradient of x is no tensor"),
+    ],
+)
+def test_each_kind_of_wrong_kernel_is_rejected(optimized, mode, reason):
+    row = rows_of(NORM, optimized)[mode]
+    assert not row.passed
+    assert re.search(reason, row.reason), row.reason
+
+
+def test_a_kernel_that_raises_is_a_result_and_the_other_cases_go_on():
+    def fails_on_one(x, weight):
+        if x.numel() == 1:
+            raise RuntimeError("out of resource: shared memory\nRequired: 300000")
+        return rms_norm(x, weight)
+
+    rows = list(parity.check_kernel(replace(NORM, optimized=fails_on_one), device=CPU, dtypes=["float32"]))
+    failed = [row for row in rows if not row.passed]
+    assert {row.case for row in failed} == {"one"}
+    assert {row.reason for row in failed} == {"raised RuntimeError: out of resource: shared memory"}
+    assert all(row.passed for row in rows if row.case == "ragged")
+
+
+def test_a_reference_that_raises_gives_one_row_per_case():
+    def broken(case, dtype, device, seed):
+        raise KeyError("rows")
+
+    rows = list(parity.check_kernel(replace(NORM, make_inputs=broken), device=CPU, dtypes=["float32"]))
+    assert [(row.case, row.passed, row.reason) for row in rows] == [
+        (case, False, "raised KeyError: 'rows'") for case in ("one", "ragged")
+    ]
+
+
+def test_an_interrupt_is_no_result():
+    def interrupted(x, weight):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(parity.check_kernel(replace(NORM, optimized=interrupted), device=CPU))
+
+
+def test_refusing_a_strided_layout_is_fine_and_refusing_a_contiguous_one_is_not():
+    def contiguous_only(x, weight):
+        if not x.is_contiguous():
+            raise ValueError("x must be contiguous")
+        return rms_norm(x, weight)
+
+    row = rows_of(NORM, contiguous_only)["strided"]
+    assert (row.passed, row.reason) == (True, "refused: x must be contiguous")
+
+    def nothing(x, weight):
+        raise ValueError("no")
+
+    assert not rows_of(NORM, nothing)["plain"].passed
+
+
+def test_a_write_past_the_end_breaks_the_guard_band():
+    def overruns(state, x):
+        average(state[0], x)
+        if state[0].untyped_storage().nbytes() > state[0].numel() * 4:
+            state[0].as_strided((1,), (1,), state[0].storage_offset() + state[0].numel()).fill_(1.0)
+
+    row = rows_of(AVERAGE, overruns)["offset"]
+    assert row.reason == "writes past the end of a tensor"
+
+
+@pytest.mark.parametrize(
+    ("optimized", "mode", "reason"),
+    [
+        (lambda state, x: None, "plain", "state[0] max error"),
+        (lambda state, x: average(state[0][:-1], x[:-1]), "plain", "state[0] max error"),
+    ],
+)
+def test_a_state_that_is_not_written_is_rejected(optimized, mode, reason):
+    assert rows_of(AVERAGE, optimized)[mode].reason.startswith(reason)
+
+
+def test_a_drift_too_small_for_one_update_is_rejected_after_many():
+    def counted(state, x):
+        state.copy_(state + x)
+
+    def drifting(state, x):
+        state.copy_((state + x) * (1 + 2**-23))
+
+    spec = replace(
+        AVERAGE, reference=lambda state, x: counted(state[0], x), optimized=lambda state, x: drifting(state[0], x)
+    )
+    rows = rows_of(spec)
+    assert rows["plain"].passed, rows["plain"].reason
+    assert not rows["100 updates"].passed
+
+
+def test_tolerances_and_inputs_that_let_a_mutant_pass_fail_the_check():
+    loose = rows_of(replace(NORM, tolerance={"float32": Tolerance(floor_ulp=1e7)}))["plain"]
+    assert not loose.passed
+    assert loose.mutants_killed[0] < loose.mutants_killed[1]
+    assert "would let wrong results pass" in loose.reason
+
+    def telling_nothing(case, dtype, device, seed):
+        return {"x": torch.full((5, 37), 1.0), "weight": torch.ones(37)}
+
+    blind = rows_of(replace(NORM, make_inputs=telling_nothing))["plain"]
+    assert "result of another call" not in blind.reason
+    assert blind.mutants_killed[1] < 5 or not blind.passed
+
+
+def test_where_eager_is_exact_the_last_bit_of_the_inputs_sets_the_measure():
+    """A reference that computes in float32 whatever it is given equals its own oracle."""
+
+    def in_float32(x, weight):
+        return torch.cumsum(x.float() * weight.float(), -1)
+
+    def other_order(x, weight):
+        return torch.cumsum((x * weight).double(), -1).float()
+
+    spec = replace(NORM, reference=in_float32, differentiable=False, cases=(Case("ragged", rows=64, dim=4099),))
+    row = rows_of(spec, other_order)["plain"]
+    assert row.passed, row.reason
+    assert not rows_of(spec, lambda x, weight: in_float32(x, weight) * 1.0001)["plain"].passed
+
+
+def test_integers_compare_exactly_and_nan_and_inf_must_stand_where_the_oracle_has_them():
+    def judged(actual, oracle, eager=None):
+        eager = oracle if eager is None else eager
+        return compare.judge("t", actual, eager, compare.upcast(oracle), compare.Rule(2.0, 4.0)).reason
+
+    nan, inf = float("nan"), float("inf")
+    base = torch.tensor([1.0, nan, inf, -inf])
+    assert judged(base, base) == ""
+    assert "is no NaN" in judged(torch.tensor([1.0, 1.0, inf, -inf]), base)
+    assert "is NaN at 1 of 4" in judged(torch.tensor([nan, nan, inf, -inf]), base)
+    assert "infinite at other places" in judged(torch.tensor([1.0, nan, -inf, -inf]), base)
+    assert judged(torch.tensor([1, 2]), torch.tensor([1, 2])) == ""
+    assert "differs at 1 of 2 places" in judged(torch.tensor([1, 3]), torch.tensor([1, 2]))
+    assert judged(torch.zeros(4), torch.zeros(4)) == ""
+    assert "exceeds" in judged(torch.full((4,), 1e-20), torch.zeros(4))
+    assert judged(torch.empty(0), torch.empty(0)) == ""
+
+
+def test_errors_scale_with_the_tensor_and_one_huge_element_is_held_to_its_own_rounding():
+    oracle = torch.ones(100, dtype=torch.float64)
+    oracle[0] = 1e9
+    off = oracle.clone()
+    off[0] *= 1 + 1e-7
+    assert compare.measure(off, oracle, compare.unit(oracle, oracle)).max == pytest.approx(1e-7, rel=1e-6)
+    for scale in (1e-30, 1.0, 1e200):
+        errors = compare.measure(oracle * scale * 1.5, oracle * scale, compare.unit(oracle * scale, oracle * scale))
+        assert errors.rms_ratio == pytest.approx(0.5)
+
+
+def test_unknown_dtypes_and_cases_are_errors():
+    with pytest.raises(KernbenchError, match="no tolerance for float16; it is checked in float32, bfloat16"):
+        list(parity.check_kernel(NORM, device=CPU, dtypes=["float16"]))
+    with pytest.raises(KernbenchError, match="did you mean 'ragged'"):
+        list(parity.check_kernel(NORM, device=CPU, cases=["raged"]))
+
+
+class Training:
+    """A two-layer regression with momentum, whose step skips a NaN gradient."""
+
+    units_per_step = 8.0
+
+    def __init__(self, *, device, dtype, seed, **_):
+        generator = torch.Generator().manual_seed(seed)
+        self.weights = [
+            (torch.randn(16, 16, generator=generator, dtype=torch.float64) * 0.2).to(device, dtype).requires_grad_()
+            for _ in range(2)
+        ]
+        self.momenta = [torch.zeros_like(weight, requires_grad=False) for weight in self.weights]
+        self.inputs = torch.randn(8, 16, generator=generator, dtype=torch.float64).to(device, dtype)
+        self.updates = 0
+        self.spoil = False
+
+    def forward(self, x):
+        return torch.tanh(x @ self.weights[0]) @ self.weights[1]
+
+    def guard(self, gradients):
+        return all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+    def step(self, index):
+        loss = (self.forward(self.inputs) - self.inputs.roll(index, 0)).square().mean()
+        gradients = list(torch.autograd.grad(loss, self.weights))
+        if self.spoil:
+            gradients[0] = gradients[0] * float("nan")
+            self.spoil = False
+        if self.guard(gradients):
+            self.updates += 1
+            with torch.no_grad():
+                for weight, momentum, gradient in zip(self.weights, self.momenta, gradients, strict=True):
+                    momentum.mul_(0.9).add_(gradient)
+                    weight.sub_(0.1 * momentum)
+        return loss.detach()
+
+    def state_dict(self):
+        return {"weights": self.weights, "momenta": self.momenta, "updates": self.updates}
+
+
+def spoil(built):
+    built.spoil = True
+
+
+def build(**options):
+    return Training(**{key: value for key, value in options.items() if key != "preset"})
+
+
+def forward_other_order(self, x):
+    return (self.weights[1].T @ torch.tanh(self.weights[0].T @ x.T)).T
+
+
+def workload(*uses, **changes):
+    """A workload with one phase per replacement of ``Training.forward`` (or of another method by a pair)."""
+    pairs = [use if isinstance(use, tuple) else ("forward", use) for use in uses]
+    phases = tuple(
+        Phase(number=number, title="t", predicts="p", swaps=(Swap(site=(Training, name), use=use),))
+        for number, (name, use) in enumerate(pairs)
+    )
+    declared = Workload(
+        name="toy",
+        unit="rows",
+        summary="s",
+        presets={"tiny": {}},
+        build=build,
+        phases=phases,
+        faults=(Fault(name="nan-gradient", inject=spoil, protects=lambda built: built.state_dict()),),
+    )
+    return replace(declared, **changes)
+
+
+def steps_of(declared, numbers=(0,), **options):
+    plans = [swap.plan(declared, chosen, use={}, kernels={}.__getitem__) for chosen in ((), numbers)]
+    options = {"preset": "tiny", "device": CPU, "seed": 3, "data": None} | options
+    return {row.case: row for row in parity.check_phase(declared, *plans, **options)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_phase_that_only_reorders_sums_passes(dtype):
+    rows = steps_of(workload(forward_other_order), dtype=dtype)
+    assert list(rows) == ["1 step", "10 steps", "fault nan-gradient"]
+    assert all(row.passed for row in rows.values()), rows
+    assert all(row.kernel == "toy phase 0" and row.mode == "steps" for row in rows.values())
+    killed, total = rows["10 steps"].mutants_killed
+    assert killed == total
+    assert total >= 1
+
+
+def test_a_phase_that_changes_nothing_is_bitwise_equal():
+    rows = steps_of(workload(Training.forward))
+    assert all(row.bitwise and row.passed for row in rows.values())
+
+
+def slightly_off(self, x):
+    return torch.tanh(x @ self.weights[0]) @ self.weights[1] * (1 + 1e-4)
+
+
+def detached(self, x):
+    return torch.tanh(x @ self.weights[0].detach() + 0 * self.weights[0].sum()) @ self.weights[1]
+
+
+def drops_a_row(self, x):
+    return torch.tanh(x @ self.weights[0])[:-1].sum(0) * 0 + torch.tanh(x @ self.weights[0]) @ self.weights[1] * 0.99
+
+
+@pytest.mark.parametrize("wrong", [slightly_off, detached, drops_a_row])
+def test_a_wrong_phase_fails_on_the_first_step(wrong):
+    rows = steps_of(workload(wrong))
+    assert not rows["1 step"].passed
+    assert "exceeds" in rows["1 step"].reason
+
+
+def test_a_phase_that_raises_fails_with_the_reason():
+    def broken(self, x):
+        raise RuntimeError("no such shape\nmore")
+
+    (row,) = steps_of(workload(broken)).values()
+    assert (row.passed, row.reason) == (False, "raised RuntimeError: no such shape")
+
+
+def test_a_phase_that_gives_nan_fails():
+    def not_finite(self, x):
+        return torch.tanh(x @ self.weights[0]) @ self.weights[1] * float("nan")
+
+    rows = steps_of(workload(not_finite, ("guard", lambda self, gradients: True)), numbers=(0, 1))
+    assert "is not finite" in rows["10 steps"].reason
+
+
+def test_a_phase_that_drops_the_guard_fails_the_fault_and_only_that():
+    rows = steps_of(workload(("guard", lambda self, gradients: True)))
+    assert rows["10 steps"].passed
+    changed = "the bad step changes weights[0], weights[1], momenta[0] on the side after"
+    assert rows["fault nan-gradient"].reason.startswith(changed)
+
+
+def test_faults_can_be_left_out():
+    assert list(steps_of(workload(forward_other_order), faults=False, steps=3)) == ["1 step", "3 steps"]
+
+
+def test_the_baseline_failing_is_the_workloads_failure():
+    def broken(**_):
+        raise OSError("no data")
+
+    with pytest.raises(WorkloadFailed, match="failed before the swap: raised OSError: no data"):
+        steps_of(workload(forward_other_order, build=broken))
+
+
+def only_float32(**options):
+    if options["dtype"] == torch.float64:
+        raise TypeError("float32 only")
+    return build(**options)
+
+
+def other_numbers(**options):
+    built = build(**options)
+    if options["dtype"] == torch.float64:
+        built.inputs = built.inputs * 2
+    return built
+
+
+@pytest.mark.parametrize(
+    ("build_", "why"),
+    [(only_float32, "no float64 oracle (raised TypeError: float32 only)"), (other_numbers, "draws other numbers")],
+)
+def test_without_an_oracle_the_side_before_is_the_measure_and_the_row_says_so(build_, why):
+    row = steps_of(workload(forward_other_order, build=build_))["10 steps"]
+    assert row.passed
+    assert why in row.reason
+    assert not steps_of(workload(slightly_off, build=build_))["1 step"].passed
+
+
+def test_a_state_dict_of_copies_is_a_clear_error():
+    class Copies(Training):
+        def state_dict(self):
+            return {"weights": [weight.detach().clone() for weight in self.weights]}
+
+    declared = workload(forward_other_order, build=lambda **options: Copies(**options), faults=())
+    with pytest.raises(KernbenchError, match="let state_dict\\(\\) return the tensors themselves"):
+        steps_of(declared)
+
+
+def test_the_random_generator_is_put_back_and_dropout_agrees():
+    def with_dropout(self, x):
+        return torch.tanh(torch.nn.functional.dropout(x, 0.5) @ self.weights[0]) @ self.weights[1]
+
+    def with_dropout_other(self, x):
+        return (self.weights[1].T @ torch.tanh(torch.nn.functional.dropout(x, 0.5) @ self.weights[0]).T).T
+
+    declared = workload(with_dropout, with_dropout_other)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    plans = [swap.plan(declared, [number], use={}, kernels={}.__getitem__) for number in (0, 1)]
+    rows = list(parity.check_phase(declared, *plans, preset="tiny", device=CPU, seed=3, data=None))
+    assert torch.equal(torch.rand(1), expected)
+    assert all(row.passed for row in rows), rows
+
+
+def test_rows_of_hopeless_results_can_be_stored():
+    def overflowing(x, weight):
+        return rms_norm(x, weight).double().mul(1e37).float()
+
+    def tiny(x, weight):
+        return torch.full_like(x, 3e-45)
+
+    for row in rows_of(replace(NORM, reference=tiny), overflowing).values():
+        assert not row.passed
+        figures = [row.bound, *(getattr(row.errors, name, 0.0) for name in ("max", "rms_ratio", "mean"))]
+        assert all(figure is None or math.isfinite(figure) for figure in figures)
