@@ -75,6 +75,11 @@ def test_rates_are_decimal_and_sizes_binary() -> None:
     assert units.units_rate(11100, "tokens") == "11,100 tokens/s"
 
 
+def test_errors_are_scientific_until_they_are_large() -> None:
+    shown = [units.scientific(value) for value in (3.14e-7, 0.0, 9.0, 1e300, math.inf, None)]
+    assert shown == ["3.1e-07", "0", "9.00", "1.00e+300", "inf", ""]
+
+
 def test_moments_are_utc_and_damage_is_shown_as_it_stands() -> None:
     assert units.moment("2026-11-21T15:25:30+01:00") == "2026-11-21 14:25 UTC"
     assert units.moment("yesterday") == "yesterday"

@@ -23,6 +23,8 @@ def number(value: float) -> str:
         return "0"
     rounded = _three_digits(value)
     size = abs(rounded)
+    if size >= 1e12:
+        return f"{rounded:.2e}"
     if size >= 100:
         return f"{rounded:,.0f}"
     if size >= 0.001:
@@ -118,10 +120,10 @@ def floor(value: float) -> str:
 
 
 def scientific(value: float | None) -> str:
-    """An error figure: "3.1e-07"."""
+    """An error figure: "3.1e-07"; large ones, which are wrong ones, as plain numbers."""
     if value is None:
         return ""
-    return "0" if value == 0 else f"{value:.1e}"
+    return number(value) if value == 0 or abs(value) >= 0.01 else f"{value:.1e}"
 
 
 def hertz(value: float | None) -> str:
