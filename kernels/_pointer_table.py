@@ -22,12 +22,10 @@ TENSOR_BITS = 24
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched over blocks: elements and warps per program, and how its accesses treat the caches."""
+    """How a kernel is launched over blocks: elements and warps per program."""
 
     block: int
     warps: int
-    load_policy: str = ""
-    store_modifier: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -386,7 +386,7 @@ for capability in (80, 90, 100):
     for dtype, launch in ((tl.float32, module.CACHED), (tl.float32, module.STREAMED), (tl.bfloat16, module.STREAMED)):
         constants = {
             "TENSOR_BITS": 24, "DTYPE": dtype, "BLOCK": launch.block, "THREADS": 32 * launch.warps,
-            "LOAD_POLICY": launch.load_policy, "STORE_MODIFIER": launch.store_modifier, "INTERPRETED": False,
+            "INTERPRETED": False,
         }
         name = f"sm_{capability} {dtype} {launch}"
         results[name] = compiled(module._update_kernel, update, constants, capability, launch.warps)
@@ -406,7 +406,8 @@ def test_compiles_for_three_targets_with_wide_loads_and_without_spills() -> None
         # 64 registers leave room for 1024 threads on a multiprocessor: enough loads in flight to hide the latency.
         assert result["registers"] <= 64, (name, result)
         if "advance" not in name:
-            assert result["wide_loads"] >= 4, (name, result)
+            # Four elements a thread of p, g, m and v; in bfloat16 those of p and g are 8 bytes wide.
+            assert result["wide_loads"] >= (2 if "bf16" in name else 4), (name, result)
 
 
 @pytest.mark.gpu
