@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import functools
 import json
 import os
 import shlex
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -332,10 +334,19 @@ def _root(
     return None
 
 
+def _unraisable(lost: sys.UnraisableHookArgs) -> None:
+    """Python drops a Ctrl-C that arrives while a finalizer runs; send it again once that has ended."""
+    if lost.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
 def main() -> NoReturn:
     """Entry point of the console script."""
     # Kineto prints two lines of its own at every trace; what it could not record shows in the trace.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    sys.unraisablehook = _unraisable
     try:
         app()
     except Exception:  # noqa: BLE001 - a bug of ours is shown whole, apart from the user's errors

@@ -121,8 +121,8 @@ class Side:
         for index, loss in losses.items():
             if not math.isfinite(loss):
                 raise WorkloadFailed(
-                    f"the loss of {self.settings.workload.name} is {loss} at step {index}, so these are not the steps to "
-                    f"measure; lower the learning rate, or try another --data or --seed than {self.settings.seed}"
+                    f"the loss of {self.settings.workload.name} is {loss} at step {index}, so these are not the steps "
+                    f"to measure; lower the learning rate, or try another --data or --seed than {self.settings.seed}"
                 )
         self.losses.clear()
         return list(losses.values())
@@ -169,6 +169,8 @@ def measure(
     del side
     with run.stage(f"{name}lines"), run.progress.stage(f"watching {name}host reads"):
         log = watch(settings, plan)
+        for note in log.notes:
+            run.warn(note)
         result.hotspots = hotspots.hotspots(events, log)
         result.stalls = stalls.stalls(events, log)
         result.syncs_per_step = stalls.syncs_per_step(log)

@@ -166,9 +166,8 @@ def _collect(folder: str, kind: type[Declaration]) -> dict[str, Found[Declaratio
         for name, file in _public_files(workspace, folder):
             for declaration in _declared(_import_file(file, name), kind):
                 if declaration.name in found:
-                    raise KernbenchError(
-                        f"{declaration.name!r} is declared twice, by {found[declaration.name].file} and {file}; rename one"
-                    )
+                    other = found[declaration.name].file
+                    raise KernbenchError(f"{declaration.name!r} is declared twice, by {other} and {file}; rename one")
                 found[declaration.name] = Found(declaration, file, workspace)
     return found
 

@@ -87,8 +87,9 @@ def test_swap_names_the_workload_it_took(toy_workspace):
 
 
 def test_compare_two_runs(toy_workspace):
-    run("profile", "toy", *QUICK)
-    run("profile", "toy", "--phases", "0", *QUICK)
+    steady = [*QUICK, "--steps", "40"]
+    run("profile", "toy", *steady)
+    run("profile", "toy", "--phases", "0", *steady)
     slow, fast = sorted(path.name for path in (toy_workspace / "reports" / "toy").iterdir())
     faster = run("compare", slow, fast, "--json")
     assert faster.exit_code == 0

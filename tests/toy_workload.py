@@ -80,7 +80,11 @@ WORKLOAD = Workload(
     build=build,
     phases=(
         Phase(
-            number=0, title="no padding", swaps=(Swap(site=(Training, "padding"), use=without_padding),), predicts="a"
+            number=0,
+            title="no padding",
+            flag="TOY_NO_PADDING",
+            swaps=(Swap(site=(Training, "padding"), use=without_padding),),
+            predicts="a",
         ),
         Phase(number=1, title="wrong", swaps=(Swap(site=(Layer, "forward"), use=fewer),), predicts="b"),
         Phase(number=2, title="absent", swaps=(Swap(site=(Layer, "backward"), use=fewer),), predicts="c"),

@@ -92,7 +92,7 @@ def branchless_adamw(
     """One AdamW update in place; where ``ok`` is False, parameters, moments and counters keep every bit.
 
     A skipped step is an update by zero: the gradient is replaced by 0 (NaN times 0 is NaN), and the shares by which the
-    moments move become -0.0, because x + -0.0 is x also for x = -0.0. (A parameter of exactly -0.0 may become 0.0.)
+    moments move become -0.0, because x + -0.0 is x also for x = -0.0. Of a parameter +0.0 is taken, for the same reason.
 
     Args:
         lr_G: learning rate per parameter group, on the device.
@@ -119,6 +119,7 @@ def branchless_adamw(
         torch._foreach_add_(denominators, eps)
         changes = list(torch._foreach_div(state.exp_avgs[first:last], denominators))
         torch._foreach_mul_(changes, (lr / correction1).to(dtype))
+        torch._foreach_add_(changes, 0.0)
         torch._foreach_sub_(parameters, changes)
 
 
