@@ -14,7 +14,7 @@ demo: export KERNBENCH_WORKSPACE := $(DEMO)
 demo: $(INSTALLED) ## profile TitanMAC, swap phase 0, check the AdamW kernel; prints the report's path last
 	mkdir -p $(DEMO)
 	$(BIN)/kernbench profile titan-mac --preset tiny
-	$(BIN)/kernbench swap --phase 0 || test $$? -eq 1
+	$(BIN)/kernbench swap --phase 0 --rounds 15 || test $$? -eq 1
 	$(BIN)/kernbench parity fused_adamw --device cpu
 	@echo "report: $$(ls -d $(DEMO)/reports/titan-mac/*-swap-phase0-* | tail -1)/report.html"
 

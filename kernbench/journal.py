@@ -192,7 +192,7 @@ def render(swap: SwapRecord, link: str) -> str:
 def _verdict(swap: SwapRecord) -> str:
     if swap.verdict is None:
         return f"none, the run is {swap.status}"
-    return "; ".join([swap.verdict.sentence, *swap.verdict.reasons])
+    return "; ".join(part.rstrip(".") for part in (swap.verdict.sentence, *swap.verdict.reasons))
 
 
 def _arm_seconds(swap: SwapRecord) -> dict[str, float]:
@@ -227,13 +227,13 @@ def _others(swap: SwapRecord) -> str:
 def _predicted(swap: SwapRecord) -> str:
     if swap.predicted is None:
         return ""
-    figures = [swap.predicted.text]
+    figures = [swap.predicted.text.rstrip(".")]
     if swap.predicted.ratio_low is not None and swap.predicted.ratio_high is not None:
         figures.append(f"ratio {units.times_range(swap.predicted.ratio_low, swap.predicted.ratio_high)}")
     if swap.predicted.syncs_per_step is not None:
-        figures.append(f"{units.count(swap.predicted.syncs_per_step)} syncs per step")
+        figures.append(f"{units.count(swap.predicted.syncs_per_step)} host reads fewer a step")
     if swap.predicted.launches_per_step is not None:
-        figures.append(f"{units.count(swap.predicted.launches_per_step)} launches per step")
+        figures.append(f"{units.count(swap.predicted.launches_per_step)} launches fewer a step")
     return "; ".join(figures)
 
 
