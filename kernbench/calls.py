@@ -17,6 +17,7 @@ from kernbench.ceilings import cache_bytes, free_bytes
 from kernbench.spec import Case, Inputs, KernelSpec
 from kernbench.timing import collector_off, event
 
+AS_CALLED = "cold, as called"
 MOST_SETS = 8
 WARM_UP_CALLS = 3
 LEAST_CALLS = 3
@@ -104,13 +105,16 @@ class ColdCalls:
     The device is first kept busy for as long as the host needs to queue a run of calls, so that an event pair holds
     device time only. Clearing writes, as triton.testing.do_bench does: a call pays for the dirty lines it finds in the
     cache and leaves its own behind, so for kernels that read and write alike the two cancel.
+
+    With ``queued`` off nothing is queued ahead, as in a program that calls and waits for nothing else: an event pair
+    then holds what the host needs to launch, where that is longer than the work.
     """
 
-    cache = "cold"
-
-    def __init__(self, inputs: InputSets, device: torch.device) -> None:
+    def __init__(self, inputs: InputSets, device: torch.device, *, queued: bool = True) -> None:
         self.inputs = inputs
         self.device = device
+        self.queued = queued
+        self.cache = "cold" if queued else AS_CALLED
         size = max(LEAST_CLEAR_BYTES, 2 * cache_bytes(device))
         self.scratch = torch.empty(size // 4, dtype=torch.int32, device=device)
         self.cycles_per_second = self._calibrate()
@@ -146,7 +150,8 @@ class ColdCalls:
         with collector_off():
             for start in range(0, count, run_length):
                 run = range(start, min(start + run_length, count))
-                self._occupy(1.5 * len(run) * host_seconds + 1e-4)
+                if self.queued:
+                    self._occupy(1.5 * len(run) * host_seconds + 1e-4)
                 for index in run:
                     self.scratch.zero_()
                     marks[index][0].record()

@@ -88,11 +88,14 @@ def read_clocks(device: torch.device) -> record.Clocks | None:
 
 
 def git(root: Path) -> record.Git | None:
-    """Commit of the repository around ``root``, and whether it has changes; None where there is no repository."""
+    """Commit of the repository around ``root``, and whether it has changes; None where there is no repository.
+
+    Results do not count as changes: they say what was measured, not what was run.
+    """
     commit = _git(root, "rev-parse", "HEAD")
     if commit is None:
         return None
-    changes = _git(root, "status", "--porcelain")
+    changes = _git(root, "status", "--porcelain", "--", ".", ":!reports", ":!JOURNAL.md")
     return record.Git(commit=commit, dirty=changes != "")
 
 
