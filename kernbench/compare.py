@@ -150,12 +150,19 @@ def judge(name: str, actual: Any, eager: Any, oracle: Any, rule: Rule) -> Judged
     return Judged(name, None, None, None, f"{name} {reason}" if reason else "")
 
 
-def limit(name: str, errors: Errors, eager: Errors, rule: Rule, eps: float, elements: int) -> Judged:
-    """The judgement that follows from measured errors; ``eps`` is what one ulp is worth, relative."""
+def limit(
+    name: str, errors: Errors, eager: Errors, rule: Rule, eps: float, elements: int, loudest: float = 0.0
+) -> Judged:
+    """The judgement that follows from measured errors.
+
+    Args:
+        eps: what one ulp is worth, relative.
+        loudest: a maximum that eager reaches elsewhere, and that is allowed here too.
+    """
     floor = rule.floor_ulp * eps
     rms = rule.k * eager.rms_ratio + floor / 4
     mean = rule.k * abs(eager.mean) + 4 * rms / math.sqrt(max(1, elements)) + floor / 8
-    limits = Errors(max=rule.k * eager.max + floor, rms_ratio=rms, mean=mean)
+    limits = Errors(max=rule.k * max(eager.max, loudest) + floor, rms_ratio=rms, mean=mean)
     reasons = []
     for what, error, own, allowed in (
         ("max", errors.max, eager.max, limits.max),

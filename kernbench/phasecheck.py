@@ -1,21 +1,25 @@
 """Checks a phase on real steps: losses and the whole state against the same steps in float64.
 
-Four runs from one initial state: the side before, the side before once more from a state moved by up to one ulp, the
-side after, and the oracle, which is the side before in float64. Training amplifies rounding, so the measure of what is
-allowed is what rounding does to the side before: per tensor the larger error of its two runs, times 3, and a floor of
-eight ulp, because every step rounds each tensor anew and sums in an order of its own. What a wrong gradient or a lost
-term does is far above that, which the mutants of each row show.
+All runs start from one state: the side before, the side after, and the oracle, which is the side before in float64.
+Training amplifies rounding, so what is allowed is what rounding does to the side before. That is sampled: the side
+before runs again from states moved by up to one ulp, and per tensor the largest error of all its runs counts, times
+3, with a floor of eight ulp because every step rounds each tensor anew. One such run is made, and up to five where
+the side after is not within its limits but near them. (Measured on titan-mac tiny over 30 seeds, the side after
+summing every linear layer in another order: one run would fail 3 seeds wrongly, three runs none; with five the worst
+tensor is at half its limit.)
+
+Single elements are held to the largest error of any tensor: AdamW turns a gradient that is all rounding noise into a
+whole step, and in which tensor that happens is chance. RMS finds a wrong tensor, as the mutants of each row show.
 
 Where no oracle can be had (the workload does not run in float64, or draws other numbers there) the side before takes
-its place, and its nudged run is the measure.
+its place, and its moved runs are the measure.
 """
 
 from __future__ import annotations
 
-import operator
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +32,16 @@ from kernbench.errors import KernbenchError, WorkloadFailed
 from kernbench.finding import Finding, raised
 from kernbench.modes import nudge
 from kernbench.progress import Progress, Silent
-from kernbench.record import ParityResult
+from kernbench.record import Errors, ParityResult
 from kernbench.swap import Plan
 from kernbench.trajectory import LOSS, NotSettableError, Trajectory
-from kernbench.workload import Built, Workload
+from kernbench.workload import Built, Fault, Workload
 
 RULE = Rule(k=3.0, floor_ulp=8.0, mean=False)
+DRAWS = 5
+"""Most runs of the side before from a moved state."""
+CLEAR = 30.0
+"""An error this many times its limit is wrong, and no further run would explain it."""
 FOLLOWS = 0.05
 """An oracle whose first loss is further than this share from the side before computes something else."""
 
@@ -60,49 +68,19 @@ def check_phase(
     """
     working = dtype or getattr(torch, workload.dtype)
     runs = _Runs(workload, before, after, preset, device, seed, data, working, sorted({1, steps}), faults)
-    started = time.perf_counter()
-    total = 4 * (steps + 2 * len(runs.faults))
     name = _phase_name(workload, before, after)
-    with (progress or Silent()).stage(f"checking {name} on real steps", total) as advance:
+    started = time.perf_counter()
+    with (progress or Silent()).stage(f"checking {name} on real steps", 4 * runs.length) as advance:
         runs.advance = advance
-        try:
-            sides = runs.all_sides()
-        except _AfterFailedError as failure:
-            yield failure.finding.row(name, f"{steps} steps", _text(working), "steps", time.perf_counter() - started)
-            return
+        findings = _Comparison(runs).findings()
     seconds = time.perf_counter() - started
-    for case, finding in _findings(sides, runs):
-        yield finding.row(name, case, _text(working), "steps", seconds)
-        seconds = 0.0
+    for case, finding in findings.items():
+        yield finding.row(name, case, str(working).removeprefix("torch."), "steps", seconds / len(findings))
 
 
 def _phase_name(workload: Workload, before: Plan, after: Plan) -> str:
     added = [str(number) for number in after.numbers if number not in before.numbers]
     return f"{workload.name} phase {'+'.join(added or map(str, after.numbers))}"
-
-
-def _text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-class _AfterFailedError(Exception):
-    """The side after raised; ``finding`` says how."""
-
-    def __init__(self, finding: Finding) -> None:
-        super().__init__(finding.reason)
-        self.finding = finding
-
-
-@dataclass
-class _Sides:
-    """All runs. Without an oracle ``truth`` is ``before``, and ``note`` says why; ``eps`` is the working dtype's."""
-
-    before: Trajectory
-    nudged: Trajectory
-    after: Trajectory
-    truth: Trajectory
-    note: str
-    eps: float
 
 
 @dataclass
@@ -122,13 +100,18 @@ class _Runs:
     advance: Callable[[int], None] = lambda units: None
 
     @property
-    def faults(self) -> tuple[Any, ...]:
+    def faults(self) -> tuple[Fault, ...]:
         return self.workload.faults if self.with_faults else ()
 
-    def all_sides(self) -> _Sides:
+    @property
+    def length(self) -> int:
+        """Steps of one run."""
+        return max(self.marks) + 2 * len(self.faults)
+
+    def baseline(self, initial: Mapping[str, Any] | None = None) -> Trajectory:
+        """The side before, from its own initial state or from another."""
         try:
-            before = self.run(self.before, self.dtype, None)
-            nudged = self.run(self.before, self.dtype, nudge(before.initial, self.seed))
+            return self.run(self.before, self.dtype, initial)
         except KernbenchError:
             raise
         except NotSettableError as problem:
@@ -138,14 +121,6 @@ class _Runs:
         except Exception as error:
             text = f"{self.workload.name} failed before the swap: {raised(error)}"
             raise WorkloadFailed(text, traceback.format_exc()) from error
-        try:
-            after = self.run(self.after, self.dtype, before.initial)
-        except KernbenchError:
-            raise
-        except Exception as error:
-            raise _AfterFailedError(Finding(reason=raised(error))) from error
-        oracle, note = self.oracle(before)
-        return _Sides(before, nudged, after, oracle or before, note, torch.finfo(self.dtype).eps)
 
     def oracle(self, before: Trajectory) -> tuple[Trajectory | None, str]:
         """The side before in float64, or why there is none."""
@@ -153,7 +128,7 @@ class _Runs:
             oracle = self.run(self.before, torch.float64, before.initial)
         except Exception as error:  # noqa: BLE001 - a workload need not support float64, and the reason is reported
             return None, f"no float64 oracle ({raised(error)}): held against the side before"
-        own, exact = before.marks[1].get(LOSS), oracle.marks[1].get(LOSS)
+        own, exact = (side.points[trajectory.after_steps(1)].get(LOSS) for side in (before, oracle))
         if own is not None and exact is not None and not float((own - exact).abs()) <= FOLLOWS * float(exact.abs()):
             return None, "the float64 run draws other numbers: held against the side before"
         return oracle, ""
@@ -173,45 +148,103 @@ class _Runs:
         )
 
 
-def _findings(sides: _Sides, runs: _Runs) -> Iterator[tuple[str, Finding]]:
-    for mark in runs.marks:
-        yield f"{mark} step{'s' if mark > 1 else ''}", _compared(sides, operator.attrgetter("marks"), mark)
-    for fault in runs.faults:
-        finding = _compared(sides, lambda side: {name: found.leaves for name, found in side.faults.items()}, fault.name)
-        for name, side in (("before", sides.before), ("after", sides.after)):
-            changed = side.faults[fault.name].changed
+class _Comparison:
+    """The side after against the truth, with the errors of the side before as the measure.
+
+    Of each moved run only its errors are kept, so it takes no memory beside the other sides.
+    """
+
+    def __init__(self, runs: _Runs) -> None:
+        self.runs = runs
+        self.eps = torch.finfo(runs.dtype).eps
+        self.before = runs.baseline()
+        oracle, self.note = runs.oracle(self.before)
+        self.truth = oracle or self.before
+        self.draws = 0
+        self.measure: dict[str, dict[str, Errors]] = {}
+        self._add(self.before)
+
+    def findings(self) -> dict[str, Finding]:
+        """What was found at each point. A side after that raises is one finding, at the last step."""
+        try:
+            after = self.runs.run(self.runs.after, self.runs.dtype, self.before.initial)
+        except KernbenchError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a phase raises is the result of checking it
+            return {trajectory.after_steps(max(self.runs.marks)): Finding(reason=raised(error))}
+        self._draw()
+        while self.draws < DRAWS and 1.0 < self._excess(after) < CLEAR:
+            self._draw()
+        return {point: self._finding(point, after) for point in self.measure}
+
+    def _excess(self, after: Trajectory) -> float:
+        judged = [item for point in self.measure for item in self._judged(point, after.points[point])]
+        return max((item.excess for item in judged), default=0.0)
+
+    def _draw(self) -> None:
+        self.draws += 1
+        self._add(self.runs.baseline(nudge(self.before.initial, self.runs.seed + self.draws)))
+
+    def _add(self, run: Trajectory) -> None:
+        for point, found in run.points.items():
+            errors = self.measure.setdefault(point, {})
+            for name, leaf in found.items():
+                exact = self.truth.points[point].get(name)
+                if exact is not None and _is_real(self.before.points[point][name]):
+                    error = _error(leaf, self.before.points[point][name], exact)
+                    errors[name] = compare.envelope(errors.get(name, compare.ZERO), error)
+
+    def _judged(self, point: str, found: Leaves, *, part: bool = False) -> list[Judged]:
+        own, truth, errors = self.before.points[point], self.truth.points[point], self.measure[point]
+        loudest = max((error.max for error in errors.values() if mutants.telling(self.eps, error)), default=0.0)
+        return [
+            _judge(name, found.get(name), own[name], truth.get(name), errors.get(name), self.eps, loudest)
+            for name in (found if part else own)
+        ]
+
+    def _finding(self, point: str, after: Trajectory) -> Finding:
+        own = self.before.points[point]
+        judged = self._judged(point, after.points[point])
+        for name, side in (("before", self.before), ("after", after)):
+            changed = side.changed.get(point)
             if changed:
                 reason = f"the bad step changes {', '.join(changed[:3])} on the side {name}"
-                finding.judged.insert(0, Judged("", None, None, None, reason))
-                finding.passed = False
-        yield f"fault {fault.name}", finding
+                judged.insert(0, Judged("", None, None, None, reason))
+        telling = {name for name, error in self.measure[point].items() if mutants.telling(self.eps, error)}
+        right = {name: leaf for name, leaf in own.items() if name in telling and isinstance(leaf, Tensor)}
+        initial = {name: leaf for name, leaf in self.before.initial.items() if name in right}
+        survey = mutants.survey(
+            mutants.of_state(right, initial, self.eps),
+            lambda changed: _passes(self._judged(point, changed, part=True)),
+        )
+        return Finding(
+            judged,
+            reason="; ".join(filter(None, [survey.reason, self.note])),
+            passed=not survey.reason and _passes(judged),
+            mutants=(survey.killed, survey.total),
+            bitwise=all(
+                name in after.points[point] and compare.same_leaf(after.points[point][name], leaf)
+                for name, leaf in own.items()
+            ),
+        )
 
 
-def _compared(sides: _Sides, observed: Callable[[Trajectory], Mapping[Any, Leaves]], key: Any) -> Finding:
-    after, before, nudged, truth = (
-        observed(side)[key] for side in (sides.after, sides.before, sides.nudged, sides.truth)
-    )
-    judged = [_judge(name, after.get(name), before[name], nudged[name], truth.get(name), sides.eps) for name in before]
-    tells = {item.name for item in judged if item.eager and mutants.telling(sides.eps, item.eager)}
-    right = {name: leaf for name, leaf in before.items() if name in tells and isinstance(leaf, Tensor)}
-    initial = {name: leaf for name, leaf in sides.before.initial.items() if name in right}
-    survey = mutants.survey(
-        mutants.of_state(right, initial, sides.eps),
-        lambda changed: (
-            not any(
-                _judge(name, leaf, before[name], nudged[name], truth[name], sides.eps).reason
-                for name, leaf in changed.items()
-            )
-        ),
-    )
-    bitwise = all(name in after and compare.same_leaf(after[name], leaf) for name, leaf in before.items())
-    failed = survey.reason or any(item.reason for item in judged)
-    return Finding(
-        judged, "; ".join(filter(None, [survey.reason, sides.note])), not failed, (survey.killed, survey.total), bitwise
-    )
+def _passes(judged: Sequence[Judged]) -> bool:
+    return not any(item.reason for item in judged)
 
 
-def _judge(name: str, after: Any, before: Any, nudged: Any, truth: Any, eps: float) -> Judged:
+def _is_real(leaf: Any) -> bool:
+    tensor = _tensor(leaf)
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _error(value: Any, before: Any, exact: Any) -> Errors:
+    """The error of one leaf, in units that follow from the truth and the side before."""
+    truth = _tensor(exact)
+    return compare.measure(_tensor(value).to(truth.device), truth, compare.unit(_tensor(before), truth))
+
+
+def _judge(name: str, after: Any, before: Any, truth: Any, own: Errors | None, eps: float, loudest: float) -> Judged:
     """One leaf of the state. Where it is kept (host or device, number or tensor) is the phase's own business.
 
     ``eps`` is the floor's even for a leaf of a wider dtype: what it is computed from has been rounded to the narrower.
@@ -219,20 +252,18 @@ def _judge(name: str, after: Any, before: Any, nudged: Any, truth: Any, eps: flo
     if after is None or truth is None:
         side = "after" if after is None else "in float64"
         return Judged(name, None, None, None, f"state_dict() has no {name} on the side {side}")
-    got, own, other, exact = (_tensor(value) for value in (after, before, nudged, truth))
-    if got.shape != own.shape:
-        return Judged(name, None, None, None, f"{name} has shape {tuple(got.shape)}, before {tuple(own.shape)}")
-    got = got.to(exact.device)
-    if not (own.is_floating_point() or own.is_complex()):
-        wrong = int((got != own.to(got.device)).sum())
-        return Judged(name, None, None, None, f"{name} differs at {wrong} of {own.numel()} places" if wrong else "")
+    got, expected = _tensor(after), _tensor(before)
+    if got.shape != expected.shape:
+        return Judged(name, None, None, None, f"{name} has shape {tuple(got.shape)}, before {tuple(expected.shape)}")
+    if own is None:
+        wrong = int((got.to(expected.device) != expected).sum())
+        reason = f"{name} differs at {wrong} of {got.numel()} places" if wrong else ""
+        return Judged(name, None, None, None, reason)
     wrong = int((~got.isfinite()).sum())
     if wrong:
         return Judged(name, None, None, None, f"{name} is not finite at {wrong} of {got.numel()} places")
-    unit = compare.unit(own, exact)
-    errors, first, second = (compare.measure(value.to(exact.device), exact, unit) for value in (got, own, other))
-    eager = compare.envelope(first, second)
-    return compare.limit(name, errors, eager, RULE, max(eps, torch.finfo(own.dtype).eps), own.numel())
+    coarser = max(eps, torch.finfo(expected.dtype).eps)
+    return compare.limit(name, _error(got, before, truth), own, RULE, coarser, got.numel(), loudest)
 
 
 def _tensor(value: Any) -> Tensor:

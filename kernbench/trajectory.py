@@ -23,20 +23,15 @@ class NotSettableError(Exception):
 
 
 @dataclass
-class AfterFault:
-    """What became of a provoked bad step: protected leaves that changed, and all leaves after one more good step."""
-
-    changed: list[str]
-    leaves: Leaves
-
-
-@dataclass
 class Trajectory:
-    """Losses and state after chosen numbers of steps, by leaf name, then after each fault."""
+    """Losses and state by leaf name, at chosen points: after some steps, and after each fault and a good step.
+
+    ``changed`` names the protected leaves that a provoked bad step changed.
+    """
 
     initial: Leaves
-    marks: dict[int, Leaves] = field(default_factory=dict)
-    faults: dict[str, AfterFault] = field(default_factory=dict)
+    points: dict[str, Leaves] = field(default_factory=dict)
+    changed: dict[str, list[str]] = field(default_factory=dict)
 
 
 def run(
@@ -49,7 +44,7 @@ def run(
     device: torch.device,
     advance: Callable[[int], None],
 ) -> Trajectory:
-    """Step to the last of ``marks``, keeping the leaves at each; then every fault with one good step after it.
+    """Step to the last of ``marks``, keeping the leaves at each; then each fault and one good step.
 
     Random generators are seeded before each step, so that dropout is the same on every side, and put back at the end.
     """
@@ -68,7 +63,7 @@ def run(
         while index < max(marks):
             step()
             if index in marks:
-                trajectory.marks[index] = _observed(built, losses)
+                trajectory.points[after_steps(index)] = _observed(built, losses)
         for fault in faults:
             before = compare.leaves(compare.clone(fault.protects(built)), "")
             fault.inject(built)
@@ -77,8 +72,19 @@ def run(
             after = compare.leaves(fault.protects(built), "")
             changed = [name for name in before if name not in after or not compare.same_leaf(before[name], after[name])]
             step()
-            trajectory.faults[fault.name] = AfterFault(changed, _observed(built, losses))
+            trajectory.changed[after_fault(fault)] = changed
+            trajectory.points[after_fault(fault)] = _observed(built, losses)
     return trajectory
+
+
+def after_steps(count: int) -> str:
+    """The name of the point after ``count`` steps."""
+    return f"{count} step{'s' if count > 1 else ''}"
+
+
+def after_fault(fault: Fault) -> str:
+    """The name of the point after a fault."""
+    return f"fault {fault.name}"
 
 
 @contextmanager

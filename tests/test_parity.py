@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernbench import compare, parity, swap
+from kernbench import compare, parity, registry, swap
 from kernbench.errors import KernbenchError, WorkloadFailed
 from kernbench.spec import Case, Cost, KernelSpec, Tolerance
 from kernbench.workload import Fault, Phase, Swap, Workload
@@ -545,3 +545,27 @@ def test_rows_of_hopeless_results_can_be_stored():
         assert not row.passed
         figures = [row.bound, *(getattr(row.errors, name, 0.0) for name in ("max", "rms_ratio", "mean"))]
         assert all(figure is None or math.isfinite(figure) for figure in figures)
+
+
+def test_the_sync_free_phase_of_titan_mac_passes_with_its_faults():
+    declared = registry.workload("titan-mac").declaration
+    rows = steps_of(declared, preset="tiny")
+    assert list(rows) == ["1 step", "10 steps", *(f"fault {fault.name}" for fault in declared.faults)]
+    assert all(row.passed for row in rows.values()), [row.reason for row in rows.values()]
+    killed, total = rows["10 steps"].mutants_killed
+    assert killed == total > 100
+
+
+def test_a_side_after_that_draws_worse_rounding_than_one_run_gets_more_runs():
+    """Summing every linear layer of titan-mac in another order: with seed 11 one moved run is not measure enough."""
+
+    def in_halves(x, weight, bias=None):
+        half = x.shape[-1] // 2
+        out = x[..., half:] @ weight[:, half:].T + x[..., :half] @ weight[:, :half].T
+        return out if bias is None else out + bias
+
+    swaps = (Swap(site="torch.nn.functional:linear", use=in_halves),)
+    phase = Phase(number=0, title="t", predicts="p", swaps=swaps)
+    declared = replace(registry.workload("titan-mac").declaration, phases=(phase,))
+    rows = steps_of(declared, preset="tiny", seed=11, faults=False)
+    assert all(row.passed and not row.bitwise for row in rows.values()), [row.reason for row in rows.values()]
