@@ -41,7 +41,7 @@ def trace_steps(built: Built, *, first: int, count: int, device: torch.device, p
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     options = _ExperimentalConfig(enable_cuda_sync_events=True) if cuda else None
     marks = []
-    with profile(activities=activities, record_shapes=False, experimental_config=options) as profiler:
+    with profile(activities=activities, acc_events=True, experimental_config=options) as profiler:
         if cuda:
             torch.cuda.synchronize(device)
         marks.append(time.perf_counter())
@@ -129,7 +129,9 @@ def _runtime_pass(
     watch = RuntimeWatch(sources)
     torch.cuda.synchronize(device)
     with ExitStack() as stack:
-        profiler = stack.enter_context(profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]))
+        profiler = stack.enter_context(
+            profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True)
+        )
         start = time.perf_counter()
         with watch.watching():
             for index in range(first, first + count):

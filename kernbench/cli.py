@@ -277,7 +277,9 @@ def journal(
     from kernbench import reading
     from kernbench.report import console
 
-    entries = reading.journal_entries(rebuild=rebuild)
+    entries, left_out = reading.journal_entries(rebuild=rebuild)
+    for reason in left_out:
+        _complain(reason)
     if as_json:
         print(json.dumps(entries, indent=1))
     else:
@@ -310,7 +312,7 @@ def init(
     """Start a workspace: a workload, a kernel and a journal of your own, ready to run."""
     from kernbench import initialize
 
-    created = [str(path) for path in initialize.init(folder)]
+    created = [str(path) for path in initialize.init(folder, note=_complain)]
     if as_json:
         print(json.dumps({"created": created}))
     else:

@@ -115,10 +115,10 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit, NaNs and the sign of zero included."""
+    """Whether two tensors are equal bit for bit, NaNs and the sign of zero included, on whatever devices they are."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return torch.equal(_bits(one), _bits(other))
+    return torch.equal(_bits(one), _bits(other).to(one.device))
 
 
 def _bits(tensor: Tensor) -> Tensor:

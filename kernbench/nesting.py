@@ -16,6 +16,9 @@ Bools = NDArray[np.bool_]
 OP, CALL, ANNOTATION = 0, 1, 2
 
 _PHASE = re.compile(r"kernbench\.phase(\d+):")
+_STEP = re.compile(r"kernbench\.step#|ProfilerStep#")
+WHOLE_STEP = 0.8
+"""From this share of a step on, an annotation is taken for the step itself."""
 
 
 def enclosing(host: dict[str, Ints]) -> tuple[Ints, Ints]:
@@ -77,11 +80,18 @@ def forward_ops(host: dict[str, Ints], parent: Ints, sequence: Ints, backward: B
 
 
 def phases(host: dict[str, Ints], annotation: Ints, forward: Ints, names: list[str]) -> Ints:
-    """Number of the enclosing kernbench phase, for backward that of the forward operator; -1 outside all phases."""
+    """Number of the enclosing kernbench phase, for backward that of the forward operator; -1 outside all phases.
+
+    A phase that replaces the step as a whole says nothing of the operators in it, so its annotation does not count.
+    """
     number = np.full(len(annotation) + 1, -1, np.int64)  # the last entry answers for row -1
+    duration = host["end_ns"] - host["start_ns"]
     for row in np.flatnonzero(host["kind"] == ANNOTATION).tolist():
         match = _PHASE.match(names[host["name"][row]])
-        number[row] = int(match.group(1)) if match else number[annotation[row]]
+        above = annotation[row]
+        if match and above >= 0 and _STEP.match(names[host["name"][above]]):
+            match = match if duration[row] < WHOLE_STEP * duration[above] else None
+        number[row] = int(match.group(1)) if match else number[above]
     phase = number[annotation]
     lacking = (phase < 0) & (forward >= 0)
     phase[lacking] = phase[forward[lacking]]

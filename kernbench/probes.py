@@ -61,7 +61,7 @@ def profiler(device: torch.device) -> str:
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     values = torch.rand(1000, device=device)
-    with torch.profiler.profile(activities=activities) as trace:
+    with torch.profiler.profile(activities=activities, acc_events=True) as trace:
         values.sin()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -90,14 +90,16 @@ def render_again(reference: str) -> Outcome:
     return Outcome(found, target)
 
 
-def journal_entries(*, rebuild: bool) -> list[dict[str, Any]]:
-    """The journal's entries, oldest first; ``rebuild`` first adds those that are missing, from the records."""
+def journal_entries(*, rebuild: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """The journal's entries, oldest first, and what had to be left out.
+
+    Args:
+        rebuild: first add the missing entries, from the records; a damaged record is left out, with the reason.
+    """
     workspace = registry.current()
+    left_out: list[str] = []
     if rebuild:
-        swaps = []
-        for path in sorted(workspace.reports.glob("*/*/record.json")):
-            _, found = _read(str(path))
-            if isinstance(found, record.SwapRecord):
-                swaps.append((found, path.with_name("report.html")))
+        swaps, skipped = journal.collect(sorted(workspace.reports.glob("*/*/record.json")))
         journal.rebuild(workspace.journal, swaps)
-    return [record.to_builtins(entry) for entry in journal.entries(workspace.journal)]
+        left_out = [reason for _, reason in skipped]
+    return [record.to_builtins(entry) for entry in journal.entries(workspace.journal)], left_out

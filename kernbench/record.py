@@ -256,7 +256,7 @@ class LineLog(Struct, frozen=True, kw_only=True):
 class Errors(Struct, frozen=True, kw_only=True):
     """Error against the float64 oracle over all compared tensors.
 
-    ``max`` is the largest absolute difference scaled by the tensor's root mean square; ``rms_ratio`` is
+    ``max`` is the largest difference, each over the larger of the tensor's RMS and the element itself; ``rms_ratio`` is
     RMS(difference) / RMS(oracle); ``mean`` is the signed mean difference over RMS(oracle).
     """
 
@@ -300,7 +300,10 @@ class Ratio(Struct, frozen=True, kw_only=True):
 
 
 class Prediction(Struct, frozen=True, kw_only=True):
-    """What the phase promised before it was measured; absent figures are None. ``claim`` is the source document's."""
+    """What the phase promised before it was measured; absent figures are None. ``claim`` is the source document's.
+
+    Syncs and launches are those taken out of a step.
+    """
 
     text: str
     claim: str = ""

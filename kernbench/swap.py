@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from kernbench import registry, sites
+from kernbench import ranges, registry, sites
 from kernbench.errors import KernbenchError
 from kernbench.record import SiteHit
 from kernbench.sites import Attribute, AttributePatch, ForwardPatch, Match, ModulePatch, Patch
@@ -268,7 +268,8 @@ def annotated(workload: Workload, built: Built, plan: Plan | None = None) -> Ite
 
 def _annotations(built: Built, phase: Phase, swap: Swap) -> Iterator[Patch]:
     name = sites.display(swap.site)
-    wrap = functools.partial(_annotating, f"kernbench.phase{phase.number}:{name}", phase.number)
+    label = f"kernbench.phase{phase.number}:{name}"
+    wrap = functools.partial(_annotating, label, phase.number, f"kernbench.kernel:{swap.kernel or name}")
     if sites.is_glob(swap.site):
         seen: set[int] = set()
         for match in sites.matches(_model(built, name), str(swap.site)):
@@ -281,7 +282,7 @@ def _annotations(built: Built, phase: Phase, swap: Swap) -> Iterator[Patch]:
         yield AttributePatch(target, sites.in_kind(target.raw, inner, wrap))
 
 
-def _annotating(label: str, number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+def _annotating(label: str, number: int, kernel: str, function: Callable[..., Any]) -> Callable[..., Any]:
     is_compiling = torch.compiler.is_compiling
 
     @functools.wraps(function)
@@ -290,7 +291,7 @@ def _annotating(label: str, number: int, function: Callable[..., Any]) -> Callab
             return function(*args, **kwargs)
         token = current_phase.set(number)
         try:
-            with torch.profiler.record_function(label):
+            with ranges.annotation(label), ranges.range(kernel):
                 return function(*args, **kwargs)
         finally:
             current_phase.reset(token)

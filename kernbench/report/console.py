@@ -211,7 +211,13 @@ def _profile(record: ProfileRecord) -> list[RenderableType]:
         facts.insert(0, f"{units.count(record.launches_per_step)} launches a step")
     if record.throughput is not None:
         facts.insert(0, units.units_rate(record.throughput.units_per_second, record.workload.unit))
-    blocks: list[RenderableType] = [_text(", ".join(facts)), *_breakdown([("", record.breakdown)])]
+    blocks: list[RenderableType] = [_text(", ".join(facts))]
+    if record.overhead is not None and record.overhead.trace_ratio is not None:
+        costs = f"tracing made a step {units.times(record.overhead.trace_ratio)} as long"
+        if record.overhead.lines_ratio is not None:
+            costs += f", watching lines {units.times(record.overhead.lines_ratio)}"
+        blocks.append(_text(f"{costs}; the step time above is of steps under neither"))
+    blocks += _breakdown([("", record.breakdown)])
     if record.hotspots:
         blocks.append(_hotspots(record.hotspots[:TOP_HOTSPOTS]))
     waits = sentences.waiting(record.stalls)
