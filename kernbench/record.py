@@ -315,13 +315,18 @@ class Prediction(Struct, frozen=True, kw_only=True):
 
 
 class SiteHit(Struct, frozen=True, kw_only=True):
-    """One line of the receipt: the site that was replaced, by what, and how often the replacement ran in a step."""
+    """One line of the receipt: the site that was replaced, by what, and how often the replacement ran in a step.
+
+    ``every`` is the steps from call to call that the plan declares; ``steps`` is how many were counted.
+    """
 
     site: str
     implementation: str
     calls: int
     calls_per_step: float
     kernel: str = ""
+    every: int = 1
+    steps: int = 0
 
 
 class Verdict(Struct, frozen=True, kw_only=True):

@@ -53,6 +53,8 @@ class Claim:
             calls=calls,
             calls_per_step=calls / steps if steps else 0.0,
             kernel=self.swap.kernel,
+            every=self.swap.every,
+            steps=steps,
         )
 
 

@@ -21,7 +21,7 @@ def decide(
 ) -> Verdict:
     """Judge a phase; the first rule that applies decides.
 
-    1. A failed parity row: reject. 2. No parity row, or a site whose replacement never ran: inconclusive. 3. No speed:
+    1. A failed parity row: reject. 2. No parity row, or a site that was due and never ran: inconclusive. 3. No speed:
     inconclusive. 4. The interval excludes 1 and the effect exceeds the A/A floor: keep, or reject. 5. Inconclusive.
     """
     failed = [row for row in parity if not row.passed]
@@ -53,7 +53,7 @@ def _missing_evidence(
         return "no parity check ran"
     if not receipt:
         return "the phase replaced nothing"
-    never = [hit.site for hit in receipt if hit.calls == 0]
+    never = [hit.site for hit in receipt if hit.calls == 0 and (hit.every == 1 or hit.steps > hit.every)]
     if never:
         return f"the replacement at {', '.join(never)} never ran in these steps"
     if ratio is None:

@@ -35,13 +35,16 @@ class Swap:
     """Replace what is at ``site``: by ``use``, or by an implementation of the kernel spec named ``kernel``.
 
     ``adapt`` turns the chosen implementation (signature of the spec's reference) into what the site expects, for
-    example a method that gathers the arguments. For a glob, ``use`` takes a module and returns its replacement.
+    example a method that gathers the arguments. For a glob, ``use`` takes a module and returns its replacement. A site
+    that the program reaches only now and then says so by ``every`` (steps from call to call), so that a race shorter
+    than that is no evidence of a replacement that never runs.
     """
 
     site: Site
     use: Callable[..., Any] | None = None
     kernel: str = ""
     adapt: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    every: int = 1
 
     def __post_init__(self) -> None:
         if (self.use is None) == (not self.kernel):

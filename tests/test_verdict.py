@@ -18,6 +18,11 @@ RAN = [SiteHit(site="A.b", implementation="triton", calls=20, calls_per_step=1.0
 NEVER = [*RAN, SiteHit(site="A.c", implementation="triton", calls=0, calls_per_step=0.0)]
 
 
+def rare(calls, steps):
+    hit = SiteHit(site="A.d", implementation="python", calls=calls, calls_per_step=calls / steps, every=50, steps=steps)
+    return [*RAN, hit]
+
+
 GREEN = row()
 
 
@@ -80,3 +85,10 @@ def test_missing_evidence_is_inconclusive(arguments, sentence):
     verdict = judge(**arguments)
     assert verdict.decision == "inconclusive"
     assert verdict.sentence == f"inconclusive: {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("calls", "steps", "decision"), [(0, 30, "keep"), (0, 50, "keep"), (0, 51, "inconclusive"), (1, 60, "keep")]
+)
+def test_a_site_that_was_not_due_in_the_race_is_no_evidence_against(calls, steps, decision):
+    assert judge(figures=ratio(1.31, 1.28, 1.34), receipt=rare(calls, steps)).decision == decision

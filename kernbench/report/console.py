@@ -243,7 +243,8 @@ def _swap(record: SwapRecord) -> list[RenderableType]:
     for hit in record.receipt:
         by = f"{hit.kernel} ({hit.implementation})" if hit.kernel else hit.implementation
         often = f"{units.count(hit.calls_per_step)} call{'' if hit.calls_per_step == 1 else 's'} a step"
-        evidence.append(_text(f"receipt: {hit.site} by {by}, {often}"))
+        due = f", due every {hit.every} steps" if hit.every > 1 else ""
+        evidence.append(_text(f"receipt: {hit.site} by {by}, {often}{due}"))
     return [*blocks, Group(*evidence)] if evidence else blocks
 
 

@@ -92,7 +92,7 @@ def branchless_adamw(
     """One AdamW update in place; where ``ok`` is False, parameters, moments and counters keep every bit.
 
     A skipped step is an update by zero: the gradient is replaced by 0 (NaN times 0 is NaN), and the shares by which the
-    moments move become -0.0, because x + -0.0 is x also for x = -0.0. Of a parameter +0.0 is taken, for the same reason.
+    moments move become -0.0, because x + -0.0 is x also for x = -0.0. From a parameter +0.0 is taken, for that reason.
 
     Args:
         lr_G: learning rate per parameter group, on the device.

@@ -147,7 +147,7 @@ WORKLOAD = Workload(
                 Swap(site=(LearningRateController, "forward"), use=control),
                 Swap(site=(DeepNestedOptimizer, "group_statistics"), use=group_statistics),
                 Swap(site=(DeepNestedOptimizer, "step"), use=step_optimizer),
-                Swap(site=(DeepNestedOptimizer, "meta_update"), use=meta_update),
+                Swap(site=(DeepNestedOptimizer, "meta_update"), use=meta_update, every=TitanConfig.meta_update_freq),
                 Swap(site=(Training, "step"), use=step_training),
             ),
         ),
