@@ -24,6 +24,8 @@ from kernbench.record import Errors, ParityResult
 from kernbench.spec import Case, Inputs, KernelSpec, Tolerance
 
 UPDATES = (10, 100)
+COPIES = 5
+"""Memory that a check takes at its peak, over the bytes that one call moves: inputs, copies, float64 and mutants."""
 
 
 def check_kernel(
@@ -51,6 +53,9 @@ def check_kernel(
     with progress.stage(f"checking {spec.name}", len(names) * len(chosen)) as advance:
         for name in names:
             for case in chosen:
+                if lacking := _lacking_memory(spec, case, getattr(torch, name), device):
+                    progress.note(lacking)
+                    continue
                 check = _Check(spec, case, getattr(torch, name), device, seed)
                 for mode, body in _bodies(check, smallest):
                     started = time.perf_counter()
@@ -84,6 +89,21 @@ def _cases(
     if large:
         progress.note(f"{spec.name}: large cases are left out without a GPU: {', '.join(large)}")
     return [case for case in spec.cases if not case.large]
+
+
+def _lacking_memory(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> str:
+    """Why a large case cannot be checked on this GPU; empty if it can, or where memory is not the GPU's."""
+    if device.type != "cuda" or not case.large:
+        return ""
+    torch.cuda.empty_cache()
+    needed = COPIES * spec.cost(case, dtype).bytes_moved
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed <= free:
+        return ""
+    return (
+        f"{spec.name}, {case.name}: not checked in {str(dtype).removeprefix('torch.')}, it takes about "
+        f"{needed / 1e9:.0f} GB with the float64 oracle and {free / 1e9:.0f} GB are free"
+    )
 
 
 def _size(case: Case) -> int:
@@ -148,18 +168,13 @@ class _Check:
     def inputs(self) -> Inputs:
         return self.spec.make_inputs(self.case, self.dtype, self.device, self.seed)
 
-    @cached_property
     def others(self) -> Inputs:
-        """Inputs of another seed, which a kernel that caches its result gets wrong."""
+        """Inputs of another seed, which a kernel that caches its result gets wrong; not kept, they may be large."""
         return self.spec.make_inputs(self.case, self.dtype, self.device, self.seed + 1)
 
     @cached_property
     def truth(self) -> Truth:
         return self.truth_of(self.inputs)
-
-    @cached_property
-    def other_truth(self) -> Truth:
-        return self.truth_of(self.others)
 
     def truth_of(self, inputs: Inputs) -> Truth:
         truth = Truth(
@@ -192,26 +207,35 @@ class _Check:
 
     def plain(self) -> Finding:
         """Poisoned outputs: right, twice the same, right on other inputs too, and nothing else touched."""
-        truth, other_truth = self.truth, self.other_truth
+        others, stale = self._on_other_inputs()
+        truth = self.truth
         inputs = compare.clone(self.inputs)
         with conditions.poisoned():
             first = self.call(self.spec.optimized, inputs)
         touched = self._touched(inputs)
         first = compare.clone(first)
+        del inputs
         judged = self.judge(first, truth, self.inputs)
-        others = self.judge(self.call(self.spec.optimized, compare.clone(self.others)), other_truth, self.others)
         again = self.call(self.spec.optimized, compare.clone(self.inputs))
         bitwise = first.keys() == again.keys() and all(compare.same_leaf(first[name], again[name]) for name in first)
         survey = mutants.survey(
-            self._mutants(), lambda changed: passes(judge_all(changed, truth, self.forward, part=True))
+            self._mutants(stale), lambda changed: passes(judge_all(changed, truth, self.forward, part=True))
         )
+        kept_answer = any(item.reason for item in judged) and not any(item.reason for item in others)
         reasons = [
             touched,
             "" if bitwise else "two calls on equal inputs differ",
             next((f"on inputs of another seed {item.reason}" for item in others if item.reason), ""),
+            "right on the inputs that came first, wrong on these: it may keep an answer" if kept_answer else "",
             survey.reason,
         ]
         return Finding(judged, "; ".join(filter(None, reasons)), None, (survey.killed, survey.total), bitwise)
+
+    def _on_other_inputs(self) -> tuple[list[Judged], Leaves]:
+        """The kernel judged on inputs of another seed, and what eager makes of them: a mutant's stale answer."""
+        inputs = self.others()
+        truth = self.truth_of(inputs)
+        return self.judge(self.call(self.spec.optimized, compare.clone(inputs)), truth, inputs), truth.eager
 
     def _touched(self, inputs: Inputs) -> str:
         changed = [
@@ -223,14 +247,14 @@ class _Check:
         ]
         return f"writes into {', '.join(changed[:3])}, which it does not declare in mutates" if changed else ""
 
-    def _mutants(self) -> Iterator[mutants.Mutant]:
+    def _mutants(self, stale: Leaves) -> Iterator[mutants.Mutant]:
         initial = self.results((), self.inputs)
         given = {key: leaf for name, value in self.inputs.items() for key, leaf in compare.leaves(value, name).items()}
         right = self.truth.eager
         signal = {
             item.name for item in judge_all(right, self.truth, self.forward) if not _noise(item, right[item.name])
         }
-        for mutant in mutants.of_call(right, initial, given, self.other_truth.eager):
+        for mutant in mutants.of_call(right, initial, given, stale):
             if signal & mutant.changed.keys():
                 yield mutant
 
@@ -295,9 +319,11 @@ class _Check:
 
     def graph(self) -> Finding:
         """The kernel captured in a CUDA graph, replayed on other inputs at the same addresses."""
-        mixed = modes.with_tensors_of(self.inputs, self.others)
-        output, inputs = modes.replayed(self.spec.optimized, self.inputs, self.others)
-        return Finding(self.judge(self.results(output, inputs), self.truth_of(mixed), mixed))
+        others = self.others()
+        got = self.results(*modes.replayed(self.spec.optimized, self.inputs, others))
+        mixed = modes.with_tensors_of(self.inputs, others)
+        del others
+        return Finding(self.judge(got, self.truth_of(mixed), mixed))
 
 
 def judge_all(got: Leaves, truth: Truth, rule: Rule, *, part: bool = False) -> list[Judged]:

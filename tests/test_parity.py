@@ -170,7 +170,7 @@ def reads_past_the_end(x, weight):
         (last_wrong, "plain", "max error"),
         (tail_not_written, "plain", "is NaN at 3 of 185 places"),
         (writes_its_input, "plain", "writes into x"),
-        (Caches(), "plain", "on inputs of another seed"),
+        (Caches(), "plain", "it may keep an answer"),
         (Wavers(), "plain", "two calls on equal inputs differ"),
         (reads_past_the_end, "offset", "is NaN"),
         (assumes_contiguous, "strided", "is NaN"),
