@@ -345,8 +345,7 @@ def _peer(*, fused: bool) -> Callable[..., None]:
     @torch.no_grad()
     def update(**inputs: Any) -> None:
         steps, lrs, params, exp_avgs = (inputs[name] for name in ("steps", "lrs", "params", "exp_avgs"))
-        if params[0].dtype != exp_avgs[0].dtype:
-            raise ValueError(f"torch's AdamW has no {params[0].dtype} parameters with {exp_avgs[0].dtype} state")
+        _refuse_mixed(params, exp_avgs)
         adamw(
             params, inputs["grads"], exp_avgs, inputs["exp_avg_sqs"], [], list(steps.unbind()),
             fused=fused, foreach=not fused,
@@ -355,6 +354,29 @@ def _peer(*, fused: bool) -> Callable[..., None]:
         )  # fmt: skip
 
     return update
+
+
+def _torch_optimizer(params: list[Tensor], grads: list[Tensor], **inputs: Any) -> None:
+    """``torch.optim.AdamW(fused=True).step()`` as a program calls it; limits as of :func:`_peer`."""
+    # Kept with the tensors that it steps, so that it goes when they go.
+    optimizer = getattr(params[0], "stepped_by", None)
+    if optimizer is None:
+        _refuse_mixed(params, inputs["exp_avgs"])
+        optimizer = torch.optim.AdamW(
+            params, lr=inputs["lrs"][0].item(), betas=(inputs["beta1"], inputs["beta2"]), eps=inputs["eps"],
+            weight_decay=inputs["weight_decay"], fused=True,
+        )  # fmt: skip
+        states = zip(params, grads, inputs["steps"], inputs["exp_avgs"], inputs["exp_avg_sqs"], strict=True)
+        for param, grad, step, exp_avg, exp_avg_sq in states:
+            param.grad = grad
+            optimizer.state[param] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        params[0].stepped_by = optimizer  # type: ignore[attr-defined]
+    optimizer.step()
+
+
+def _refuse_mixed(params: list[Tensor], exp_avgs: list[Tensor]) -> None:
+    if params[0].dtype != exp_avgs[0].dtype:
+        raise ValueError(f"torch's AdamW has no {params[0].dtype} parameters with {exp_avgs[0].dtype} state")
 
 
 SPEC = KernelSpec(
@@ -374,6 +396,10 @@ SPEC = KernelSpec(
     mutates=("params", "exp_avgs", "exp_avg_sqs", "steps"),
     stateful=True,
     next_inputs=next_inputs,
-    peers={"torch fused": _peer(fused=True), "torch foreach": _peer(fused=False)},
+    peers={
+        "torch fused": _peer(fused=True),
+        "torch foreach": _peer(fused=False),
+        "torch.optim.AdamW": _torch_optimizer,
+    },
     source="Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2; torch.optim.AdamW",
 )
