@@ -6,12 +6,14 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
 
 from kernbench.calls import AS_CALLED, ColdCalls, GraphCalls, HostCalls, InputSets
 from kernbench.ceilings import cache_bytes, measure_ceilings
+from kernbench.device import read_clocks
 from kernbench.errors import KernbenchError
 from kernbench.progress import Advance, Progress, Silent
 from kernbench.record import Arm, BenchResult, Ceilings, Clocks
@@ -55,8 +57,8 @@ class Race:
         return next((arm.seconds for arm in self.arms if arm.name == name), None)
 
 
-def race(arms: Blocks, *, rounds: int, seed: int = 0, progress: Advance | None = None) -> Race:
-    """Interleave the arms; when one raises, all rounds start over without it, so that the others stay paired.
+def race(arms: Blocks, *, device: torch.device, rounds: int, seed: int = 0, progress: Advance | None = None) -> Race:
+    """Interleave the arms on a device; when one raises, all start over without it, so that the others stay paired.
 
     Raises:
         KernbenchError: the device was throttled in every round.
@@ -65,33 +67,13 @@ def race(arms: Blocks, *, rounds: int, seed: int = 0, progress: Advance | None =
     failed: dict[str, str] = {}
     while True:
         try:
-            measured, clocks, dropped = interleave(left, rounds=rounds, seed=seed, progress=progress)
+            measured, clocks, dropped = interleave(
+                left, rounds=rounds, seed=seed, progress=progress, clocks=partial(read_clocks, device)
+            )
             return Race(measured, clocks, dropped, failed)
         except _ArmFailed as failure:
             failed[failure.name] = failure.reason
             del left[failure.name]
-
-
-def bench_workload(
-    arms: Blocks,
-    *,
-    workload: str,
-    preset: str,
-    dtype: str,
-    units_per_step: float,
-    rounds: int = ROUNDS,
-    seed: int = 0,
-    progress: Advance | None = None,
-) -> list[BenchResult]:
-    """Race whole steps: each arm runs one block of a round and returns seconds per step (see ``interleave``).
-
-    Raises:
-        KernbenchError: the device was throttled in every round.
-    """
-    finished = race(arms, rounds=rounds, seed=seed, progress=progress)
-    return workload_results(
-        finished, list(arms), workload=workload, preset=preset, dtype=dtype, units_per_step=units_per_step
-    )
 
 
 def workload_results(
@@ -269,7 +251,7 @@ class _KernelBench:
                 failures[name] = _reason(error)
                 blocks.pop(name, None)
                 self._free()
-        finished = race(blocks, rounds=self.rounds, progress=advance)
+        finished = race(blocks, device=self.device, rounds=self.rounds, progress=advance)
         failures |= finished.failed
         return [
             _Timed(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import msgspec
 
-from kernbench import bench, record, statistics, swap
+from kernbench import bench, device, record, statistics, swap
 from kernbench.analysis import launches, stalls
 from kernbench.measure import Settings, Side, trace_side, watch
 from kernbench.progress import Progress
@@ -76,7 +77,13 @@ def run_race(
     arms = {"before": _arm(baseline, start, steps), "again": _arm(baseline, start, steps)}
     arms |= {f"after {name}": _arm(side, start, steps) for name, side in sides.items()}
     with progress.stage("interleaving before and after", rounds) as advance:
-        measured, clocks, dropped = bench.interleave(arms, rounds=rounds, seed=settings.seed, progress=advance)
+        measured, clocks, dropped = bench.interleave(
+            arms,
+            rounds=rounds,
+            seed=settings.seed,
+            progress=advance,
+            clocks=partial(device.read_clocks, settings.device),
+        )
     for side in (baseline, *sides.values()):
         side.check_losses()
     hits = {name: receipt.hits(rounds * steps) for name, receipt in receipts.items()}
@@ -106,7 +113,7 @@ def bench_workload(run: Run[record.BenchRecord], settings: Settings, variants: S
             steps = _steps_per_block(sides[variants[0].name], start)
         arms = {name: _arm(side, start, steps) for name, side in sides.items()}
         with run.progress.stage("interleaving variants", rounds) as advance:
-            finished = bench.race(arms, rounds=rounds, seed=settings.seed, progress=advance)
+            finished = bench.race(arms, device=settings.device, rounds=rounds, seed=settings.seed, progress=advance)
         result.arms = finished.arms
         result.results = bench.workload_results(
             finished,

@@ -111,12 +111,11 @@ def interleave(
         arms: by name: runs the arm's block of round r, returns seconds per step.
         progress: called with 1 after each round.
         on_round: called with the round and its figures, also for a round that is dropped.
-        clocks: asked after each round; by default the CUDA device in use, if there is one.
+        clocks: asked after each round; without it no round is dropped.
 
     Raises:
         KernbenchError: every round was dropped.
     """
-    ask = clocks or _clocks_of_current_device
     order = list(arms)
     generator = random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -126,7 +125,7 @@ def interleave(
     for number in range(rounds):
         generator.shuffle(order)
         figures = {name: arms[name](number) for name in order}
-        told = ask()
+        told = clocks() if clocks is not None else None
         if told is not None:
             seen.append(told)
         if told is not None and nvml.throttled(told):
@@ -154,16 +153,6 @@ def collector_off() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-def _clocks_of_current_device() -> Clocks | None:
-    # Asking an unused CUDA would start it, which takes seconds and memory.
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return None
-    # Here and not above, because device imports ceilings, and ceilings this module.
-    from kernbench import device
-
-    return device.read_clocks(torch.device("cuda", torch.cuda.current_device()))
 
 
 def _synchronize(device: torch.device) -> None:

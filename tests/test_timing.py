@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernbench import bench, nvml, timing
+from kernbench import bench, device, nvml, timing
 from kernbench.errors import KernbenchError
 from kernbench.record import Clocks
 from kernbench.statistics import paired_ratio
@@ -177,7 +177,7 @@ def test_an_interrupt_gets_through() -> None:
         return 1.0
 
     with pytest.raises(KeyboardInterrupt):
-        bench.race({"a": interrupted}, rounds=3)
+        bench.race({"a": interrupted}, device=CPU, rounds=3)
     assert gc.isenabled()
 
 
@@ -237,7 +237,9 @@ def test_a_planted_slowdown_is_found_on_a_gpu_and_identical_arms_show_nothing() 
 
     size = 1 << 27
     arms, clocks, dropped = bench.interleave(
-        {"before": arm(size), "after": arm(int(size * 1.02)), "again": arm(size)}, rounds=30
+        {"before": arm(size), "after": arm(int(size * 1.02)), "again": arm(size)},
+        rounds=30,
+        clocks=lambda: device.read_clocks(chosen),
     )
     seconds = {one.name: one.seconds for one in arms}
     ratio = paired_ratio(seconds["before"], seconds["after"], seconds["again"], steps_per_round=50)
