@@ -92,7 +92,7 @@ def test_parity_counts_failures_and_planted_errors() -> None:
 
 def test_impossible_figures_do_not_win() -> None:
     record = samples.bench()
-    rows = sentences.bench_groups(record.results)["fused_adamw", "seed", "float32"]
+    rows = sentences.bench_groups(record.results)["fused_adamw, seed, float32: cold"]
     impossible = next(row for row in rows if row.label == "impossible")
     best = sentences.fastest([impossible, *rows])
     assert best is not None

@@ -340,10 +340,12 @@ def _parity(results: Sequence[ParityResult]) -> list[RenderableType]:
 
 def _bench(record: BenchRecord) -> list[RenderableType]:
     blocks: list[RenderableType] = []
-    for (kernel, case, dtype), rows in sentences.bench_groups(record.results).items():
+    for name, rows in sentences.bench_groups(record.results).items():
         own = (">launches", ">host reads") if record.workload else (">of roof",)
-        table = _table("implementation", ">time", ">95 % interval", "against eager", ">rate", *own, "label")
-        title = _text(", ".join(part for part in (kernel, case, dtype) if part), "bold")
+        table = _table(
+            "implementation", ">time", ">95 % interval", f"against {rows[0].implementation}", ">rate", *own, "label"
+        )
+        title = _text(name, "bold")
         best = sentences.fastest(rows)
         for row in rows:
             table.add_row(*_bench_row(record, row), style="bold" if row is best and len(rows) > 1 else "")

@@ -150,8 +150,7 @@ def _swap(record: SwapRecord) -> dict[str, Any]:
 
 def _bench(record: BenchRecord) -> dict[str, Any]:
     cases = []
-    for (kernel, case, dtype), rows in sentences.bench_groups(record.results).items():
-        name = ", ".join(part for part in (kernel, case, dtype) if part)
+    for name, rows in sentences.bench_groups(record.results).items():
         timed = [row for row in rows if row.seconds is not None]
         cases.append(
             {
@@ -159,7 +158,7 @@ def _bench(record: BenchRecord) -> dict[str, Any]:
                 "rows": rows,
                 "fastest": sentences.fastest(rows),
                 "columns": _bench_columns(rows),
-                "caches": sorted({row.cache for row in rows if row.cache}),
+                "first": rows[0].implementation,
                 "plot": plots.implementations(rows, name) if len(timed) > 1 else None,
             }
         )

@@ -6,7 +6,6 @@ Shared by the HTML report and the terminal. Nothing is measured or decided here.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -241,35 +240,39 @@ def mutants(results: Sequence[ParityResult]) -> tuple[int, int]:
 
 
 def bench_headline(record: BenchRecord) -> str:
-    """Which implementation is fastest in how many cases, and the largest gain."""
+    """Which implementation is fastest where, and how far ahead: of the next best, or of a workload's baseline."""
     groups = bench_groups(record.results)
     if not groups:
         return unfinished(record, "Nothing was timed")
-    winners: Counter[str] = Counter()
+    leads: dict[str, list[float]] = {}
     for rows in groups.values():
         best = fastest(rows)
-        if best is not None:
-            winners[best.implementation] += 1
-    if not winners:
+        if best is not None and best.seconds:
+            rival = rows[0] if record.workload else fastest([row for row in rows if row is not best])
+            leads.setdefault(best.implementation, []).append((rival.seconds or 0.0) / best.seconds if rival else 1.0)
+    if not leads:
         return unfinished(record, "No case was timed")
-    named = ", ".join(f"{name} in {count}" for name, count in winners.most_common())
-    cases = "the one case" if len(groups) == 1 else f"{len(groups)} cases"
-    text = f"Fastest over {cases}: {named if len(groups) > 1 else winners.most_common()[0][0]}"
-    gains = [row for row in record.results if row.speedup and row.implementation != "eager" and row.seconds is not None]
-    if gains:
-        top = max(gains, key=lambda row: row.speedup[0] if row.speedup else 0.0)
-        assert top.speedup is not None
-        where = ", ".join(part for part in (top.kernel, top.case, top.dtype) if part)
-        text += f"; the largest gain is {units.faster(top.speedup[0])} by {top.implementation} ({where})"
+    text = ". ".join(_lead(name, ahead, len(groups), record) for name, ahead in leads.items())
     unmeasured = sorted({row.implementation for row in record.results if row.label == "not measured here"})
     return f"{text}{'; ' + ' and '.join(unmeasured) + ' not measured here' if unmeasured else ''}."
 
 
-def bench_groups(results: Sequence[BenchResult]) -> dict[tuple[str, str, str], list[BenchResult]]:
-    """Rows that may be compared with each other: one kernel, case and dtype."""
-    groups: dict[tuple[str, str, str], list[BenchResult]] = {}
+def _lead(name: str, ahead: Sequence[float], cases: int, record: BenchRecord) -> str:
+    where = "" if cases == 1 else f" in {len(ahead)} of {cases} cases"
+    text = f"Fastest{where}: {name}"
+    rival = record.results[0].implementation if record.workload else "the next best"
+    if max(ahead) <= 1:
+        return text
+    low, high = units.times(min(ahead)), units.times(max(ahead))
+    return f"{text}, {low if low == high else f'{low} to {high}'} as fast as {rival}"
+
+
+def bench_groups(results: Sequence[BenchResult]) -> dict[str, list[BenchResult]]:
+    """Rows that may be compared with each other, by title: one kernel, case, dtype, and way of timing."""
+    groups: dict[str, list[BenchResult]] = {}
     for result in results:
-        groups.setdefault((result.kernel, result.case, result.dtype), []).append(result)
+        title = ", ".join(part for part in (result.kernel, result.case, result.dtype) if part)
+        groups.setdefault(f"{title}: {result.cache}" if result.cache else title, []).append(result)
     return groups
 
 
