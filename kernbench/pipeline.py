@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from kernbench.publish import Outcome, publish
 from kernbench.registry import Workspace
 from kernbench.request import Request
 from kernbench.runfolder import Run
-from kernbench.spec import KernelSpec
+from kernbench.spec import Case, KernelSpec
 
 
 def profile(request: Request, progress: Progress) -> Outcome:
@@ -127,30 +128,32 @@ def check(request: Request, names: Sequence[str], case: str | None, progress: Pr
     """Parity of the named kernels (all if none is named), and of the phases of the named workloads on real steps.
 
     Raises:
-        KernbenchError: a name that is neither a kernel nor a workload.
+        KernbenchError: a name that is neither a kernel nor a workload, or a case or dtype that a kernel does not have.
     """
-    chosen = device.resolve(request.device)
+    subjects = _subjects(request, names, case)
     workspace = registry.current()
-    kernels, workloads = _sort_names(names)
     run_id = runfolder.new_run_id("parity")
-    folder = runfolder.make_folder(workspace, "kernels" if kernels else workloads[0], run_id)
-    result = record.ParityRecord(**_header(request, run_id, chosen, workspace, progress))
+    folder = runfolder.make_folder(workspace, subjects.group, run_id)
+    result = record.ParityRecord(**_header(request, run_id, subjects.device, workspace, progress))
     run = Run(folder, result, progress)
-    for spec in kernels:
-        cases = _one_case(spec, case)
+    for spec, cases in subjects.kernels:
         with run.stage(spec.name):
-            dtypes = [request.dtype] if request.dtype else None
-            for row in parity.check_kernel(
-                spec, device=chosen, dtypes=dtypes, cases=cases, seed=request.seed, progress=progress
-            ):
-                result.results.append(row)
-    for name in workloads:
-        settings = asked.settings(request, name)
+            result.results.extend(
+                parity.check_kernel(
+                    spec,
+                    device=subjects.device,
+                    dtypes=subjects.dtypes,
+                    cases=cases,
+                    seed=request.seed,
+                    progress=progress,
+                )
+            )
+    for settings in subjects.workloads:
         plans = [asked.plan(settings.workload, {})]
         for phase in settings.workload.phases:
             plans.append(asked.plan(settings.workload, dict.fromkeys([*plans[-1].numbers, phase.number], "triton")))
         for before, after in zip(plans, plans[1:], strict=False):
-            with run.stage(f"{name} phases {after.numbers}"):
+            with run.stage(f"{settings.workload.name} phases {after.numbers}"):
                 result.results.extend(experiment.check_phase(settings, before, after, progress))
     return publish(run, workspace)
 
@@ -159,25 +162,22 @@ def time(request: Request, names: Sequence[str], case: str | None, progress: Pro
     """Time kernels (all if none is named) on the measured roofline, or one workload: baseline, phases, and peers.
 
     Raises:
-        KernbenchError: an unknown name, or several workloads at once.
+        KernbenchError: as for :func:`check`, or kernels and workloads, or several workloads, at once.
     """
-    chosen = device.resolve(request.device)
-    workspace = registry.current()
-    kernels, workloads = _sort_names(names)
-    if len(workloads) + bool(kernels) > 1:
+    subjects = _subjects(request, names, case)
+    if len(subjects.workloads) + bool(subjects.kernels) > 1:
         raise KernbenchError("bench times either kernels or one workload; name them in separate commands")
+    workspace = registry.current()
     run_id = runfolder.new_run_id("bench")
-    folder = runfolder.make_folder(workspace, workloads[0] if workloads else "kernels", run_id)
-    result = record.BenchRecord(**_header(request, run_id, chosen, workspace, progress))
+    folder = runfolder.make_folder(workspace, subjects.group, run_id)
+    result = record.BenchRecord(**_header(request, run_id, subjects.device, workspace, progress))
     run = Run(folder, result, progress)
-    for spec in kernels:
-        cases = _one_case(spec, case)
+    for spec, cases in subjects.kernels:
         with run.stage(spec.name):
-            dtypes = [request.dtype] if request.dtype else None
             for row in bench.bench_kernel(
                 spec,
-                device=chosen,
-                dtypes=dtypes,
+                device=subjects.device,
+                dtypes=subjects.dtypes,
                 cases=cases,
                 rounds=request.rounds,
                 ceilings=result.environment.ceilings,
@@ -185,8 +185,7 @@ def time(request: Request, names: Sequence[str], case: str | None, progress: Pro
             ):
                 result.results.append(row)
                 run.write()
-    if workloads:
-        settings = asked.settings(request, workloads[0])
+    for settings in subjects.workloads:
         race.bench_workload(run, settings, _variants(settings, request.use), request.rounds)
     return publish(run, workspace)
 
@@ -206,20 +205,39 @@ def doctor(name: str, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _sort_names(names: Sequence[str]) -> tuple[list[KernelSpec], list[str]]:
+@dataclass(frozen=True)
+class _Subjects:
+    """What parity and bench were asked to look at, all of it checked before anything is written."""
+
+    device: torch.device
+    kernels: list[tuple[KernelSpec, list[Case] | None]]
+    workloads: list[measure.Settings]
+    dtypes: list[str] | None
+
+    @property
+    def group(self) -> str:
+        """The folder under reports/ for a run over them."""
+        return "kernels" if self.kernels else self.workloads[0].workload.name
+
+
+def _subjects(request: Request, names: Sequence[str], case: str | None) -> _Subjects:
     """Kernels and workloads apart; no names means all kernels."""
+    chosen = device.resolve(request.device)
     known = registry.kernels()
-    if not names:
-        return [found.declaration for found in known.values()], []
-    kernels, workloads = [], []
-    for name in names:
-        if name in known:
-            kernels.append(known[name].declaration)
-        elif name.endswith(".py") or ".py:" in name or name in registry.workloads():
-            workloads.append(name)
-        else:
+    kernels = [known[name].declaration for name in names or known if name in known]
+    others = [name for name in names if name not in known]
+    for name in others:
+        if ".py" not in name:
             registry.nearest(name, [*known, *registry.workloads()], "kernel or workload")
-    return kernels, workloads
+    for spec in kernels:
+        if request.dtype is not None:
+            registry.nearest(request.dtype, spec.tolerance, f"dtype of {spec.name}")
+    return _Subjects(
+        device=chosen,
+        kernels=[(spec, _one_case(spec, case)) for spec in kernels],
+        workloads=[asked.settings(request, name) for name in others],
+        dtypes=[request.dtype] if request.dtype else None,
+    )
 
 
 def _variants(settings: measure.Settings, use: str) -> list[race.Variant]:
@@ -237,7 +255,7 @@ def _variants(settings: measure.Settings, use: str) -> list[race.Variant]:
     return found + [race.Variant(peer.name, bare, peer.prepare) for peer in settings.workload.peers]
 
 
-def _one_case(spec: KernelSpec, name: str | None) -> list[Any] | None:
+def _one_case(spec: KernelSpec, name: str | None) -> list[Case] | None:
     if name is None:
         return None
     registry.nearest(name, [case.name for case in spec.cases], f"case of {spec.name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -271,7 +271,7 @@ def annotated(workload: Workload, built: Built, plan: Plan | None = None) -> Ite
 def _annotations(built: Built, phase: Phase, swap: Swap) -> Iterator[Patch]:
     name = sites.display(swap.site)
     label = f"kernbench.phase{phase.number}:{name}"
-    wrap = functools.partial(_annotating, label, phase.number, f"kernbench.kernel:{swap.kernel or name}")
+    wrap = functools.partial(_annotating, label, phase.number, swap.kernel)
     if sites.is_glob(swap.site):
         seen: set[int] = set()
         for match in sites.matches(_model(built, name), str(swap.site)):
@@ -293,7 +293,7 @@ def _annotating(label: str, number: int, kernel: str, function: Callable[..., An
             return function(*args, **kwargs)
         token = current_phase.set(number)
         try:
-            with ranges.annotation(label), ranges.range(kernel):
+            with ranges.annotation(label), ranges.range(f"kernbench.kernel:{kernel}") if kernel else nullcontext():
                 return function(*args, **kwargs)
         finally:
             current_phase.reset(token)

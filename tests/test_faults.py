@@ -52,6 +52,13 @@ def test_unknown_preset_and_dtype(toy_workspace):
     only_sentence(result, "float31")
 
 
+def test_unknown_case_or_dtype_of_a_kernel_leaves_no_folder(toy_workspace):
+    for command in ("parity", "bench"):
+        only_sentence(run(command, "toy_broken", "--case", "raged", "--device", "cpu"), "did you mean 'ragged'")
+        only_sentence(run(command, "toy_broken", "--dtype", "float23", "--device", "cpu"), "did you mean 'float32'")
+    assert not list((toy_workspace / "reports").iterdir())
+
+
 def test_missing_data_file(toy_workspace):
     result = run("profile", "toy", "--data", "absent.txt", *QUICK)
     assert result.exit_code == 2

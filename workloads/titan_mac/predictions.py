@@ -36,7 +36,9 @@ def predict_no_syncs(before: ProfileRecord) -> Prediction:
 def predict_fused_adamw(before: ProfileRecord) -> Prediction:
     """All but two launches of the update go; its device time falls to that of its bytes at the measured copy speed."""
     spots = [spot for spot in before.hotspots if spot.phase == 2]
-    launches = sum(spot.calls_per_step for spot in spots) - ADAMW_LAUNCHES if spots else None
+    # On the CPU hotspots are operators, which call each other: their calls are not launches.
+    on_gpu = before.environment.device.type == "cuda"
+    launches = sum(spot.calls_per_step for spot in spots) - ADAMW_LAUNCHES if spots and on_gpu else None
     ratio_high, basis = None, "no hotspot of this phase, no step time or no measured copy speed in the profile before"
     step = _step_seconds(before)
     ceilings = before.environment.ceilings
