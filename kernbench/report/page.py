@@ -23,6 +23,7 @@ from kernbench.report.sentences import Tone, difference, step_time
 
 BUSY_LOOKS, IDLE_LOOKS = 6, 3
 NEUTRAL: Tone = "neutral"
+COLOURED_SHARE = 0.01
 RAW_LIMIT_BYTES = 200_000
 
 
@@ -101,8 +102,11 @@ def breakdown(sides: Sequence[tuple[str, Sequence[Part]]], *, shown: bool = True
         # A cause that is absent from one of two sides took no time there.
         change, tone = "", NEUTRAL
         if len(sides) == 2:
-            change, tone = difference(seconds[0] or 0.0, seconds[1] or 0.0, "seconds")
-        tone = tone if shown else NEUTRAL
+            was, now = seconds[0] or 0.0, seconds[1] or 0.0
+            change, tone = difference(was, now, "seconds")
+            # The sides are profiled one after the other: what is less than this of a step can be either one's chance.
+            shown_here = shown and abs(now - was) >= COLOURED_SHARE * max(bar.seconds for bar in bars)
+            tone = tone if shown_here else NEUTRAL
         legend.append(LegendRow(letters[cause], cause, own[cause], looks[cause], seconds, change, tone))
     return Breakdown(bars, legend, shared)
 
