@@ -11,7 +11,7 @@ def runs() -> list[dict[str, Any]]:
     """Finished and unfinished runs, newest first; a damaged record is listed with the reason. Imports no torch."""
     workspace = registry.current()
     listing = []
-    for path in sorted(workspace.reports.glob("*/*/record.json"), key=lambda path: path.parent.name, reverse=True):
+    for path in sorted(workspace.records(), key=lambda path: path.parent.name, reverse=True):
         row: dict[str, Any] = {"run": path.parent.name, "folder": str(path.parent), "group": path.parent.parent.name}
         try:
             found = record.read(path)

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from kernbench import __version__
-from kernbench.errors import KernbenchError, WorkloadFailed
+from kernbench.errors import KernbenchError
 
 if TYPE_CHECKING:
     from kernbench.publish import Outcome
 
-OK, NEGATIVE, WRONG_USE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+OK, NEGATIVE, INTERRUPTED = 0, 1, 130
 
 app = typer.Typer(
     name="kernbench",
@@ -58,12 +58,9 @@ def _reported(command: Callable[..., int]) -> Callable[..., None]:
     def run(*args: Any, **options: Any) -> None:
         try:
             raise typer.Exit(command(*args, **options))
-        except WorkloadFailed as error:
-            _complain(str(error), error.traceback_text)
-            raise typer.Exit(FAILED) from None
         except KernbenchError as error:
-            _complain(str(error))
-            raise typer.Exit(WRONG_USE) from None
+            _complain(str(error), error.traceback_text)
+            raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             _complain("interrupted; the stages finished so far are on disk")
             raise typer.Exit(INTERRUPTED) from None

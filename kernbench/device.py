@@ -54,12 +54,6 @@ def resolve(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done all its work; the CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def fingerprint(device: torch.device, *, ceilings: record.Ceilings | None = None) -> record.Environment:
     """Everything about this machine and software that a time depends on."""
     return record.Environment(

@@ -7,6 +7,7 @@ class KernbenchError(Exception):
     """Wrong use or bad input: one clear sentence that says what to do. Exit code 2."""
 
     exit_code = 2
+    traceback_text = ""
 
 
 class WorkloadFailed(KernbenchError):  # noqa: N818 - it names what happened, not a kind of error

@@ -199,10 +199,7 @@ class _Toggled:
         self.units_per_step = side.units_per_step
 
     def step(self, index: int) -> Any:
-        with (
-            self.side.plan.applied(self.side.built),
-            swap.annotated(self.side.settings.workload, self.side.built, self.side.plan),
-        ):
+        with swap.annotated(self.side.settings.workload, self.side.built, self.side.plan):
             return self.side.step(index)
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -215,10 +212,10 @@ def trace_side(side: Side, first: int, keep: Path | None) -> tuple[trace.Trace, 
     Args:
         keep: where one traced step is left for the user, if anywhere.
     """
-    settings, plan = side.settings, side.plan
+    settings = side.settings
     with tempfile.TemporaryDirectory(prefix="kernbench-") as scratch:
         full = Path(scratch) / "trace.json.gz"
-        with plan.applied(side.built), swap.annotated(settings.workload, side.built, plan):
+        with swap.annotated(settings.workload, side.built, side.plan):
             modules = ranges.annotate_modules(side.model) if settings.nvtx and side.model is not None else None
             try:
                 profiled = capture.trace_steps(side, first=first, count=TRACED_STEPS, device=settings.device, path=full)

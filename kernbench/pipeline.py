@@ -31,7 +31,7 @@ from kernbench.progress import Progress
 from kernbench.publish import Outcome, publish
 from kernbench.registry import Workspace
 from kernbench.request import Request
-from kernbench.runfolder import Run
+from kernbench.runfolder import AnyRecord, Run
 from kernbench.spec import Case, KernelSpec
 
 
@@ -46,17 +46,15 @@ def profile(request: Request, progress: Progress) -> Outcome:
     settings = asked.settings(request, request.workload)
     plan = asked.plan(settings.workload, asked.active(settings.workload, request, workspace))
     ranges.enable(request.nvtx)
-    run_id = runfolder.new_run_id("profile")
-    folder = runfolder.make_folder(workspace, settings.workload.name, run_id)
-    result = record.ProfileRecord(
-        **_header(request, run_id, settings.device, workspace, progress), workload=settings.describe(plan)
-    )
-    run = Run(folder, result, progress)
+    run = _start(
+        record.ProfileRecord, request, "profile", settings.workload.name, settings.device, progress,
+        workload=settings.describe(plan),
+    )  # fmt: skip
     if experiment.interpreted(settings, plan):
         run.warn(
             "a Triton kernel in place runs in the interpreter here: its step times say nothing of its speed on a GPU"
         )
-    measure.measure(run, result, settings, plan)
+    measure.measure(run, run.record, settings, plan)
     _remember_profile(workspace, request, settings)
     return publish(run, workspace)
 
@@ -90,14 +88,12 @@ def _swap(
     candidates = {
         name: asked.plan(settings.workload, {**kept, number: name}) for name in asked.candidates(phase, request.use)
     }
-    run_id = runfolder.new_run_id(f"swap-phase{number}")
-    folder = runfolder.make_folder(workspace, settings.workload.name, run_id)
-    result = record.SwapRecord(
-        **_header(request, run_id, settings.device, workspace, progress),
+    run = _start(
+        record.SwapRecord, request, f"swap-phase{number}", settings.workload.name, settings.device, progress,
         workload=settings.describe(before),
         phase=record.PhaseInfo(number=number, title=phase.title, flag=phase.flag),
-    )
-    run = Run(folder, result, progress)
+    )  # fmt: skip
+    result = run.record
     experiment.judge(run, settings, phase, before, candidates, request.rounds)
     assert result.verdict is not None
     if result.verdict.decision == "keep":
@@ -131,11 +127,8 @@ def check(request: Request, names: Sequence[str], case: str | None, progress: Pr
         KernbenchError: a name that is neither a kernel nor a workload, or a case or dtype that a kernel does not have.
     """
     subjects = _subjects(request, names, case)
-    workspace = registry.current()
-    run_id = runfolder.new_run_id("parity")
-    folder = runfolder.make_folder(workspace, subjects.group, run_id)
-    result = record.ParityRecord(**_header(request, run_id, subjects.device, workspace, progress))
-    run = Run(folder, result, progress)
+    run = _start(record.ParityRecord, request, "parity", subjects.group, subjects.device, progress)
+    result = run.record
     for spec, cases in subjects.kernels:
         with run.stage(spec.name):
             result.results.extend(
@@ -155,7 +148,7 @@ def check(request: Request, names: Sequence[str], case: str | None, progress: Pr
         for before, after in zip(plans, plans[1:], strict=False):
             with run.stage(f"{settings.workload.name} phases {after.numbers}"):
                 result.results.extend(experiment.check_phase(settings, before, after, progress))
-    return publish(run, workspace)
+    return publish(run, registry.current())
 
 
 def time(request: Request, names: Sequence[str], case: str | None, progress: Progress) -> Outcome:
@@ -167,11 +160,8 @@ def time(request: Request, names: Sequence[str], case: str | None, progress: Pro
     subjects = _subjects(request, names, case)
     if len(subjects.workloads) + bool(subjects.kernels) > 1:
         raise KernbenchError("bench times either kernels or one workload; name them in separate commands")
-    workspace = registry.current()
-    run_id = runfolder.new_run_id("bench")
-    folder = runfolder.make_folder(workspace, subjects.group, run_id)
-    result = record.BenchRecord(**_header(request, run_id, subjects.device, workspace, progress))
-    run = Run(folder, result, progress)
+    run = _start(record.BenchRecord, request, "bench", subjects.group, subjects.device, progress)
+    result = run.record
     for spec, cases in subjects.kernels:
         with run.stage(spec.name):
             for row in bench.bench_kernel(
@@ -187,7 +177,7 @@ def time(request: Request, names: Sequence[str], case: str | None, progress: Pro
                 run.write()
     for settings in subjects.workloads:
         race.bench_workload(run, settings, _variants(settings, request.use), request.rounds)
-    return publish(run, workspace)
+    return publish(run, registry.current())
 
 
 def doctor(name: str, progress: Progress) -> dict[str, Any]:
@@ -262,17 +252,31 @@ def _one_case(spec: KernelSpec, name: str | None) -> list[Case] | None:
     return [case for case in spec.cases if case.name == name]
 
 
-def _header(request: Request, run_id: str, chosen: Any, workspace: Workspace, progress: Progress) -> dict[str, Any]:
+def _start(
+    kind: type[AnyRecord],
+    request: Request,
+    what: str,
+    group: str,
+    chosen: torch.device,
+    progress: Progress,
+    **fields: Any,
+) -> Run[AnyRecord]:
+    """A run of this kind of record: its folder first, so that nothing is measured that cannot be written."""
+    workspace = registry.current()
+    run_id = runfolder.new_run_id(what)
+    folder = runfolder.make_folder(workspace, group, run_id)
     with progress.stage("measuring this device's ceilings"):
         ceilings = _ceilings(chosen)
-    return {
-        "run_id": run_id,
-        "created_utc": runfolder.now_utc().isoformat(timespec="seconds"),
-        "command": request.command,
-        "environment": device.fingerprint(chosen, ceilings=ceilings),
-        "git": device.git(workspace.root),
-        "warnings": list(device.WARNINGS),
-    }
+    result = kind(
+        run_id=run_id,
+        created_utc=runfolder.now_utc().isoformat(timespec="seconds"),
+        command=request.command,
+        environment=device.fingerprint(chosen, ceilings=ceilings),
+        git=device.git(workspace.root),
+        warnings=list(device.WARNINGS),
+        **fields,
+    )
+    return Run(folder, result, progress)
 
 
 @functools.cache

@@ -49,7 +49,7 @@ def render(result: record.Record, path: Path) -> None:
 def index(workspace: Workspace) -> Path:
     """Render ``reports/index.html`` over all runs; a damaged record is listed as damaged."""
     entries = []
-    for path in sorted(workspace.reports.glob("*/*/record.json")):
+    for path in workspace.records():
         link = path.parent.relative_to(workspace.reports).as_posix() + "/report.html"
         try:
             entries.append(html.IndexEntry(link, record.read(path), ""))

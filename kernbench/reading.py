@@ -99,7 +99,7 @@ def journal_entries(*, rebuild: bool) -> tuple[list[dict[str, Any]], list[str]]:
     workspace = registry.current()
     left_out: list[str] = []
     if rebuild:
-        swaps, skipped = journal.collect(sorted(workspace.reports.glob("*/*/record.json")))
+        swaps, skipped = journal.collect(workspace.records())
         journal.rebuild(workspace.journal, swaps)
         left_out = [reason for _, reason in skipped]
     return [record.to_builtins(entry) for entry in journal.entries(workspace.journal)], left_out

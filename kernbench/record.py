@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import Struct, field
 
 SCHEMA = 1
 
-Count = Annotated[float, Meta(ge=0)]
 Seconds = float
 
 

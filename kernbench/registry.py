@@ -39,13 +39,13 @@ class Workspace:
     def reports(self) -> Path:
         return self.root / "reports"
 
+    def records(self) -> list[Path]:
+        """The record of every run in this workspace, by group and run id."""
+        return sorted(self.reports.glob("*/*/record.json"))
+
     @property
     def journal(self) -> Path:
         return self.root / "JOURNAL.md"
-
-    @property
-    def state_folder(self) -> Path:
-        return self.root / ".kernbench"
 
 
 @dataclass(frozen=True)

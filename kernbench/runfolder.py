@@ -127,7 +127,7 @@ def find_record(workspace: Workspace, reference: str) -> Path:
         return path
     if (path / "record.json").is_file():
         return path / "record.json"
-    found = [item for item in sorted(workspace.reports.glob("*/*/record.json")) if reference in item.parent.name]
+    found = [item for item in workspace.records() if reference in item.parent.name]
     if len(found) == 1:
         return found[0]
     if not found:

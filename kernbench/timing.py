@@ -67,11 +67,11 @@ def time_steps(step: Step, *, first: int, count: int, device: torch.device) -> l
 def timed_block(step: Step, *, first: int, count: int, device: torch.device) -> float:
     """Wall seconds per step over one block of steps: the device is idle before it, and its work is done at the end."""
     with collector_off():
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         for index in range(first, first + count):
             step(index)
-        _synchronize(device)
+        synchronize(device)
         return (time.perf_counter() - start) / count
 
 
@@ -155,6 +155,7 @@ def collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done all its work; the CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -13,7 +13,7 @@ import pynvml
 import pytest
 import torch
 
-from kernbench import ceilings, device, nvml, probes
+from kernbench import ceilings, device, nvml, probes, timing
 from kernbench.errors import KernbenchError
 from kernbench.record import Clocks
 
@@ -71,7 +71,7 @@ def test_the_fingerprint_names_machine_and_versions() -> None:
 
 
 def test_synchronizing_the_cpu_does_nothing() -> None:
-    device.synchronize(CPU)
+    timing.synchronize(CPU)
 
 
 def test_git_tells_commit_and_changes(tmp_path: Path) -> None:

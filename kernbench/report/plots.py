@@ -17,9 +17,7 @@ from kernbench.report.sentences import StepTime
 WIDE, NARROW = 800, 290
 HEIGHT = 190
 # The style sheet resolves these, so one picture serves light, dark and print.
-INK, MUTED, LINE, ACCENT, BAND, WARN = (
-    f"var(--{name})" for name in ("ink", "muted", "line", "accent", "band", "waiting")
-)
+INK, MUTED, LINE, ACCENT, BAND = (f"var(--{name})" for name in ("ink", "muted", "line", "accent", "band"))
 
 
 @dataclass(frozen=True)
