@@ -127,10 +127,11 @@ def test_trim_keeps_device_work_that_runs_after_its_step(tmp_path: Path) -> None
     [
         (b"", "cannot read"),
         (b"\x1f\x8bbroken", "cannot read"),
-        (gzip.compress(b'{"traceEvents": [' * 50)[:-9], "cannot read"),
+        (gzip.compress(b'{"traceEvents": [' * 50, mtime=0)[:-9], "cannot read"),
         (b"[]", "no Kineto trace"),
         (b'{"traceEvents": []}', "no step of kernbench"),
     ],
+    ids=["empty", "gzip header only", "gzip cut off", "list", "no step"],
 )
 def test_trim_of_damaged_input(tmp_path: Path, content: Any, message: Any) -> None:
     path = tmp_path / "trace.json.gz"
