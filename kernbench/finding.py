@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kernbench.compare import Judged
-from kernbench.record import ParityResult
+from kernbench.record import MutantResult, ParityResult
 
 REASONS_SHOWN = 3
 
@@ -22,6 +22,8 @@ class Finding:
     passed: bool | None = None
     mutants: tuple[int, int] | None = None
     bitwise: bool | None = None
+    graded: list[MutantResult] = field(default_factory=list)
+    examples: int | None = None
 
     def row(self, kernel: str, case: str, dtype: str, mode: str, seconds: float) -> ParityResult:
         worst = max(self.judged, key=lambda judged: judged.excess, default=None)
@@ -39,7 +41,10 @@ class Finding:
             eager_errors=worst.eager if worst else None,
             bound=limits.max if limits else None,
             tensor=worst.name if worst else "",
+            limits=limits,
             mutants_killed=self.mutants,
+            mutants=self.graded,
+            examples=self.examples,
             bitwise=self.bitwise,
             seconds=seconds,
             reason=reason,

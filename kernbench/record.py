@@ -264,8 +264,24 @@ class Errors(Struct, frozen=True, kw_only=True):
     mean: float
 
 
+class MutantResult(Struct, frozen=True, kw_only=True):
+    """One wrong or hostile kernel before the gate. ``reason`` says how it was caught, or why it does not count.
+
+    ``outcome`` "equivalent": it computes what the reference does, as far as the dtype can tell. "needs a GPU": only
+    there can it be seen.
+    """
+
+    name: str
+    kind: Literal["result", "altered", "hostile"]
+    outcome: Literal["killed", "survived", "equivalent", "needs a GPU"]
+    reason: str = ""
+
+
 class ParityResult(Struct, frozen=True, kw_only=True):
-    """One comparison: a kernel case in one dtype and mode, or a phase on real steps (``kernel`` then names it)."""
+    """One comparison: a kernel case in one dtype and mode, or a phase on real steps (``kernel`` then names it).
+
+    ``examples`` counts generated inputs, ``limits`` the bounds on ``errors``; ``bound`` is the one on the maximum.
+    """
 
     kernel: str
     case: str
@@ -276,7 +292,10 @@ class ParityResult(Struct, frozen=True, kw_only=True):
     eager_errors: Errors | None = None
     bound: float | None = None
     tensor: str = ""
+    limits: Errors | None = None
     mutants_killed: tuple[int, int] | None = None
+    mutants: list[MutantResult] = []
+    examples: int | None = None
     bitwise: bool | None = None
     seconds: Seconds = 0.0
     reason: str = ""
@@ -349,7 +368,10 @@ class Arm(Struct, frozen=True, kw_only=True):
 
 
 class BenchResult(Struct, frozen=True, kw_only=True):
-    """One timed implementation. ``label`` warns ("launch-bound", "impossible", …) and ``note`` says why."""
+    """One timed implementation. ``label`` warns ("launch-bound", "impossible", …) and ``note`` says why.
+
+    ``noise_floor`` is the half-width around 1 that eager against itself (A/A) showed in the same rounds.
+    """
 
     kernel: str
     case: str
@@ -364,11 +386,45 @@ class BenchResult(Struct, frozen=True, kw_only=True):
     share_of_roof: float | None = None
     units_per_second: float | None = None
     speedup: tuple[float, float, float] | None = None
+    noise_floor: float | None = None
     launches_per_step: float | None = None
     syncs_per_step: float | None = None
     cache: str = ""
     label: str = ""
     note: str = ""
+
+
+class Build(Struct, frozen=True, kw_only=True):
+    """One Triton function compiled for one architecture: what ptxas made of it, and whether that is allowed.
+
+    ``cases`` are those whose launches this one binary serves. ``registers`` are per thread, ``spill_bytes`` too.
+    """
+
+    kernel: str
+    function: str
+    arch: str
+    dtype: str
+    cases: list[str]
+    passed: bool
+    warps: int = 0
+    registers: int | None = None
+    spill_bytes: int | None = None
+    shared_bytes: int | None = None
+    instructions: int | None = None
+    seconds: Seconds = 0.0
+    reason: str = ""
+
+
+class SanitizerResult(Struct, frozen=True, kw_only=True):
+    """What one tool of compute-sanitizer found in one kernel; ``findings`` are its own words, shortened."""
+
+    kernel: str
+    tool: str
+    passed: bool
+    errors: int
+    findings: list[str] = []
+    seconds: Seconds = 0.0
+    reason: str = ""
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -424,11 +480,13 @@ class SwapRecord(Header, kw_only=True, tag="swap"):
 
 class ParityRecord(Header, kw_only=True, tag="parity"):
     results: list[ParityResult] = []
+    sanitizer: list[SanitizerResult] = []
     workload: WorkloadInfo | None = None
 
 
 class BenchRecord(Header, kw_only=True, tag="bench"):
     results: list[BenchResult] = []
+    builds: list[Build] = []
     workload: WorkloadInfo | None = None
     arms: list[Arm] = []
 

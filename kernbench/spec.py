@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
 
 Inputs = dict[str, Any]
 """Keyword arguments of one call: tensors, lists of tensors, and scalars."""
+ALLOWABLE = frozenset({"spills", "shared memory"})
 
 
 class Case:
@@ -66,6 +67,66 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The sizes that a kernel takes for one name of its cases; generated inputs stay inside.
+
+    Attributes:
+        least: the smallest; 0 means that an empty tensor is fine.
+        most: the largest to draw where it is checked on the CPU; a GPU draws larger ones too.
+        block: the largest number of elements that one program handles at once; sizes around it are drawn often.
+        multiple_of: every size is a multiple of it.
+    """
+
+    least: int = 0
+    most: int
+    block: int | None = None
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= self.most or self.multiple_of < 1:
+            raise ValueError(f"sizes from {self.least} to {self.most} in multiples of {self.multiple_of} are none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """What one argument may hold; generated inputs stay inside. Integers and booleans are never changed.
+
+    Attributes:
+        least: lower bound of its numbers.
+        most: upper bound of its numbers.
+        nonfinite: the contract speaks of NaN and infinities here: the result is what the reference makes of them.
+        fixed: left as ``make_inputs`` draws it: a step counter, a probability.
+    """
+
+    least: float = float("-inf")
+    most: float = float("inf")
+    nonfinite: bool = False
+    fixed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stochastic:
+    """How randomness enters a kernel, and what it must look like.
+
+    Attributes:
+        seed: name of the integer argument that chooses the stream.
+        law: distribution of the draws that ``draws`` extracts.
+        draws: ``(inputs, output) -> floating tensor`` of the random numbers that can be told from one call, in the
+            order of the elements; for "bernoulli" zeros and ones.
+        probability: of a one, ``(inputs) -> float``; for "bernoulli" alone.
+    """
+
+    seed: str
+    law: Literal["uniform", "normal", "bernoulli"]
+    draws: Callable[[Inputs, Any], torch.Tensor]
+    probability: Callable[[Inputs], float] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.law == "bernoulli") != (self.probability is not None):
+            raise ValueError("give a probability for the bernoulli law, and for no other")
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelSpec:
     """A kernel with everything needed to check it, time it and place it on the roofline.
 
@@ -80,14 +141,19 @@ class KernelSpec:
         mutates: names of arguments written in place; parity compares them, bench restores them.
         stateful: the kernel updates its own state, so parity also compares after 10 and 100 updates; ``next_inputs``
             then redraws what is not state, in place: ``(inputs, seed) -> None``.
+        sizes: what each name of the cases may be; for a name that is absent, what the cases that are not large span.
+        values: what each argument may hold; any number by default.
         stochastic: results depend on a seed argument; the reference repeats the same stream.
+        run_to_run_ulp: how far two calls on equal inputs may be apart, in ulp of max(RMS, element); 0 is bitwise. A
+            kernel that adds atomically states its bound here.
+        allowed: what the compile matrix may find and let pass, "spills" or "shared memory", each with the reason.
         differentiable: parity compares gradients of all floating inputs that require them.
         peers: library implementations to time beside ours, by name; each has the reference's signature.
         source: paper and equation, or the file the formula came from.
 
     Raises:
-        ValueError: no ragged case, no tolerance, two cases of one name, stateful without ``next_inputs``, or
-            ``reference`` and ``optimized`` are the same function.
+        ValueError: no ragged case, no tolerance, two cases of one name, stateful without ``next_inputs``, sizes that
+            no case has, something else allowed than can be, or ``reference`` and ``optimized`` are the same function.
     """
 
     name: str
@@ -100,7 +166,11 @@ class KernelSpec:
     mutates: tuple[str, ...] = ()
     stateful: bool = False
     next_inputs: Callable[[Inputs, int], None] | None = None
-    stochastic: bool = False
+    sizes: Mapping[str, Sizes] = field(default_factory=dict)
+    values: Mapping[str, Values] = field(default_factory=dict)
+    stochastic: Stochastic | None = None
+    run_to_run_ulp: float = 0.0
+    allowed: Mapping[str, str] = field(default_factory=dict)
     differentiable: bool = False
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     source: str = ""
@@ -121,3 +191,11 @@ class KernelSpec:
             raise ValueError(f"kernel {self.name!r} has two cases of one name: {', '.join(names)}")
         if self.stateful and self.next_inputs is None:
             raise ValueError(f"kernel {self.name!r} is stateful; give next_inputs so that many updates can be compared")
+        unknown = sorted(self.sizes.keys() - {name for case in self.cases for name in case.sizes})
+        if unknown:
+            raise ValueError(f"kernel {self.name!r} gives sizes for {', '.join(unknown)}, which no case has")
+        strange = sorted(self.allowed.keys() - ALLOWABLE)
+        if strange:
+            raise ValueError(
+                f"kernel {self.name!r} allows {', '.join(strange)}; it can allow {', '.join(sorted(ALLOWABLE))}"
+            )
