@@ -34,12 +34,18 @@ def check_kernel(
     cases: Sequence[Case | str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    skip: frozenset[tuple[str, str, str]] = frozenset(),
+    begin: Callable[[str, str, str], None] | None = None,
 ) -> Iterator[ParityResult]:
     """One result per case, dtype and way of calling. A kernel that raises is a failed result, and the others go on.
+
+    A case of which the inputs or the reference fail gives one row, in the mode that comes first.
 
     Args:
         dtypes: dtypes to check, those of the tolerance by default.
         cases: cases to check, by default all, on the CPU without the large ones.
+        skip: rows to leave out, by case, dtype and mode: an earlier process has answered them.
+        begin: told case, dtype and mode before each of them runs.
 
     Raises:
         KernbenchError: a dtype without a tolerance, or an unknown case.
@@ -55,13 +61,30 @@ def check_kernel(
                     progress.note(lacking)
                     continue
                 check = _Check(spec, case, getattr(torch, name), device, seed)
-                for mode, body in _bodies(check, smallest):
-                    started = time.perf_counter()
-                    finding = _run(body)
-                    yield finding.row(spec.name, case.name, name, mode, time.perf_counter() - started)
-                    if check.broken:
-                        break
+                yield from _rows(check, smallest, skip, begin or _say_nothing)
                 advance(1)
+
+
+def _rows(
+    check: _Check, smallest: Case | None, skip: frozenset[tuple[str, str, str]], begin: Callable[[str, str, str], None]
+) -> Iterator[ParityResult]:
+    kernel, case, dtype = check.spec.name, check.case.name, str(check.dtype).removeprefix("torch.")
+    bodies = dict(_bodies(check, smallest))
+    first = next(iter(bodies))
+    for mode, body in bodies.items():
+        if (case, dtype, mode) in skip:
+            continue
+        begin(case, dtype, mode)
+        started = time.perf_counter()
+        if check.broken and (finding := _run(check.prepare)).reason:
+            if (case, dtype, first) not in skip:
+                yield finding.row(kernel, case, dtype, first, time.perf_counter() - started)
+            return
+        yield _run(body).row(kernel, case, dtype, mode, time.perf_counter() - started)
+
+
+def _say_nothing(case: str, dtype: str, mode: str) -> None:
+    """What begins is told to nobody."""
 
 
 def _dtypes(spec: KernelSpec, dtypes: Sequence[str | torch.dtype] | None) -> list[str]:
@@ -141,6 +164,11 @@ def _run(body: Callable[[], Finding]) -> Finding:
 
 class _Check(Subject):
     """A subject with the ways of checking it."""
+
+    def prepare(self) -> Finding:
+        """Inputs and truth, without which nothing can be judged."""
+        _ = self.truth
+        return Finding()
 
     def plain(self) -> Finding:
         """Poisoned outputs: right, twice the same, right on other inputs too, and nothing else touched."""
