@@ -2,7 +2,7 @@
 
     t = step + 1
     m = m + (g - m) * (1 - beta1)
-    v = v * beta2 + g * g * (1 - beta2)
+    v = v * beta2 + (1 - beta2) * g * g
     p = p * (1 - lr * weight_decay) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 The first launch is tiny: it advances the counters and leaves three factors per tensor. The second updates all elements:
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from kernbench.spec import Case, Cost, Inputs, KernelSpec, Tolerance
+from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance, Values
 
 from . import _pointer_table, _shared
 from ._pointer_table import Launch
@@ -106,7 +106,8 @@ def _update(  # type: ignore[no-untyped-def]
     step_size = tl.load(factors + 1)
     inverse_root = tl.load(factors + 2)
     m += (g - m) * beta1_complement
-    v = v * beta2 + g * g * beta2_complement
+    # In the order of torch.addcmul: g * g on its own overflows from 1.8e19 on.
+    v = v * beta2 + beta2_complement * g * g
     p = p * decay - step_size * (m / (tl.sqrt(v) * inverse_root + eps))
     if INTERPRETED and param.dtype.element_ty == tl.bfloat16:
         p = _shared.nearest_bfloat16(p)
@@ -167,7 +168,7 @@ CACHED = Launch(block=1024, warps=4)
 STREAMED = Launch(block=512, warps=4)
 ADVANCE_BLOCK = 128
 INTERPRETED = not isinstance(_update_kernel, triton.JITFunction)
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def fused_adamw(
@@ -190,7 +191,7 @@ def fused_adamw(
     there; those of a backward pass in the same graph do.
 
     Args:
-        params: N parameters of any shape, contiguous, float32 or bfloat16, on one device.
+        params: N parameters of any shape, contiguous, float32, bfloat16 or float16, on one device.
         grads: their gradients, same shapes and dtypes, contiguous.
         exp_avgs: first moments m, float32, contiguous.
         exp_avg_sqs: second moments v, float32, contiguous.
@@ -269,7 +270,7 @@ def _check_state(params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list
     for index, param in enumerate(params):
         if param.dtype not in TRITON_DTYPES or not param.is_contiguous() or param.device != device:
             raise ValueError(
-                "fused_adamw takes contiguous float32 or bfloat16 params, all on one device; "
+                "fused_adamw takes contiguous float32, bfloat16 or float16 params, all on one device; "
                 f"number {index} is {_pointer_table.described(param)}"
             )
     _pointer_table.check_each("exp_avgs", exp_avgs, params, torch.float32)
@@ -391,11 +392,24 @@ SPEC = KernelSpec(
         Case("401-tensors", large=True, edges=0, squares=200, vectors=200, side=512, rows=32000),
         Case("159-tensors", large=True, edges=0, squares=59, vectors=100, side=4096, rows=0),
     ),
-    tolerance={"float32": Tolerance(), "bfloat16": Tolerance()},
+    tolerance={"float32": Tolerance(), "bfloat16": Tolerance(), "float16": Tolerance()},
     cost=cost,
     mutates=("params", "exp_avgs", "exp_avg_sqs", "steps"),
     stateful=True,
     next_inputs=next_inputs,
+    sizes={
+        "edges": Sizes(most=1),
+        "squares": Sizes(most=2),
+        "vectors": Sizes(most=3),
+        "side": Sizes(least=1, most=1100, block=CACHED.block),
+        "rows": Sizes(most=40),
+    },
+    values={
+        "grads": Values(nonfinite=True),
+        "exp_avg_sqs": Values(least=0.0),
+        "steps": Values(fixed=True),
+        "lrs": Values(fixed=True),
+    },
     peers={
         "torch fused": _peer(fused=True),
         "torch foreach": _peer(fused=False),

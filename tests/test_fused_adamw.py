@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kernbench import device, registry
-from kernbench.spec import Inputs
+from kernbench.spec import Case, Inputs
 
 DEVICE = device.resolve("auto")
 SPEC = registry.kernel("fused_adamw").declaration
@@ -22,6 +22,7 @@ RAGGED = next(case for case in SPEC.cases if case.name == "ragged")
 STATE = ("params", "exp_avgs", "exp_avg_sqs")
 HYPER: dict[str, Any] = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 SIZES = [(), (0,), (1,), (17,), (61, 61)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def kernel_module() -> ModuleType:
@@ -114,7 +115,7 @@ def test_follows_torch_adamw_as_closely_as_float32_allows(updates: int) -> None:
     assert torch.equal(inputs["steps"], eager["steps"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [case for case in SPEC.cases if not case.large], ids=lambda case: case.name)
 def test_error_is_bounded_by_that_of_the_reference(case: Any, dtype: torch.dtype) -> None:
     ours = SPEC.make_inputs(case, dtype, DEVICE, 0)
@@ -130,18 +131,42 @@ def test_error_is_bounded_by_that_of_the_reference(case: Any, dtype: torch.dtype
     assert torch.equal(ours["steps"], eager["steps"])
 
 
-def test_bfloat16_parameters_round_once_and_keep_float32_state() -> None:
-    ours = SPEC.make_inputs(RAGGED, torch.bfloat16, DEVICE, 3)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_parameters_round_once_and_keep_float32_state(dtype: torch.dtype) -> None:
+    ours = SPEC.make_inputs(RAGGED, dtype, DEVICE, 3)
     reference = copied(ours)
     for _ in range(4):
         SPEC.optimized(**ours)
         SPEC.reference(**reference)
     assert {tensor.dtype for tensor in ours["exp_avgs"]} == {torch.float32}
     gap = (flat(ours, "params") - flat(reference, "params")).abs()
-    assert (gap <= torch.finfo(torch.bfloat16).eps * flat(reference, "params").abs() + 1e-12).all()
+    assert (gap <= torch.finfo(dtype).eps * flat(reference, "params").abs() + torch.finfo(dtype).smallest_normal).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e19, -1e30, 1e-42])
+def test_gradients_at_the_ends_of_the_range_do_what_they_do_in_the_reference(value: float, dtype: torch.dtype) -> None:
+    ours = fresh([(40,)], dtype)
+    ours["grads"][0][::3] = value
+    ours["steps"].fill_(3.0)
+    reference = copied(ours)
+    SPEC.optimized(**ours)
+    SPEC.reference(**reference)
+    for name in STATE:
+        torch.testing.assert_close(ours[name], reference[name], equal_nan=True)
+
+
+def test_generated_sizes_may_leave_no_tensor_at_all() -> None:
+    none = Case("none", edges=0, squares=0, vectors=0, side=1, rows=0)
+    inputs = SPEC.make_inputs(none, torch.float32, DEVICE, 0)
+    for update in (SPEC.optimized, SPEC.reference):
+        update(**inputs)
+    assert inputs["params"] == []
+    assert inputs["steps"].numel() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("update", [SPEC.optimized, SPEC.reference], ids=["optimized", "reference"])
 def test_nothing_changes_unless_ok(update: Any, dtype: torch.dtype) -> None:
     inputs = SPEC.make_inputs(RAGGED, dtype, DEVICE, 0)
@@ -167,7 +192,7 @@ def test_every_tensor_has_its_own_step_count_and_learning_rate() -> None:
 
 
 @pytest.mark.parametrize("column", ["params", "grads", "exp_avgs", "exp_avg_sqs"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_views_at_unaligned_addresses(column: str, dtype: torch.dtype) -> None:
     size = 2 * kernel_module().CACHED.block + 3
     ours = SPEC.make_inputs(RAGGED, dtype, DEVICE, 0)
@@ -293,7 +318,7 @@ def strided(*shape: int) -> Tensor:
     ("name", "index", "value", "message"),
     [
         ("params", 0, strided(4, 6), r"contiguous.*number 0 is strided"),
-        ("params", 1, torch.zeros(3, device=DEVICE).half(), r"number 1 is.*float16"),
+        ("params", 1, torch.zeros(3, device=DEVICE).double(), r"number 1 is.*float64"),
         ("exp_avgs", 1, torch.zeros(3, device=DEVICE).bfloat16(), r"exp_avgs number 1.*bfloat16"),
         ("exp_avg_sqs", 0, torch.zeros(6, 4, device=DEVICE), r"exp_avg_sqs number 0.*\(4, 6\)"),
         ("grads", 0, strided(4, 6), r"grads number 0.*strided"),
