@@ -9,6 +9,7 @@ from kernbench.record import (
     Arm,
     BenchRecord,
     BenchResult,
+    Build,
     Ceilings,
     Clocks,
     CompareRecord,
@@ -19,6 +20,7 @@ from kernbench.record import (
     Hotspot,
     Idle,
     Launches,
+    MutantResult,
     Overhead,
     ParityRecord,
     ParityResult,
@@ -27,6 +29,7 @@ from kernbench.record import (
     Prediction,
     ProfileRecord,
     Ratio,
+    SanitizerResult,
     SiteHit,
     SourceLine,
     Span,
@@ -326,6 +329,7 @@ def parity_results(failing: bool = False) -> list[ParityResult]:
                         errors=Errors(max=9.0 if bad else 3.4e-7, rms_ratio=4.9e-8, mean=2e-10),
                         eager_errors=eager,
                         bound=8.6e-7,
+                        limits=Errors(max=8.6e-7, rms_ratio=1.2e-7, mean=3e-9),
                         tensor="param",
                         mutants_killed=(5, 5) if mode.startswith("forward") else None,
                         bitwise=True,
@@ -345,6 +349,12 @@ def parity_results(failing: bool = False) -> list[ParityResult]:
             bound=3e-5,
         )
     )
+    rows.append(
+        ParityResult(
+            kernel="fused_adamw", case="generated", dtype="float32", mode="generated", passed=True, examples=37
+        )
+    )
+    rows.append(graded(failing))
     rows.append(
         ParityResult(
             kernel=HOSTILE, case="nan-step", dtype="float32", mode="fault", passed=True, bitwise=True, tensor="state"
@@ -452,6 +462,59 @@ def unmeasured_swap() -> SwapRecord:
     )
 
 
+def graded(failing: bool = False) -> ParityResult:
+    """The row of a gate that graded itself."""
+    mutants = [
+        MutantResult(name="drops the second term of add (call 7 of 31)", kind="altered", outcome="killed", reason="9"),
+        MutantResult(name="eps times 10", kind="altered", outcome="equivalent", reason="differs by 1e-14"),
+        MutantResult(name=HOSTILE, kind="hostile", outcome="killed", reason="answers for another call"),
+        MutantResult(name="works on another stream", kind="hostile", outcome="needs a GPU", reason="no streams here"),
+        MutantResult(name="returns zeros", kind="result", outcome="survived" if failing else "killed"),
+    ]
+    return ParityResult(
+        kernel="fused_adamw", case="ragged", dtype="float32", mode="gate", passed=not failing,
+        mutants_killed=(2, 3) if failing else (3, 3), mutants=mutants,
+        reason="lets 1 of 3 wrong kernels pass: returns zeros" if failing else "",
+    )  # fmt: skip
+
+
+def sanitized() -> ParityRecord:
+    """A run of compute-sanitizer alone, with one finding."""
+    return ParityRecord(
+        run_id="20261121-161500-parity-55ff",
+        created_utc="2026-11-21T16:15:00+00:00",
+        command="kernbench parity --sanitize",
+        environment=environment(),
+        status="complete",
+        sanitizer=[
+            SanitizerResult(kernel="fused_adamw", tool="racecheck", passed=True, errors=0),
+            SanitizerResult(
+                kernel=HOSTILE, tool="memcheck", passed=False, errors=2, findings=["reads 4 bytes past x", HOSTILE]
+            ),
+        ],
+    )
+
+
+def built() -> BenchRecord:
+    """A compile matrix with one build that spills."""
+    builds = [
+        Build(
+            kernel="fused_adamw", function="_update_kernel", arch=arch, dtype="float32", cases=["ragged", HOSTILE],
+            passed=arch != "sm_80", warps=4, registers=255, spill_bytes=64 if arch == "sm_80" else 0, shared_bytes=2048,
+            instructions=1204, reason="spills 64 bytes a thread" if arch == "sm_80" else "",
+        )
+        for arch in ("sm_90", "sm_80", "sm_100")
+    ]  # fmt: skip
+    return BenchRecord(
+        run_id="20261121-171500-bench-66aa",
+        created_utc="2026-11-21T17:15:00+00:00",
+        command="kernbench bench --compile-only",
+        environment=environment("cpu"),
+        status="complete",
+        builds=builds,
+    )
+
+
 def parity(failing: bool = False) -> ParityRecord:
     return ParityRecord(
         run_id="20261121-160000-parity-11bb",
@@ -492,6 +555,7 @@ def bench(device: str = "cuda") -> BenchRecord:
                     flops_per_second=flops / seconds,
                     share_of_roof=1.05 if above_roof else min(moved / seconds / 4.0e12, 0.97),
                     speedup=(1 / factor, 0.98 / factor, 1.02 / factor),
+                    noise_floor=0.004,
                     cache="cold",
                     label="launch-bound" if case == "tiny" else "impossible" if above_roof else "",
                     note="data lives in the L2 cache" if above_roof else "",
@@ -574,7 +638,9 @@ def all_kinds() -> dict[str, Any]:
         "swap-rejected": swap(decision="reject", parity=parity_results(failing=True)),
         "parity": parity(),
         "parity-failed": parity(failing=True),
+        "parity-sanitized": sanitized(),
         "bench": bench(),
+        "bench-builds": built(),
         "bench-cpu": bench("cpu"),
         "bench-workload": workload_bench(),
         "comparison": comparison(),

@@ -70,7 +70,7 @@ def test_swap_shows_change_prediction_parity_and_receipt(capsys: pytest.CaptureF
         "Kept: phase 0, no host syncs. A step goes from",
         "step time, interleaved 92.8 ms 75.7 ms ▼ 17.1 ms less (18 %)",
         "launches taken out of a step 26 23 3 fewer than predicted",
-        "parity: All 26 comparisons agree",
+        "parity: All 28 comparisons agree",
         "receipt: titan_mac.memory:NeuralMemory.update by python, 1 call a step",
         "drains the device, waits 4.10 ms a step gone",
     ):
@@ -86,8 +86,14 @@ def test_bench_and_parity_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert "phase 0 75.0 ms 74.2–75.8 ms 1.23x faster 27,300 tokens/s 1,398 1" in text
     console.show(samples.parity(failing=True), None)
     text = " ".join(capsys.readouterr().out.split())
-    assert "fused_adamw 23 1 80 of 80" in text
+    assert "fused_adamw 24 2 82 of 83" in text
     assert "failed: fused_adamw, ragged, bfloat16, 10 updates: max error 9" in text
+    console.show(samples.sanitized(), None)
+    assert "memcheck 2 reads 4 bytes past x; <script>" in " ".join(capsys.readouterr().out.split())
+    console.show(samples.built(), None)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "fused_adamw _update_kernel sm_90 float32 255 0 B 2.00 KiB 1,204 ragged" in text
+    assert "failed: spills 64 bytes a thread (ragged" in text
 
 
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,10 +83,10 @@ def test_an_unshown_change_still_names_its_ratio() -> None:
 
 def test_parity_counts_failures_and_planted_errors() -> None:
     assert sentences.headline(samples.parity()) == (
-        "All 26 comparisons agree with the float64 oracle; 80 of 80 planted errors were caught."
+        "All 28 comparisons agree with the float64 oracle; 83 of 83 planted errors were caught."
     )
     assert sentences.headline(samples.parity(failing=True)).startswith(
-        "1 of 26 comparisons failed, the first one fused_adamw, ragged, bfloat16, 10 updates: max error"
+        "2 of 28 comparisons failed, the first one fused_adamw, ragged, bfloat16, 10 updates: max error"
     )
 
 
@@ -97,6 +97,27 @@ def test_impossible_figures_do_not_win() -> None:
     best = sentences.fastest([impossible, *rows])
     assert best is not None
     assert best.label != "impossible"
+
+
+def test_what_eager_against_itself_shows_too_is_no_lead() -> None:
+    record = samples.bench()
+    rows = [row for row in record.results if row.case == "401-tensors"]
+    close = msgspec.structs.replace(rows[2], implementation="other", seconds=(rows[2].seconds or 0) * 1.003)
+    lead = msgspec.structs.replace(record, results=[rows[0], rows[2], close])
+    assert sentences.headline(lead) == "Fastest: triton."
+    quiet = [msgspec.structs.replace(row, noise_floor=0.001) for row in lead.results]
+    assert "as fast as the next best" in sentences.headline(msgspec.structs.replace(lead, results=quiet))
+
+
+def test_builds_and_sanitizer_have_their_sentence() -> None:
+    assert sentences.headline(samples.built()).startswith(
+        "1 of 3 builds of 1 kernel for sm_90, sm_80, sm_100 failed, the first one fused_adamw, _update_kernel for sm_80"
+    )
+    good = [build for build in samples.built().builds if build.passed]
+    assert sentences.builds_headline(good) == "2 builds of 1 kernel for sm_90, sm_100: all fit."
+    assert sentences.headline(samples.sanitized()).startswith("racecheck and memcheck: 1 of 2 runs failed")
+    clean = samples.sanitized().sanitizer[:1]
+    assert sentences.sanitizer_clause(clean) == "racecheck: no findings in 1 run."
 
 
 def test_bench_on_a_cpu_says_what_was_not_measured() -> None:

@@ -21,6 +21,7 @@ from kernbench.progress import Advance, Progress, Silent
 from kernbench.record import (
     BenchRecord,
     BenchResult,
+    Build,
     CompareRecord,
     Environment,
     Hotspot,
@@ -30,6 +31,7 @@ from kernbench.record import (
     ProfileRecord,
     Ratio,
     Record,
+    SanitizerResult,
     Stall,
     SwapRecord,
 )
@@ -200,9 +202,9 @@ def _body(record: Record) -> list[RenderableType]:
         case CompareRecord():
             return _comparison(record.before, record.after, record.ratio)
         case ParityRecord():
-            return _parity(record.results)
+            return _parity(record.results) + _sanitizer(record.sanitizer)
         case BenchRecord():
-            return _bench(record)
+            return _bench(record) + _builds(record.builds)
 
 
 def _profile(record: ProfileRecord) -> list[RenderableType]:
@@ -336,6 +338,39 @@ def _parity(results: Sequence[ParityResult]) -> list[RenderableType]:
     if len(failures) > TOP_FAILURES:
         lines.append(_text(f"and {len(failures) - TOP_FAILURES} more failures in the report"))
     return [table, Group(*lines)] if lines else [table]
+
+
+def _sanitizer(results: Sequence[SanitizerResult]) -> list[RenderableType]:
+    if not results:
+        return []
+    table = _table("kernel", "tool", ">errors", "finding")
+    for row in results:
+        found = row.reason or "; ".join(row.findings[:TOP_FAILURES])
+        table.add_row(
+            _text(row.kernel), _text(row.tool), _text(str(row.errors)), _text(found, "" if row.passed else "red")
+        )
+    return [table]
+
+
+def _builds(builds: Sequence[Build]) -> list[RenderableType]:
+    if not builds:
+        return []
+    table = _table("kernel", "function", "arch", "dtype", ">registers", ">spills", ">shared", ">instructions", "cases")
+    for row in sorted(builds, key=lambda build: build.passed):
+        figures = [
+            "" if figure is None else show(figure)
+            for figure, show in (
+                (row.registers, units.count),
+                (row.spill_bytes, units.size),
+                (row.shared_bytes, units.size),
+                (row.instructions, units.count),
+            )
+        ]
+        cases = ", ".join(row.cases)
+        told = _text(cases) if row.passed else _text(f"failed: {row.reason} ({cases})", "red")
+        names = (row.kernel, row.function, row.arch, row.dtype)
+        table.add_row(*map(_text, names), *map(_text, figures), told)
+    return [table]
 
 
 def _bench(record: BenchRecord) -> list[RenderableType]:

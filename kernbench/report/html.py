@@ -159,6 +159,7 @@ def _bench(record: BenchRecord) -> dict[str, Any]:
                 "fastest": sentences.fastest(rows),
                 "columns": _bench_columns(rows),
                 "first": rows[0].implementation,
+                "floor": sentences.noise_floor(rows),
                 "plot": plots.implementations(rows, name) if len(timed) > 1 else None,
             }
         )
@@ -182,8 +183,11 @@ def _tone(record: Record) -> Tone:
             return sentences.DECISIONS.get(verdict.decision, ("", "neutral"))[1]
         case CompareRecord(ratio=ratio) if ratio is not None:
             return sentences.ratio_tone(ratio)
-        case ParityRecord(results=results) if results:
-            return "good" if all(result.passed for result in results) else "bad"
+        case ParityRecord(results=results, sanitizer=tools) if results or tools:
+            passed = [result.passed for result in results] + [tool.passed for tool in tools]
+            return "good" if all(passed) else "bad"
+        case BenchRecord(builds=builds) if builds:
+            return "good" if all(build.passed for build in builds) else "bad"
         case _:
             return "neutral"
 
@@ -207,8 +211,10 @@ def _outcome(record: Record) -> list[Chip]:
     match record:
         case SwapRecord(verdict=verdict) if verdict is not None:
             chips.append(Chip(*sentences.DECISIONS.get(verdict.decision, (verdict.decision, "neutral"))))
-        case ParityRecord(results=results) if results:
+        case ParityRecord(results=results, sanitizer=tools) if results or tools:
             chips.append(Chip("passed", "good") if _tone(record) == "good" else Chip("failed", "bad"))
+        case BenchRecord(builds=builds) if builds:
+            chips.append(Chip("builds", "good") if _tone(record) == "good" else Chip("does not build", "bad"))
         case CompareRecord(ratio=ratio) if ratio is not None:
             text = {"good": "faster", "bad": "slower"}.get(_tone(record), "no change shown")
             chips.append(Chip(text, _tone(record)))

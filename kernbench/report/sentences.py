@@ -14,6 +14,7 @@ from typing import Literal
 from kernbench.record import (
     BenchRecord,
     BenchResult,
+    Build,
     CompareRecord,
     Header,
     ParityRecord,
@@ -21,6 +22,7 @@ from kernbench.record import (
     ProfileRecord,
     Ratio,
     Record,
+    SanitizerResult,
     SourceLine,
     Stall,
     SwapRecord,
@@ -110,7 +112,9 @@ def headline(record: Record) -> str:
         case SwapRecord():
             return swap_headline(record)
         case ParityRecord():
-            return parity_headline(record.results, record)
+            tools = sanitizer_clause(record.sanitizer)
+            compared = parity_headline(record.results, record) if record.results or not tools else ""
+            return f"{compared} {tools}".strip()
         case BenchRecord():
             return bench_headline(record)
         case CompareRecord():
@@ -239,17 +243,52 @@ def mutants(results: Sequence[ParityResult]) -> tuple[int, int]:
     return sum(row[0] for row in rows), sum(row[1] for row in rows)
 
 
+def sanitizer_clause(results: Sequence[SanitizerResult]) -> str:
+    """What compute-sanitizer adds to the headline of parity; empty where it did not run."""
+    if not results:
+        return ""
+    tools = " and ".join(dict.fromkeys(result.tool for result in results))
+    failed = [result for result in results if not result.passed]
+    if not failed:
+        return f"{tools}: no findings in {len(results)} run{'s' if len(results) != 1 else ''}."
+    first = failed[0]
+    what = first.reason or next(iter(first.findings), f"{first.errors} errors")
+    return _sentence(f"{tools}: {len(failed)} of {len(results)} runs failed, the first one {first.kernel}: {what}")
+
+
+def builds_headline(builds: Sequence[Build]) -> str:
+    """Whether every kernel compiles for every architecture, and if not, which one fails first and why."""
+    failed = [build for build in builds if not build.passed]
+    kernels = len({build.kernel for build in builds})
+    archs = ", ".join(dict.fromkeys(build.arch for build in builds))
+    total = f"{len(builds):,} build{'s' if len(builds) != 1 else ''} of {kernels} kernel{'s' if kernels != 1 else ''}"
+    if not failed:
+        return f"{total} for {archs}: all fit."
+    first = failed[0]
+    return _sentence(
+        f"{len(failed):,} of {total} for {archs} failed, the first one {first.kernel}, {first.function} for "
+        f"{first.arch}: {first.reason}"
+    )
+
+
+def noise_floor(rows: Sequence[BenchResult]) -> float | None:
+    """The A/A floor of rows that were timed together, None where none was measured."""
+    return max((row.noise_floor for row in rows if row.noise_floor is not None), default=None)
+
+
 def bench_headline(record: BenchRecord) -> str:
     """Which implementation is fastest where, and how far ahead: of the next best, or of a workload's baseline."""
     groups = bench_groups(record.results)
     if not groups:
-        return unfinished(record, "Nothing was timed")
+        return builds_headline(record.builds) if record.builds else unfinished(record, "Nothing was timed")
     leads: dict[str, list[float]] = {}
     for rows in groups.values():
         best = fastest(rows)
         if best is not None and best.seconds:
             rival = rows[0] if record.workload else fastest([row for row in rows if row is not best])
-            leads.setdefault(best.implementation, []).append((rival.seconds or 0.0) / best.seconds if rival else 1.0)
+            ahead = (rival.seconds or 0.0) / best.seconds if rival else 1.0
+            # What eager against itself shows too is no lead.
+            leads.setdefault(best.implementation, []).append(ahead if ahead > 1 + (noise_floor(rows) or 0.0) else 1.0)
     if not leads:
         return unfinished(record, "No case was timed")
     text = ". ".join(_lead(name, ahead, len(groups), record) for name, ahead in leads.items())
@@ -277,8 +316,8 @@ def bench_groups(results: Sequence[BenchResult]) -> dict[str, list[BenchResult]]
 
 
 def fastest(rows: Sequence[BenchResult]) -> BenchResult | None:
-    """The row with the least time; figures marked impossible do not win."""
-    timed = [row for row in rows if row.seconds is not None and row.label != "impossible"]
+    """The row with the least time; figures marked impossible or wrong do not win."""
+    timed = [row for row in rows if row.seconds is not None and row.label not in ("impossible", "wrong")]
     return min(timed, key=lambda row: row.seconds or 0.0, default=None)
 
 
