@@ -17,7 +17,7 @@ from kernbench.compare import Leaves, root_mean_square, same_leaf
 from kernbench.record import Errors
 
 ENOUGH_TO_TELL = 16
-"""A copied input of fewer elements may resemble the right result by chance."""
+"""Fewer elements of something else may resemble the right result by chance: in bfloat16 every fiftieth number does."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,19 @@ def of_call(right: Leaves, initial: Leaves, inputs: Leaves, earlier: Leaves) -> 
     yield from _told_apart("no-op", nothing, right)
     yield from _told_apart("copied input", _copied(floating, inputs), right)
     yield from _told_apart("tail not written", _without_tail(floating, initial), right)
-    yield from _told_apart("result of another call", earlier, right)
+    if sum(leaf.numel() for leaf in floating.values()) >= ENOUGH_TO_TELL:
+        yield from _told_apart("result of another call", earlier, right)
+    yield from _told_apart("transposed", _moved(floating, _transposed), right)
+    yield from _told_apart("off by one element", _moved(floating, _shifted), right)
     yield from scaled(floating)
 
 
 def of_gradients(right: Leaves) -> Iterator[Mutant]:
-    """Mutants of a backward pass: each gradient missing, and each off by a factor."""
+    """Mutants of a backward pass: each gradient missing, zero, transposed, and off by a factor."""
     for name, leaf in right.items():
+        yield from _told_apart(f"no {name}", {name: None}, right)
         yield from _told_apart(f"zero {name}", {name: _zeros(leaf)}, right)
+        yield from _told_apart(f"transposed {name}", _moved({name: leaf}, _transposed), right)
     yield from scaled({name: leaf for name, leaf in right.items() if _is_floating(leaf)})
 
 
@@ -137,6 +142,27 @@ def _without_tail(floating: Leaves, initial: Leaves) -> Leaves:
         flat[-1] = initial[name].reshape(-1)[-1] if name in initial else float("nan")
         cut[name] = flat.reshape(leaf.shape)
     return cut
+
+
+def _moved(leaves: Leaves, move: Callable[[Tensor], Tensor]) -> Leaves:
+    """The leaves with elements moved, where that is more than rounding: a symmetric product may be transposed."""
+    moved = {}
+    for name, leaf in leaves.items():
+        if _is_floating(leaf) and leaf.numel() >= ENOUGH_TO_TELL:
+            elsewhere = move(leaf)
+            if root_mean_square(elsewhere - leaf) > share_off(torch.finfo(leaf.dtype).eps) * root_mean_square(leaf):
+                moved[name] = elsewhere
+    return moved
+
+
+def _transposed(leaf: Tensor) -> Tensor:
+    """The elements as a kernel stores them that takes rows for columns; the shape stays."""
+    return leaf.detach().mT.reshape(leaf.shape) if leaf.dim() >= 2 else leaf
+
+
+def _shifted(leaf: Tensor) -> Tensor:
+    """Every element one place late, as offsets that start at one."""
+    return leaf.detach().reshape(-1).roll(1).reshape(leaf.shape)
 
 
 def _is_floating(leaf: Any) -> bool:
