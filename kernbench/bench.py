@@ -110,6 +110,8 @@ def bench_kernel(
     rounds: int = ROUNDS,
     ceilings: Ceilings | None = None,
     progress: Progress | None = None,
+    without: frozenset[str] = frozenset(),
+    begin: Callable[[str], None] | None = None,
 ) -> Iterator[BenchResult]:
     """Time eager, torch.compile, Triton and the spec's peers on every case and dtype; forward only.
 
@@ -120,6 +122,9 @@ def bench_kernel(
         dtypes: names; by default those that the spec states a tolerance for.
         cases: by default all of the spec.
         ceilings: the roofs; measured first if not given.
+        without: implementations that are neither run nor given a row.
+        begin: called with an implementation's name whenever that one is about to run, outside of what is timed; so
+            who was told of the last one knows which it was that took the process down.
 
     Raises:
         KernbenchError: an unknown dtype, or the device was throttled in every round.
@@ -128,7 +133,15 @@ def bench_kernel(
     for name in names:
         if not isinstance(getattr(torch, name, None), torch.dtype):
             raise KernbenchError(f"there is no dtype {name!r}; use float32, bfloat16 or float16")
-    bench = _KernelBench(spec, device, rounds, ceilings or measure_ceilings(device), progress or Silent())
+    bench = _KernelBench(
+        spec,
+        device,
+        rounds=rounds,
+        ceilings=ceilings or measure_ceilings(device),
+        progress=progress or Silent(),
+        without=without,
+        begin=begin or (lambda _: None),
+    )
     for case in spec.cases if cases is None else cases:
         for name in names:
             if cases is None and case.large and device.type == "cpu":
@@ -158,13 +171,23 @@ class _KernelBench:
     """One kernel on one device; the roofs may rise while it runs, see ``rows``."""
 
     def __init__(
-        self, spec: KernelSpec, device: torch.device, rounds: int, ceilings: Ceilings, progress: Progress
+        self,
+        spec: KernelSpec,
+        device: torch.device,
+        *,
+        rounds: int,
+        ceilings: Ceilings,
+        progress: Progress,
+        without: frozenset[str],
+        begin: Callable[[str], None],
     ) -> None:
         self.spec = spec
         self.device = device
         self.rounds = rounds
         self.ceilings = ceilings
         self.progress = progress
+        self.without = without
+        self.begin = begin
 
     def rows(self, case: Case, dtype: str) -> list[BenchResult]:
         """All rows of one case in one dtype.
@@ -176,6 +199,7 @@ class _KernelBench:
         if self.device.type != "cpu":
             implementations["triton"] = self.spec.optimized
         implementations |= self.spec.peers
+        implementations = {name: call for name, call in implementations.items() if name not in self.without}
         try:
             cost = self.spec.cost(case, getattr(torch, dtype))
             timed = self._time(case, dtype, implementations)
@@ -188,8 +212,11 @@ class _KernelBench:
         if any(row.label == IMPOSSIBLE for row in rows):
             self.ceilings = _higher(self.ceilings, measure_ceilings(self.device))
             rows = [self._row(case, dtype, cost, entry) for entry in timed]
-        if "triton" not in implementations:
-            rows.insert(2, self.unmeasured(case, dtype, "triton", NOT_MEASURED, INTERPRETED))
+        if self.device.type == "cpu" and "triton" not in self.without:
+            rows.insert(
+                len({"eager", "compile"} - self.without),
+                self.unmeasured(case, dtype, "triton", NOT_MEASURED, INTERPRETED),
+            )
         return rows
 
     def unmeasured(
@@ -225,7 +252,7 @@ class _KernelBench:
             running = {one.implementation: implementations[one.implementation] for one in timed if one.seconds}
             if any(_held_up_by_host(one) for one in timed):
                 timed += self._race(ColdCalls(inputs, self.device, queued=False), running, None)
-            eager = timed[0].seconds
+            eager = next((one.seconds for one in timed if one.implementation == "eager"), None)
             if eager is None or median(eager) >= GRAPH_BELOW_SECONDS:
                 return timed
             replayed = GraphCalls(inputs, self.device, median(eager))
@@ -244,8 +271,9 @@ class _KernelBench:
         hosts: dict[str, float | None] = {}
         failures: dict[str, str] = {}
         for name, call in implementations.items():
+            self.begin(name)
             try:
-                blocks[name] = calls.prepare(call)
+                blocks[name] = self._telling(name, calls.prepare(call))
                 hosts[name] = calls.host_seconds(call)
             except Exception as error:  # noqa: BLE001 - an implementation that fails is a result; the others go on
                 failures[name] = _reason(error)
@@ -265,6 +293,15 @@ class _KernelBench:
             )
             for name in implementations
         ]
+
+    def _telling(self, name: str, block: Callable[[int], float]) -> Callable[[int], float]:
+        """A block that says whose it is before it runs."""
+
+        def told(number: int) -> float:
+            self.begin(name)
+            return block(number)
+
+        return told
 
     def _free(self) -> None:
         """Give back what a failed implementation held, so that the next one does not lack the memory."""

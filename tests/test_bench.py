@@ -135,6 +135,28 @@ def test_an_implementation_that_fails_is_a_result_and_the_others_go_on() -> None
     assert rows[3].seconds is None
 
 
+@pytest.mark.parametrize("left_out", ["eager", "compile", "twice", "triton"])
+def test_an_implementation_is_left_out_and_the_running_one_is_told(
+    left_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: list[str] = []
+
+    def named(name: str) -> Callable[..., torch.Tensor]:
+        def call(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            assert running[-1] == name
+            return reference(x, out)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", lambda _: named("compile"))
+    spec = toy(reference=named("eager"), peers={"twice": named("twice")})
+    rows = rows_of(spec, cases=[Case("small", rows=3)], without=frozenset({left_out}), begin=running.append)
+    left = [name for name in ("eager", "compile", "triton", "twice") if name != left_out]
+    assert [row.implementation for row in rows] == left
+    assert all(row.seconds for row in rows if row.implementation != "triton"), rows
+    assert set(running) == set(left) - {"triton"}
+
+
 def test_a_failing_reference_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         raise ValueError("needs a GPU")
