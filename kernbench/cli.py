@@ -43,6 +43,18 @@ Data = Annotated[str | None, typer.Option(metavar="FILE", help="Text to train on
 Steps = Annotated[int, typer.Option(min=1, help="Timed steps.")]
 Rounds = Annotated[int, typer.Option(min=3, help="Interleaved rounds of before and after.")]
 Nvtx = Annotated[bool, typer.Option("--nvtx", help="Emit NVTX ranges for steps, phases, modules and kernels.")]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        "--time-limit",
+        metavar="SECONDS",
+        min=0.1,
+        help="Limit of each unit of work in its child process; 120 for a kernel's, 600 for a workload's, if left out.",
+    ),
+]
+InProcess = Annotated[
+    bool, typer.Option("--in-process", help="Run everything in this process, without limits, for a debugger.")
+]
 Use = Annotated[str, typer.Option(help="Implementation of a kernel phase: triton, compile, eager, or auto (fastest).")]
 Phases = Annotated[str | None, typer.Option(help="Phases in place, as in 0,2 or none; what was kept if left out.")]
 Json = Annotated[
@@ -76,6 +88,17 @@ def _complain(message: str, details: str = "") -> None:
 
 def _command() -> str:
     return shlex.join(["kernbench", *sys.argv[1:]])
+
+
+def _pipeline(device: str, in_process: bool) -> Any:
+    """The measuring side. Its imports take seconds, and the children's are started beside them."""
+    if not in_process:
+        from kernbench import isolation
+
+        isolation.prepare(device)
+    from kernbench import pipeline
+
+    return pipeline
 
 
 def _progress(quiet: bool) -> Any:
@@ -127,18 +150,19 @@ def profile(
     phases: Phases = None,
     use: Use = "triton",
     nvtx: Nvtx = False,
+    time_limit: TimeLimit = None,
+    in_process: InProcess = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Run steps of a workload, rank hotspots and stalls by source line, and write a report."""
-    from kernbench import pipeline
     from kernbench.request import Request
 
     request = Request(
         command=_command(), workload=workload, preset=preset, device=device, dtype=dtype, seed=seed, data=data,
-        steps=steps, phases=phases, use=use, nvtx=nvtx,
+        steps=steps, phases=phases, use=use, nvtx=nvtx, time_limit=time_limit, in_process=in_process,
     )  # fmt: skip
-    _show(pipeline.profile(request, _progress(quiet)), as_json)
+    _show(_pipeline(device, in_process).profile(request, _progress(quiet)), as_json)
     return OK
 
 
@@ -158,25 +182,26 @@ def swap(
     steps: Steps = 20,
     rounds: Rounds = 30,
     phases: Phases = None,
+    time_limit: TimeLimit = None,
+    in_process: InProcess = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Try a phase: parity first, then interleaved timing, then the verdict; it stays only if that says so."""
-    from kernbench import pipeline
     from kernbench.request import Request
 
     if (phase is not None) + revert + walk != 1:
         raise KernbenchError("say which: --phase N, --all, or --revert")
     request = Request(
         command=_command(), workload=workload, preset=preset, device=device, dtype=dtype, seed=seed, data=data,
-        steps=steps, rounds=rounds, phases=phases, use=use,
+        steps=steps, rounds=rounds, phases=phases, use=use, time_limit=time_limit, in_process=in_process,
     )  # fmt: skip
     if revert:
-        reverted = pipeline.revert(request)
+        reverted = _pipeline(device, in_process=True).revert(request)
         print(json.dumps(reverted) if as_json else reverted["sentence"])
         return OK
     code = OK
-    for outcome in pipeline.swaps(request, phase, _progress(quiet)):
+    for outcome in _pipeline(device, in_process).swaps(request, phase, _progress(quiet)):
         _show(outcome, as_json)
         code = max(code, NEGATIVE if outcome.negative else OK)
     return code
@@ -192,15 +217,19 @@ def parity(
     preset: Preset = None,
     seed: Seed = 0,
     data: Data = None,
+    time_limit: TimeLimit = None,
+    in_process: InProcess = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Check kernels against the float64 oracle, or a workload's phases on real steps."""
-    from kernbench import pipeline
     from kernbench.request import Request
 
-    request = Request(command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data)
-    outcome = pipeline.check(request, names or [], case, _progress(quiet))
+    request = Request(
+        command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, time_limit=time_limit,
+        in_process=in_process,
+    )  # fmt: skip
+    outcome = _pipeline(device, in_process).check(request, names or [], case, _progress(quiet))
     _show(outcome, as_json)
     return NEGATIVE if outcome.negative else OK
 
@@ -217,17 +246,19 @@ def bench(
     data: Data = None,
     rounds: Rounds = 30,
     use: Use = "triton",
+    time_limit: TimeLimit = None,
+    in_process: InProcess = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Time eager, torch.compile, Triton and library peers on the measured roofline, or a workload with its phases."""
-    from kernbench import pipeline
     from kernbench.request import Request
 
     request = Request(
-        command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, rounds=rounds, use=use
-    )
-    _show(pipeline.time(request, names or [], case, _progress(quiet)), as_json)
+        command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, rounds=rounds, use=use,
+        time_limit=time_limit, in_process=in_process,
+    )  # fmt: skip
+    _show(_pipeline(device, in_process).time(request, names or [], case, _progress(quiet)), as_json)
     return OK
 
 

@@ -37,6 +37,7 @@ from kernbench.swap import Plan
 from kernbench.trajectory import LOSS, NotSettableError, Trajectory
 from kernbench.workload import Built, Fault, Workload
 
+BEFORE, AFTER = "before", "after"
 RULE = Rule(k=3.0, floor_ulp=8.0, mean=False)
 DRAWS = 5
 """Most runs of the side before from a moved state."""
@@ -59,8 +60,12 @@ def check_phase(
     steps: int = 10,
     faults: bool = True,
     progress: Progress | None = None,
+    begin: Callable[[str], None] | None = None,
 ) -> Iterator[ParityResult]:
     """One result after the first step, one after ``steps``, one per fault: protected state unchanged, then fine again.
+
+    Args:
+        begin: told which side runs next, BEFORE or AFTER, so that it is known which one took the process down.
 
     Raises:
         WorkloadFailed: the side before raises.
@@ -68,7 +73,9 @@ def check_phase(
     """
     working = dtype or getattr(torch, workload.dtype)
     runs = _Runs(workload, before, after, preset, device, seed, data, working, sorted({1, steps}), faults)
-    name = _phase_name(workload, before, after)
+    if begin is not None:
+        runs.begin = begin
+    name = phase_name(workload, before, after)
     started = time.perf_counter()
     with (progress or Silent()).stage(f"checking {name} on real steps", 4 * runs.length) as advance:
         runs.advance = advance
@@ -78,7 +85,8 @@ def check_phase(
         yield finding.row(name, case, str(working).removeprefix("torch."), "steps", seconds / len(findings))
 
 
-def _phase_name(workload: Workload, before: Plan, after: Plan) -> str:
+def phase_name(workload: Workload, before: Plan, after: Plan) -> str:
+    """What a row of the record calls the phases that ``after`` adds."""
     added = [str(number) for number in after.numbers if number not in before.numbers]
     return f"{workload.name} phase {'+'.join(added or map(str, after.numbers))}"
 
@@ -98,6 +106,7 @@ class _Runs:
     marks: list[int]
     with_faults: bool
     advance: Callable[[int], None] = lambda units: None
+    begin: Callable[[str], None] = lambda side: None
 
     @property
     def faults(self) -> tuple[Fault, ...]:
@@ -134,6 +143,7 @@ class _Runs:
         return oracle, ""
 
     def run(self, plan: Plan, dtype: torch.dtype, initial: Mapping[str, Any] | None) -> Trajectory:
+        self.begin(AFTER if plan is self.after else BEFORE)
         built: Built = self.workload.make(self.preset, self.device, dtype, self.seed, self.data)
         if initial is not None:
             trajectory.set_state(built, initial)

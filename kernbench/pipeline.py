@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import kernbench
-from kernbench import (
-    bench,
-    device,
-    experiment,
-    journal,
-    measure,
-    parity,
-    race,
-    ranges,
-    record,
-    registry,
-    runfolder,
-    state,
-)
+from kernbench import device, experiment, journal, measure, ranges, record, registry, runfolder, state, supervised
 from kernbench import request as asked
 from kernbench.errors import KernbenchError
+from kernbench.jobs import interpreted
 from kernbench.progress import Progress
 from kernbench.publish import Outcome, publish
 from kernbench.registry import Workspace
@@ -50,11 +37,11 @@ def profile(request: Request, progress: Progress) -> Outcome:
         record.ProfileRecord, request, "profile", settings.workload.name, settings.device, progress,
         workload=settings.describe(plan),
     )  # fmt: skip
-    if experiment.interpreted(settings, plan):
+    if interpreted(settings, plan):
         run.warn(
             "a Triton kernel in place runs in the interpreter here: its step times say nothing of its speed on a GPU"
         )
-    measure.measure(run, run.record, settings, plan)
+    supervised.measure_side(run, run.record, request, settings, plan)
     _remember_profile(workspace, request, settings)
     return publish(run, workspace)
 
@@ -94,7 +81,7 @@ def _swap(
         phase=record.PhaseInfo(number=number, title=phase.title, flag=phase.flag),
     )  # fmt: skip
     result = run.record
-    experiment.judge(run, settings, phase, before, candidates, request.rounds)
+    experiment.judge(run, request, settings, phase, before, candidates)
     assert result.verdict is not None
     if result.verdict.decision == "keep":
         _keep(workspace, result)
@@ -131,23 +118,22 @@ def check(request: Request, names: Sequence[str], case: str | None, progress: Pr
     result = run.record
     for spec, cases in subjects.kernels:
         with run.stage(spec.name):
-            result.results.extend(
-                parity.check_kernel(
-                    spec,
-                    device=subjects.device,
-                    dtypes=subjects.dtypes,
-                    cases=cases,
-                    seed=request.seed,
-                    progress=progress,
-                )
+            supervised.check_kernel(
+                spec,
+                request,
+                subjects.device,
+                progress,
+                result.results.append,
+                dtypes=subjects.dtypes,
+                cases=cases,
             )
-    for settings in subjects.workloads:
+    for named, settings in subjects.workloads:
         plans = [asked.plan(settings.workload, {})]
         for phase in settings.workload.phases:
             plans.append(asked.plan(settings.workload, dict.fromkeys([*plans[-1].numbers, phase.number], "triton")))
         for before, after in zip(plans, plans[1:], strict=False):
             with run.stage(f"{settings.workload.name} phases {after.numbers}"):
-                result.results.extend(experiment.check_phase(settings, before, after, progress))
+                result.results.extend(supervised.check_phase(named, settings, before, after, progress))
     return publish(run, registry.current())
 
 
@@ -162,21 +148,25 @@ def time(request: Request, names: Sequence[str], case: str | None, progress: Pro
         raise KernbenchError("bench times either kernels or one workload; name them in separate commands")
     run = _start(record.BenchRecord, request, "bench", subjects.group, subjects.device, progress)
     result = run.record
+
+    def take(row: record.BenchResult) -> None:
+        result.results.append(row)
+        run.write()
+
     for spec, cases in subjects.kernels:
         with run.stage(spec.name):
-            for row in bench.bench_kernel(
+            supervised.bench_kernel(
                 spec,
-                device=subjects.device,
+                request,
+                subjects.device,
+                progress,
+                take,
                 dtypes=subjects.dtypes,
                 cases=cases,
-                rounds=request.rounds,
                 ceilings=result.environment.ceilings,
-                progress=progress,
-            ):
-                result.results.append(row)
-                run.write()
-    for settings in subjects.workloads:
-        race.bench_workload(run, settings, _variants(settings, request.use), request.rounds)
+            )
+    for named, settings in subjects.workloads:
+        supervised.bench_workload(run, named, settings)
     return publish(run, registry.current())
 
 
@@ -184,7 +174,7 @@ def doctor(name: str, progress: Progress) -> dict[str, Any]:
     """Device, versions, what works here, and the measured ceilings."""
     chosen = device.resolve(name)
     with progress.stage("measuring ceilings"):
-        environment = device.fingerprint(chosen, ceilings=_ceilings(chosen))
+        environment = device.fingerprint(chosen, ceilings=device.measure_ceilings(chosen))
     with progress.stage("trying what works here"):
         capabilities = device.capabilities(chosen)
     return {
@@ -201,13 +191,14 @@ class _Subjects:
 
     device: torch.device
     kernels: list[tuple[KernelSpec, list[Case] | None]]
-    workloads: list[measure.Settings]
+    workloads: list[tuple[Request, measure.Settings]]
+    """Each with the request that names it."""
     dtypes: list[str] | None
 
     @property
     def group(self) -> str:
         """The folder under reports/ for a run over them."""
-        return "kernels" if self.kernels else self.workloads[0].workload.name
+        return "kernels" if self.kernels else self.workloads[0][1].workload.name
 
 
 def _subjects(request: Request, names: Sequence[str], case: str | None) -> _Subjects:
@@ -225,24 +216,9 @@ def _subjects(request: Request, names: Sequence[str], case: str | None) -> _Subj
     return _Subjects(
         device=chosen,
         kernels=[(spec, _one_case(spec, case)) for spec in kernels],
-        workloads=[asked.settings(request, name) for name in others],
+        workloads=[(replace(request, workload=name), asked.settings(request, name)) for name in others],
         dtypes=[request.dtype] if request.dtype else None,
     )
-
-
-def _variants(settings: measure.Settings, use: str) -> list[race.Variant]:
-    """Baseline, the plan's phases one on top of the other, and the workload's peers of the baseline."""
-    phases = settings.workload.phases
-    bare = asked.plan(settings.workload, {})
-    found = [race.Variant("baseline", bare)]
-    for count in range(1, len(phases) + 1):
-        numbers = [phase.number for phase in phases[:count]]
-        name = f"phase{'s' if count > 1 else ''} {'+'.join(map(str, numbers))}"
-        plan = asked.plan(settings.workload, dict.fromkeys(numbers, use))
-        if experiment.interpreted(settings, plan):
-            continue
-        found.append(race.Variant(name, plan))
-    return found + [race.Variant(peer.name, bare, peer.prepare) for peer in settings.workload.peers]
 
 
 def _one_case(spec: KernelSpec, name: str | None) -> list[Case] | None:
@@ -265,24 +241,28 @@ def _start(
     workspace = registry.current()
     run_id = runfolder.new_run_id(what)
     folder = runfolder.make_folder(workspace, group, run_id)
-    with progress.stage("measuring this device's ceilings"):
-        ceilings = _ceilings(chosen)
+    environment, doubts = _survey(request, chosen, progress)
     result = kind(
         run_id=run_id,
         created_utc=runfolder.now_utc().isoformat(timespec="seconds"),
         command=request.command,
-        environment=device.fingerprint(chosen, ceilings=ceilings),
+        environment=environment,
         git=device.git(workspace.root),
-        warnings=list(device.WARNINGS),
+        warnings=doubts,
         **fields,
     )
     return Run(folder, result, progress)
 
 
-@functools.cache
-def _ceilings(chosen: torch.device) -> record.Ceilings:
-    """Measured once per process: the phases of one walk share them."""
-    return device.measure_ceilings(chosen)
+_surveyed: dict[str, tuple[record.Environment, list[str]]] = {}
+
+
+def _survey(request: Request, chosen: torch.device, progress: Progress) -> tuple[record.Environment, list[str]]:
+    """Asked once per process: the phases of one walk share the ceilings."""
+    if str(chosen) not in _surveyed:
+        _surveyed[str(chosen)] = supervised.survey(request, chosen, progress)
+    environment, doubts = _surveyed[str(chosen)]
+    return environment, list(doubts)
 
 
 def _remember_profile(workspace: Workspace, request: Request, settings: measure.Settings) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
@@ -12,6 +12,7 @@ import msgspec
 
 from kernbench import bench, device, record, statistics, swap
 from kernbench.analysis import launches, stalls
+from kernbench.errors import WorkloadFailed
 from kernbench.measure import Settings, Side, trace_side, watch
 from kernbench.progress import Progress
 from kernbench.runfolder import Run
@@ -20,6 +21,7 @@ from kernbench.workload import Built
 BLOCK_SECONDS = 0.05
 """A block of steps takes at least this long, so that starting and ending it does not count."""
 RECEIPT_STEPS = 2
+BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,34 @@ class Race:
 
 
 def run_race(
-    settings: Settings, before: swap.Plan, candidates: Mapping[str, swap.Plan], *, rounds: int, progress: Progress
+    settings: Settings,
+    before: swap.Plan,
+    candidates: Mapping[str, swap.Plan],
+    *,
+    rounds: int,
+    progress: Progress,
+    begin: Callable[[str], None],
 ) -> Race:
     """Interleave the side before, the same side again (A/A), and every candidate.
+
+    Args:
+        begin: told which arm runs next, outside of what is timed.
 
     Raises:
         WorkloadFailed: a side raised, or its loss is not finite.
     """
-    baseline = Side(settings, before)
-    sides = {name: Side(settings, plan) for name, plan in candidates.items()}
+    sides: dict[str, Side] = {}
+    start = 0
     with progress.stage("warming up both sides"):
-        start = max(_warm(side) for side in (baseline, *sides.values()))
-        steps = _steps_per_block(baseline, start)
-    receipts = {name: side.plan.receipt() for name, side in sides.items()}
-    arms = {"before": _arm(baseline, start, steps), "again": _arm(baseline, start, steps)}
-    arms |= {f"after {name}": _arm(side, start, steps) for name, side in sides.items()}
+        for name, plan in {"before": before, **{f"after {name}": plan for name, plan in candidates.items()}}.items():
+            begin(name)
+            sides[name] = Side(settings, plan)
+            start = max(start, _warm(sides[name]))
+        begin("before")
+        steps = _steps_per_block(sides["before"], start)
+    receipts = {name: sides[f"after {name}"].plan.receipt() for name in candidates}
+    twice = {"before": sides["before"], "again": sides["before"]}
+    arms = {name: _arm(name, side, start, steps, begin) for name, side in {**twice, **sides}.items()}
     with progress.stage("interleaving before and after", rounds) as advance:
         measured, clocks, dropped = bench.interleave(
             arms,
@@ -84,7 +99,7 @@ def run_race(
             progress=advance,
             clocks=partial(device.read_clocks, settings.device),
         )
-    for side in (baseline, *sides.values()):
+    for side in sides.values():
         side.check_losses()
     hits = {name: receipt.hits(rounds * steps) for name, receipt in receipts.items()}
     return Race(measured, clocks, hits, steps, dropped)
@@ -99,40 +114,118 @@ def receipt_of_steps(settings: Settings, plan: swap.Plan) -> list[record.SiteHit
         return receipt.hits(RECEIPT_STEPS)
 
 
-def bench_workload(run: Run[record.BenchRecord], settings: Settings, variants: Sequence[Variant], rounds: int) -> None:
-    """Race all variants; then say for each how many launches and host syncs its step has."""
+def bench_workload(
+    run: Run[record.BenchRecord],
+    settings: Settings,
+    variants: Sequence[Variant],
+    rounds: int,
+    *,
+    failed: Mapping[str, str],
+    begin: Callable[[str], None],
+) -> None:
+    """Race all variants; then say for each how many launches and host syncs its step has.
+
+    A variant that raises gets a row labelled "failed" with the reason, and the others go on. A record that has rows
+    already is gone on with: only what is not counted yet is counted.
+
+    Args:
+        failed: variants not to be run, with the reasons.
+        begin: told which variant runs next, outside of what is timed.
+
+    Raises:
+        WorkloadFailed: the first variant, the baseline, failed.
+    """
     result = run.record
-    with run.stage("race"):
-        sides = {variant.name: Side(settings, variant.plan, variant.prepare) for variant in variants}
-        result.workload = settings.describe(variants[0].plan, sides[variants[0].name].built)
-        with run.progress.stage("warming up", len(sides)) as advance:
-            start = 0
-            for side in sides.values():
-                start = max(start, _warm(side))
-                advance(1)
-            steps = _steps_per_block(sides[variants[0].name], start)
-        arms = {name: _arm(side, start, steps) for name, side in sides.items()}
-        with run.progress.stage("interleaving variants", rounds) as advance:
-            finished = bench.race(arms, device=settings.device, rounds=rounds, seed=settings.seed, progress=advance)
-        result.arms = finished.arms
-        result.results = bench.workload_results(
-            finished,
-            list(arms),
-            workload=settings.workload.name,
-            preset=settings.preset,
-            dtype=result.workload.dtype,
-            units_per_step=sides[variants[0].name].units_per_step,
-        )
+    sides: dict[str, Side] = {}
+    start = 0
+    if not result.results:
+        with run.stage("race"):
+            sides, start = _race_variants(run, settings, variants, rounds, failed, begin)
     with run.stage("launches and syncs"), run.progress.stage("counting launches", len(variants)) as advance:
-        for number, variant in enumerate(variants):
-            events, _ = trace_side(sides.pop(variant.name), start + rounds * steps, None)
-            log = watch(settings, variant.plan, variant.prepare)
-            result.results[number] = msgspec.structs.replace(
-                result.results[number],
-                launches_per_step=launches.launches(events).per_step,
-                syncs_per_step=stalls.syncs_per_step(log),
-            )
+        for number, (variant, row) in enumerate(zip(variants, result.results, strict=True)):
+            if row.seconds is not None and row.launches_per_step is None and not row.note:
+                begin(variant.name)
+                if variant.name in failed:
+                    counted = msgspec.structs.replace(row, note=f"launches not counted: {failed[variant.name]}")
+                else:
+                    counted = _counted(settings, variant, row, sides.pop(variant.name, None), start)
+                result.results[number] = counted
+                run.write()
             advance(1)
+
+
+def _race_variants(
+    run: Run[record.BenchRecord],
+    settings: Settings,
+    variants: Sequence[Variant],
+    rounds: int,
+    failed: Mapping[str, str],
+    begin: Callable[[str], None],
+) -> tuple[dict[str, Side], int]:
+    """Fill in the rows of the record; the sides as the race leaves them, and the step that comes next."""
+    result, failures = run.record, dict(failed)
+    sides: dict[str, Side] = {}
+    start = 0
+    with run.progress.stage("warming up", len(variants)) as advance:
+        for variant in variants:
+            if variant.name not in failures:
+                begin(variant.name)
+                try:
+                    side = Side(settings, variant.plan, variant.prepare)
+                    start = max(start, _warm(side))
+                    sides[variant.name] = side
+                except WorkloadFailed as error:
+                    failures[variant.name] = _drop(run, variants, variant.name, error)
+            advance(1)
+    baseline = sides[variants[0].name]
+    result.workload = settings.describe(variants[0].plan, baseline.built)
+    begin(variants[0].name)
+    steps = _steps_per_block(baseline, start)
+    arms = {name: _arm(name, side, start, steps, begin) for name, side in sides.items()}
+    with run.progress.stage("interleaving variants", rounds) as advance:
+        finished = bench.race(arms, device=settings.device, rounds=rounds, seed=settings.seed, progress=advance)
+    for name, reason in finished.failed.items():
+        failures[name] = _drop(run, variants, name, WorkloadFailed(reason))
+    result.arms = finished.arms
+    result.results = bench.workload_results(
+        replace(finished, failed=failures),
+        [variant.name for variant in variants],
+        workload=settings.workload.name,
+        preset=settings.preset,
+        dtype=result.workload.dtype,
+        units_per_step=baseline.units_per_step,
+    )
+    return sides, start + rounds * steps
+
+
+def _drop(run: Run[record.BenchRecord], variants: Sequence[Variant], name: str, error: WorkloadFailed) -> str:
+    """Why a variant is out, said aloud.
+
+    Raises:
+        WorkloadFailed: it is the baseline, without which nothing can be compared.
+    """
+    if name == variants[0].name:
+        raise error
+    run.warn(f"{name} is out of the race: {error}")
+    return str(error)
+
+
+def _counted(
+    settings: Settings, variant: Variant, row: record.BenchResult, side: Side | None, first: int
+) -> record.BenchResult:
+    """The row with launches and syncs per step; or with the reason why they are not known."""
+    try:
+        if side is None:
+            side = Side(settings, variant.plan, variant.prepare)
+            first = _warm(side)
+        events, _ = trace_side(side, first, None)
+        del side
+        log = watch(settings, variant.plan, variant.prepare)
+    except WorkloadFailed as error:
+        return msgspec.structs.replace(row, note=f"launches not counted: {error}")
+    return msgspec.structs.replace(
+        row, launches_per_step=launches.launches(events).per_step, syncs_per_step=stalls.syncs_per_step(log)
+    )
 
 
 def _warm(side: Side) -> int:
@@ -146,10 +239,11 @@ def _steps_per_block(side: Side, first: int) -> int:
     return max(1, math.ceil(BLOCK_SECONDS / seconds))
 
 
-def _arm(side: Side, start: int, steps: int) -> Callable[[int], float]:
+def _arm(name: str, side: Side, start: int, steps: int, begin: Callable[[str], None]) -> Callable[[int], float]:
     """Round r of every arm runs the same step indices, so the same inputs."""
 
     def block(number: int) -> float:
+        begin(name)
         with side.plan.applied(side.built):
             first = start + number * steps
             return bench.timed_block(side.step, first=first, count=steps, device=side.settings.device)

@@ -19,7 +19,11 @@ from kernbench.workload import Phase, Workload
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asked for, as typed; nothing in it is checked yet. ``phases`` None means "as kept"."""
+    """What the user asked for, as typed; nothing in it is checked yet.
+
+    ``phases`` None means "as kept". ``time_limit`` counts per unit of work in a child process, None is the default of
+    each command; ``in_process`` does without children and without limits.
+    """
 
     command: str
     workload: str | None = None
@@ -33,6 +37,8 @@ class Request:
     phases: str | None = None
     use: str = "triton"
     nvtx: bool = False
+    time_limit: float | None = None
+    in_process: bool = False
 
 
 def settings(request: Request, reference: str) -> Settings:

@@ -1,0 +1,311 @@
+"""What runs in a child process: each job names what it works on, finds it again there, and says what it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic
+
+import msgspec
+import torch
+
+from kernbench import bench, device, measure, parity, race, ranges, record, registry, swap
+from kernbench import request as asked
+from kernbench.request import Request
+from kernbench.runfolder import AnyRecord, Run
+from kernbench.worker import Tell
+
+Phases = Mapping[int, str]
+"""Numbers of phases in place, each with its implementation."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the device is and can do, with why it could not be asked something."""
+
+    device: str
+
+    def run(self, tell: Tell) -> tuple[record.Environment, list[str]]:
+        tell.begin("the device's ceilings")
+        chosen = device.resolve(self.device)
+        with tell.progress.stage("measuring this device's ceilings"):
+            ceilings = device.measure_ceilings(chosen)
+        return device.fingerprint(chosen, ceilings=ceilings), device.WARNINGS
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Raises what the device raises, if it cannot add two numbers any more."""
+
+    device: str
+
+    def run(self, tell: Tell) -> float:
+        return float(torch.ones(2, device=device.resolve(self.device)).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelParity:
+    """Parity of one kernel; sends each row. Returns whether all rows are answered: if not, go on in a new process."""
+
+    kernel: str
+    device: str
+    dtypes: tuple[str, ...] | None = None
+    cases: tuple[str, ...] | None = None
+    seed: int = 0
+    skip: frozenset[tuple[str, str, str]] = frozenset()
+
+    def run(self, tell: Tell) -> bool:
+        chosen = device.resolve(self.device)
+        rows = parity.check_kernel(
+            registry.kernel(self.kernel).declaration,
+            device=chosen,
+            dtypes=self.dtypes,
+            cases=self.cases,
+            seed=self.seed,
+            progress=tell.progress,
+            skip=self.skip,
+            begin=tell.begin,
+        )
+        for row in rows:
+            broken = _broken(chosen)
+            if broken and row.passed:
+                row = msgspec.structs.replace(row, passed=False, reason=f"leaves the GPU unusable: {broken}")
+            tell.send(row)
+            if broken:
+                return False
+        return True
+
+
+def _broken(chosen: torch.device) -> str:
+    """Why this process can no longer use its GPU; empty if it can."""
+    if chosen.type != "cuda":
+        return ""
+    try:
+        torch.cuda.synchronize(chosen)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelTimes:
+    """Times of one kernel; sends the rows of one case and dtype together. Returns as :class:`KernelParity` does.
+
+    ``without`` leaves implementations out of the first of the units.
+    """
+
+    kernel: str
+    device: str
+    units: tuple[tuple[str, str], ...]
+    rounds: int
+    ceilings: record.Ceilings | None
+    without: frozenset[str] = frozenset()
+
+    def run(self, tell: Tell) -> bool:
+        spec = registry.kernel(self.kernel).declaration
+        chosen = device.resolve(self.device)
+        cases = {case.name: case for case in spec.cases}
+        without = self.without
+        for case, dtype in self.units:
+            tell.begin("")
+            rows = bench.bench_kernel(
+                spec,
+                device=chosen,
+                dtypes=[dtype],
+                cases=[cases[case]],
+                rounds=self.rounds,
+                ceilings=self.ceilings,
+                progress=tell.progress,
+                without=without,
+                begin=tell.begin,
+            )
+            tell.send(list(rows))
+            without = frozenset()
+            if _broken(chosen):
+                return False
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseParity:
+    """Parity of a phase on real steps; sends each row. Its units are the sides, "before" and "after"."""
+
+    request: Request
+    before: Phases
+    after: Phases
+    steps: int
+
+    def run(self, tell: Tell) -> None:
+        settings = _settings(self.request)
+        rows = parity.check_phase(
+            settings.workload,
+            asked.plan(settings.workload, self.before),
+            asked.plan(settings.workload, self.after),
+            preset=settings.preset,
+            device=settings.device,
+            dtype=settings.dtype,
+            seed=settings.seed,
+            data=settings.data,
+            steps=self.steps,
+            progress=tell.progress,
+            begin=tell.begin,
+        )
+        for row in rows:
+            tell.send(row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One side of a workload measured; sends its stages, see :class:`Relayed`."""
+
+    request: Request
+    phases: Phases
+    folder: Path
+    result: record.ProfileRecord
+    label: str = ""
+
+    def run(self, tell: Tell) -> None:
+        settings = _settings(self.request)
+        run = Relayed(self.folder, self.result, tell)
+        measure.measure(run, run.record, settings, asked.plan(settings.workload, self.phases), label=self.label)
+        for doubt in device.WARNINGS:
+            run.warn(doubt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """The side before against the candidates, interleaved. Its units are the arms."""
+
+    request: Request
+    before: Phases
+    candidates: Mapping[str, Phases]
+
+    def run(self, tell: Tell) -> race.Race:
+        settings = _settings(self.request)
+        return race.run_race(
+            settings,
+            asked.plan(settings.workload, self.before),
+            {name: asked.plan(settings.workload, phases) for name, phases in self.candidates.items()},
+            rounds=self.request.rounds,
+            progress=tell.progress,
+            begin=tell.begin,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """How often each replacement of a plan runs in a step."""
+
+    request: Request
+    phases: Phases
+
+    def run(self, tell: Tell) -> list[record.SiteHit]:
+        settings = _settings(self.request)
+        tell.begin("counting replacements")
+        return race.receipt_of_steps(settings, asked.plan(settings.workload, self.phases))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadTimes:
+    """All variants of a workload raced and counted; sends its stages. Its units are the variants.
+
+    ``failed`` says why variants are left out that took an earlier process down.
+    """
+
+    request: Request
+    folder: Path
+    result: record.BenchRecord
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    def run(self, tell: Tell) -> None:
+        settings = _settings(self.request)
+        run = Relayed(self.folder, self.result, tell)
+        variants = _variants(settings, self.request.use)
+        race.bench_workload(run, settings, variants, self.request.rounds, failed=self.failed, begin=tell.begin)
+        for doubt in device.WARNINGS:
+            run.warn(doubt)
+
+
+def _settings(request: Request) -> measure.Settings:
+    assert request.workload is not None
+    ranges.enable(request.nvtx)
+    return asked.settings(request, request.workload)
+
+
+def _variants(settings: measure.Settings, use: str) -> list[race.Variant]:
+    """Baseline, the plan's phases one on top of the other, and the workload's peers of the baseline."""
+    phases = settings.workload.phases
+    bare = asked.plan(settings.workload, {})
+    found = [race.Variant(race.BASELINE, bare)]
+    for count in range(1, len(phases) + 1):
+        numbers = [phase.number for phase in phases[:count]]
+        name = f"phase{'s' if count > 1 else ''} {'+'.join(map(str, numbers))}"
+        plan = asked.plan(settings.workload, dict.fromkeys(numbers, use))
+        if interpreted(settings, plan):
+            continue
+        found.append(race.Variant(name, plan))
+    return found + [race.Variant(peer.name, bare, peer.prepare) for peer in settings.workload.peers]
+
+
+def interpreted(settings: measure.Settings, plan: swap.Plan) -> bool:
+    """Whether a kernel of this plan runs in Triton's interpreter, so that a time would mean nothing."""
+    return settings.device.type == "cpu" and any(
+        hit.kernel and plan.implementations[number] == "triton" for number, hit in plan.sites()
+    )
+
+
+# --- stages of a record, told to the process that keeps it ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageBegan:
+    name: str
+
+
+@dataclass(frozen=True)
+class StageEnded:
+    pass
+
+
+@dataclass(frozen=True)
+class Warned:
+    text: str
+
+
+@dataclass(frozen=True)
+class Filled(Generic[AnyRecord]):
+    """The record as far as it is known; the header belongs to the process that keeps it."""
+
+    record: AnyRecord
+
+
+class Relayed(Run[AnyRecord]):
+    """A run whose record is kept elsewhere: what it would write or note is sent."""
+
+    def __init__(self, folder: Path, result: AnyRecord, tell: Tell) -> None:
+        super().__init__(folder, result, tell.progress)
+        self.tell = tell
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """As a run's stage; one that raises is ended by the process that keeps the record."""
+        self.tell.begin(name)
+        self.tell.send(StageBegan(name))
+        yield
+        self.write()
+        self.tell.send(StageEnded())
+
+    def warn(self, message: str) -> None:
+        self.tell.send(Warned(message))
+
+    def write(self) -> None:
+        self.tell.send(Filled(self.record))
+
+
+def fill(kept: record.Header, found: record.Header) -> None:
+    """Take over what a job found, but not the header."""
+    for name in found.__struct_fields__:
+        if name not in record.Header.__struct_fields__:
+            setattr(kept, name, getattr(found, name))

@@ -1,0 +1,346 @@
+"""Measuring and checking through child processes: what dies becomes a row or one sentence, and the rest goes on.
+
+Each function does what its namesake in ``parity``, ``bench``, ``measure`` or ``race`` does, through a job of ``jobs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from kernbench import bench, isolation, jobs, measure, phasecheck, race, record, swap, trajectory
+from kernbench.errors import WorkloadFailed
+from kernbench.isolation import Died, Terms
+from kernbench.jobs import Filled, StageBegan, StageEnded, Warned
+from kernbench.progress import Progress
+from kernbench.request import Request
+from kernbench.runfolder import Run
+from kernbench.spec import Case, KernelSpec
+from kernbench.worker import Job
+
+UNIT_SECONDS = 120.0
+"""Time limit of one row of parity or one timed implementation."""
+STAGE_SECONDS = 600.0
+"""Time limit of one stage of a profile or a swap."""
+ANSWER_SECONDS = 60.0
+PARITY_STEPS = 10
+INTERPRETED_STEPS = 2
+"""Where a Triton kernel runs in the interpreter; ten of its steps would take minutes."""
+OUTSIDE = "process"
+"""Mode of the row for a process that died before it began with any row, or again and again."""
+
+
+def survey(request: Request, device: torch.device, progress: Progress) -> tuple[record.Environment, list[str]]:
+    """The device with its measured ceilings, and why it could not be asked something.
+
+    Raises:
+        WorkloadFailed: the device itself takes the process down.
+    """
+    job = jobs.Survey(str(device))
+    found: tuple[record.Environment, list[str]] = _or_fail(job, request, progress, f"measuring {device}")
+    return found
+
+
+def check_kernel(
+    spec: KernelSpec,
+    request: Request,
+    device: torch.device,
+    progress: Progress,
+    take: Callable[[record.ParityResult], None],
+    *,
+    dtypes: Sequence[str] | None = None,
+    cases: Sequence[Case] | None = None,
+) -> None:
+    """Hand over one result per case, dtype and way of calling. One that takes the process down is a failed result.
+
+    Raises:
+        WorkloadFailed: the device does not answer any more.
+    """
+    job = jobs.KernelParity(
+        kernel=spec.name,
+        device=str(device),
+        dtypes=tuple(dtypes) if dtypes is not None else None,
+        cases=tuple(case.name for case in cases) if cases is not None else None,
+        seed=request.seed,
+    )
+    answered: set[tuple[str, str, str]] = set()
+
+    def answer(row: record.ParityResult) -> None:
+        answered.add((row.case, row.dtype, row.mode))
+        take(row)
+
+    finished = False
+    while not finished:
+        before = len(answered)
+        try:
+            finished = isolation.run(replace(job, skip=frozenset(answered)), answer, _terms(request), progress)
+        except Died as death:
+            case, dtype, mode = death.unit or ("", "", OUTSIDE)
+            late = (case, dtype, mode) in answered
+            reason = f"after this row was done, the process {_as_verb(death.reason)}" if late else death.reason
+            answer(
+                record.ParityResult(kernel=spec.name, case=case, dtype=dtype, mode=mode, passed=False, reason=reason)
+            )
+            # Where nothing new was answered, the same would happen again.
+            finished = len(answered) == before or not death.unit
+            _make_sure_it_answers(request, device, progress, death)
+
+
+def bench_kernel(
+    spec: KernelSpec,
+    request: Request,
+    device: torch.device,
+    progress: Progress,
+    take: Callable[[record.BenchResult], None],
+    *,
+    dtypes: Sequence[str] | None = None,
+    cases: Sequence[Case] | None = None,
+    ceilings: record.Ceilings | None = None,
+) -> None:
+    """Hand over the times of every case, dtype and implementation. One that ends the process is labelled "failed".
+
+    Raises:
+        WorkloadFailed: the device does not answer any more.
+    """
+    names = list(dtypes if dtypes is not None else spec.tolerance)
+    units = []
+    for case in cases if cases is not None else spec.cases:
+        for name in names:
+            if cases is None and case.large and device.type == "cpu":
+                note = f"a large case, meant for a GPU; on the CPU it is timed only if asked for (case {case.name})"
+                take(_unmeasured(spec, (case.name, name), "eager", bench.NOT_MEASURED, note))
+            else:
+                units.append((case.name, name))
+    failed: dict[str, str] = {}
+
+    def finish(rows: Sequence[record.BenchResult]) -> None:
+        unit = units.pop(0)
+        for row in rows:
+            take(row)
+        for name, reason in failed.items():
+            take(_unmeasured(spec, unit, name, bench.FAILED, reason))
+        failed.clear()
+
+    while units:
+        job = jobs.KernelTimes(
+            kernel=spec.name,
+            device=str(device),
+            units=tuple(units),
+            rounds=request.rounds,
+            ceilings=ceilings,
+            without=frozenset(failed),
+        )
+        try:
+            isolation.run(job, finish, _terms(request), progress)
+        except Died as death:
+            implementation = "".join(death.unit)
+            if implementation and implementation not in failed:
+                failed[implementation] = death.reason
+            else:
+                failed.setdefault("eager", f"before any implementation could run: {death.reason}")
+                finish([])
+            _make_sure_it_answers(request, device, progress, death)
+
+
+def check_phase(
+    request: Request, settings: measure.Settings, before: swap.Plan, after: swap.Plan, progress: Progress
+) -> list[record.ParityResult]:
+    """Parity of two plans on real steps of a workload, its faults included; a side after that dies is a failed result.
+
+    Raises:
+        WorkloadFailed: the side before takes the process down, or the device does not answer any more.
+    """
+    steps = INTERPRETED_STEPS if jobs.interpreted(settings, after) else PARITY_STEPS
+    job = jobs.PhaseParity(
+        request=_named(request, settings),
+        before=before.implementations,
+        after=after.implementations,
+        steps=steps,
+    )
+    rows: list[record.ParityResult] = []
+    name = phasecheck.phase_name(settings.workload, before, after)
+    try:
+        isolation.run(job, rows.append, _terms(request, STAGE_SECONDS), progress)
+    except Died as death:
+        if death.unit != (phasecheck.AFTER,):
+            raise WorkloadFailed(f"{name}: the side before {_as_verb(death.reason)}", death.traceback_text) from None
+        rows.append(
+            record.ParityResult(
+                kernel=name,
+                case=trajectory.after_steps(steps),
+                dtype=str(settings.dtype).removeprefix("torch."),
+                mode="steps",
+                passed=False,
+                reason=death.reason,
+            )
+        )
+        _make_sure_it_answers(request, settings.device, progress, death)
+    return rows
+
+
+def measure_side(
+    run: Run[Any],
+    result: record.ProfileRecord,
+    request: Request,
+    settings: measure.Settings,
+    plan: swap.Plan,
+    *,
+    label: str = "",
+) -> None:
+    """Fill ``result`` stage by stage, as :func:`measure.measure` does.
+
+    Raises:
+        WorkloadFailed: the workload raised, took the process down, or its loss is not finite.
+    """
+    job = jobs.Measure(
+        request=_named(request, settings),
+        phases=plan.implementations,
+        folder=run.folder,
+        result=result,
+        label=label,
+    )
+    try:
+        _follow(run, result, job, _terms(request, STAGE_SECONDS))
+    except Died as death:
+        raise _failed(settings, death) from None
+
+
+def run_race(
+    request: Request,
+    settings: measure.Settings,
+    before: swap.Plan,
+    candidates: Mapping[str, swap.Plan],
+    progress: Progress,
+) -> race.Race:
+    """The side before against the candidates.
+
+    Raises:
+        WorkloadFailed: a side raised, took the process down, or its loss is not finite.
+    """
+    job = jobs.Race(
+        request=_named(request, settings),
+        before=before.implementations,
+        candidates={name: plan.implementations for name, plan in candidates.items()},
+    )
+    found: race.Race = _or_fail(job, request, progress, settings.workload.name)
+    return found
+
+
+def receipt_of_steps(
+    request: Request, settings: measure.Settings, plan: swap.Plan, progress: Progress
+) -> list[record.SiteHit]:
+    """How often each replacement runs in a step, where no race counts it."""
+    job = jobs.Receipt(request=_named(request, settings), phases=plan.implementations)
+    found: list[record.SiteHit] = _or_fail(job, request, progress, settings.workload.name)
+    return found
+
+
+def bench_workload(run: Run[record.BenchRecord], request: Request, settings: measure.Settings) -> None:
+    """Race all variants of a workload; one that takes the process down is labelled "failed", and the others go on.
+
+    Raises:
+        WorkloadFailed: the baseline failed, or the device does not answer any more.
+    """
+    failed: dict[str, str] = {}
+    while True:
+        job = jobs.WorkloadTimes(
+            request=_named(request, settings), folder=run.folder, result=run.record, failed=failed
+        )  # fmt: skip
+        try:
+            _follow(run, run.record, job, _terms(request, STAGE_SECONDS))
+            return
+        except Died as death:
+            name = death.unit[-1] if death.unit else race.BASELINE
+            racing = not run.record.results
+            if name in failed or (racing and name == race.BASELINE):
+                raise _failed(settings, death) from None
+            failed[name] = death.reason
+            run.record.status = "running"
+            run.warn(f"{name} is out of the race: {death.reason}" if racing else f"{name}: {death.reason}")
+            _make_sure_it_answers(request, settings.device, run.progress, death)
+
+
+def _follow(run: Run[Any], result: record.Header, job: Job, terms: Terms) -> None:
+    """Keep a record as the job says: its stages, what it fills in, and its warnings."""
+    with ExitStack() as stage:
+
+        def take(said: object) -> None:
+            match said:
+                case StageBegan(name):
+                    stage.enter_context(run.stage(name))
+                case Filled(found):
+                    jobs.fill(result, found)
+                    run.write()
+                case StageEnded():
+                    stage.close()
+                case Warned(text):
+                    run.warn(text)
+                case _:
+                    raise AssertionError(f"a job said {said!r}")
+
+        isolation.run(job, take, terms, run.progress)
+
+
+def _or_fail(job: Job, request: Request, progress: Progress, what: str) -> Any:
+    def unexpected(said: object) -> None:
+        raise AssertionError(f"a job said {said!r}")
+
+    try:
+        return isolation.run(job, unexpected, _terms(request, STAGE_SECONDS), progress)
+    except Died as death:
+        raise WorkloadFailed(_sentence(what, death), death.traceback_text) from None
+
+
+def _failed(settings: measure.Settings, death: Died) -> WorkloadFailed:
+    return WorkloadFailed(_sentence(settings.workload.name, death), death.traceback_text)
+
+
+def _sentence(what: str, death: Died) -> str:
+    return f"{', '.join([what, *death.unit])}: {death.reason}"
+
+
+def _as_verb(reason: str) -> str:
+    """A reason that fits behind a subject."""
+    return f"was {reason}" if reason.startswith("killed") else reason
+
+
+def _named(request: Request, settings: measure.Settings) -> Request:
+    """The request as a child can repeat it: with the device and the preset that were chosen."""
+    reference = request.workload or settings.workload.name
+    return replace(request, workload=reference, device=str(settings.device), preset=settings.preset)
+
+
+def _terms(request: Request, seconds: float = UNIT_SECONDS) -> Terms:
+    return Terms(request.time_limit or seconds, request.in_process)
+
+
+def _unmeasured(
+    spec: KernelSpec, unit: tuple[str, str], implementation: str, label: str, note: str
+) -> record.BenchResult:
+    case, dtype = unit
+    return record.BenchResult(
+        kernel=spec.name, case=case, dtype=dtype, implementation=implementation, seconds=None, label=label, note=note
+    )
+
+
+def _make_sure_it_answers(request: Request, device: torch.device, progress: Progress, after: Died) -> None:
+    """Whether a new process can still use the GPU.
+
+    Raises:
+        WorkloadFailed: it cannot, so nothing that follows could be judged.
+    """
+    if device.type == "cpu":
+        return
+    try:
+        isolation.run(jobs.Answers(str(device)), lambda _: None, Terms(ANSWER_SECONDS), progress)
+    except (Died, isolation.ChildBroke) as problem:
+        last = (str(problem).splitlines() or [""])[-1]
+        raise WorkloadFailed(
+            f"{device} does not answer after a process {_as_verb(after.reason)}: {last}; reset it with "
+            "nvidia-smi --gpu-reset, or restart the machine",
+            after.traceback_text,
+        ) from None
