@@ -69,7 +69,7 @@ def _(values: Tensor, index: Tensor, bins: int) -> Tensor:
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    """Values that do not cancel (where sums do, their order counts for more), and bins drawn with repeats; some stay empty."""
+    """Values that do not cancel, or their order would count for more, and bins of which some stay empty."""
     generator = torch.Generator(device).manual_seed(seed)
     values = _shared.normal(generator, (case["count"], case["dim"]), torch.float32).abs()
     index = torch.randint(case["bins"], (case["count"],), generator=generator, device=device)
@@ -101,7 +101,7 @@ SPEC = KernelSpec(
     cost=cost,
     sizes={"count": Sizes(most=70), "dim": Sizes(most=600, block=BLOCK), "bins": Sizes(least=1, most=40)},
     values={"values": Values(least=0.0, most=1e6)},
-    # Each of 70 additions rounds a partial sum, no larger than the sum, by half an ulp at most, and there are two calls.
+    # Each of 70 additions rounds a partial sum, at most the whole, by half an ulp at most; and there are two calls.
     run_to_run_ulp=70.0,
     source="torch.Tensor.index_add",
 )
