@@ -3,9 +3,10 @@
 import numpy
 import pytest
 import scipy.stats
+from numpy.typing import NDArray
 
 from kernbench.record import Ratio
-from kernbench.statistics import bootstrap_median, paired_ratio
+from kernbench.statistics import bootstrap_median, expanded_tail, paired_ratio, unpaired_ratio
 
 ROUNDS = 30
 NOISE = 0.005
@@ -41,7 +42,10 @@ def test_the_interval_holds_the_median_and_repeats_with_its_seed() -> None:
 
 def test_the_interval_agrees_with_scipy() -> None:
     values = numpy.random.default_rng(2).normal(10, 1, 51)
-    theirs = scipy.stats.bootstrap((values,), numpy.median, method="percentile", rng=0).confidence_interval
+    level = 1 - 2 * expanded_tail(51)
+    theirs = scipy.stats.bootstrap(
+        (values,), numpy.median, method="percentile", confidence_level=level, n_resamples=20_000, rng=0
+    ).confidence_interval
     _, low, high = bootstrap_median(values.tolist())
     assert low == pytest.approx(theirs.low, abs=0.05)
     assert high == pytest.approx(theirs.high, abs=0.05)
@@ -53,10 +57,36 @@ def test_a_long_sample_is_resampled_in_chunks() -> None:
     assert 0.99 < low < median < high < 1.01
 
 
-def test_the_interval_covers_the_true_median_about_as_often_as_it_says() -> None:
-    samples = (numpy.random.default_rng(seed).normal(1, 0.1, ROUNDS).tolist() for seed in range(200))
-    covered = sum(low <= 1 <= high for _, low, high in (bootstrap_median(s, resamples=1000) for s in samples))
-    assert 0.90 <= covered / 200 <= 0.99
+def test_the_tail_is_narrowed_as_published() -> None:
+    assert expanded_tail(20) == pytest.approx(scipy.stats.norm.cdf(-((20 / 19) ** 0.5) * scipy.stats.t.ppf(0.995, 19)))
+    assert expanded_tail(5) < expanded_tail(30) < 0.005 < expanded_tail(30) * 2
+
+
+def _paired(kind: str, generator: numpy.random.Generator, count: int) -> NDArray[numpy.float64]:
+    """Ratios of two identical arms, one row per race."""
+
+    def arm() -> NDArray[numpy.float64]:
+        shape = (count, ROUNDS)
+        if kind == "heavy tails":
+            return 1 + NOISE * generator.standard_t(2, shape)
+        if kind == "two modes":
+            return 1 + 2 * NOISE * (generator.random(shape) < 0.5) + generator.normal(0, NOISE / 10, shape)
+        drift = numpy.linspace(1, 1.3, ROUNDS) if kind == "drift" else 1.0
+        return drift * generator.normal(1, NOISE, shape)
+
+    one, other = arm(), arm()
+    if kind == "first is slower":
+        first = generator.random(one.shape) < 0.5
+        one, other = one * numpy.where(first, 1.01, 1), other * numpy.where(first, 1, 1.01)
+    return one / other
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "two modes", "drift", "first is slower"])
+def test_intervals_of_identical_arms_hold_one_in_99_of_100(kind: str) -> None:
+    races = _paired(kind, numpy.random.default_rng(5), 400)
+    held = sum(low <= 1 <= high for _, low, high in (bootstrap_median(race.tolist(), resamples=1000) for race in races))
+    # With 99 % coverage, fewer than 390 of 400 has a probability of 0.3 %, and the draws are seeded.
+    assert held >= 390
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
@@ -96,6 +126,18 @@ def test_a_single_round_makes_no_interval_but_a_ratio() -> None:
     assert (ratio.median, ratio.low, ratio.high) == (2.0, 2.0, 2.0)
     assert ratio.noise_floor == pytest.approx(2 / 1.9 - 1)
     assert (ratio.steps_per_round, ratio.dropped_rounds) == (4, 2)
+
+
+def test_separate_runs_have_an_interval_and_the_wider_side_is_the_floor() -> None:
+    generator = numpy.random.default_rng(9)
+    before, after = generator.normal(1.02, 0.01, 40), generator.normal(1.0, 0.002, 40)
+    ratio = unpaired_ratio(before.tolist(), after.tolist())
+    assert ratio.low < ratio.median < ratio.high
+    assert ratio.median == pytest.approx(1.02, abs=0.01)
+    _, low, high = bootstrap_median(before.tolist())
+    assert ratio.noise_floor == pytest.approx((high - low) / 2 / numpy.median(before), rel=0.1)
+    single = unpaired_ratio([2.0], [1.0])
+    assert (single.median, single.low, single.high, single.noise_floor) == (2.0, 2.0, 2.0, 0.0)
 
 
 @pytest.mark.parametrize(
