@@ -263,10 +263,6 @@ def _log2(beta: float) -> float:
 
 def _check_state(params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> None:
     device = params[0].device
-    if device.type != "cuda" and not INTERPRETED:
-        raise ValueError(
-            f"fused_adamw got tensors on {device}; without CUDA set TRITON_INTERPRET=1 before importing it"
-        )
     for index, param in enumerate(params):
         if param.dtype not in TRITON_DTYPES or not param.is_contiguous() or param.device != device:
             raise ValueError(

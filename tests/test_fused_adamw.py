@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from types import ModuleType
 from typing import Any
@@ -374,65 +371,6 @@ def test_parameters_count_as_modified_for_autograd() -> None:
     SPEC.optimized(**{**inputs, "params": [param]})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.backward(loss)
-
-
-COMPILE = """
-import json, pathlib, re, subprocess, sys, tempfile
-import torch, triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernbench import registry
-
-module = sys.modules[registry.kernel("fused_adamw").declaration.optimized.__module__]
-cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-def compiled(kernel, types, constants, capability, warps):
-    signature = {**types, **dict.fromkeys(constants, "constexpr")}
-    aligned = {(index,): [["tt.divisibility", 16]] for index, kind in enumerate(types.values()) if kind[0] == "*"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(built.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\\d+) STACK:(\\d+) .*LOCAL:(\\d+)", usage.stdout + usage.stderr)
-    registers, stack, local = map(int, found.groups())
-    wide = len(re.findall(r"ld\\.global\\S*\\.v4\\.b32", built.asm["ptx"]))
-    return {"registers": registers, "spilled": stack + local, "shared": built.metadata.shared, "wide_loads": wide}
-
-scalars = dict.fromkeys(("beta1_complement", "beta2", "beta2_complement", "eps"), "fp32")
-update = {"chunks": "*i64", "table": "*i64", "factors": "*fp32", "ok": "*i1", **scalars}
-advance = {"steps": "*fp32", "lrs": "*fp32", "ok": "*i1", "factors": "*fp32", "tensors": "i32", "weight_decay": "fp32"}
-results = {}
-for capability in (80, 90, 100):
-    constants = {"LOG2_BETA1": module._log2(0.9), "LOG2_BETA2": module._log2(0.999), "BLOCK": module.ADVANCE_BLOCK}
-    results[f"sm_{capability} advance"] = compiled(module._advance_kernel, advance, constants, capability, 4)
-    for dtype, launch in ((tl.float32, module.CACHED), (tl.float32, module.STREAMED), (tl.bfloat16, module.STREAMED)):
-        constants = {
-            "TENSOR_BITS": 24, "DTYPE": dtype, "BLOCK": launch.block, "THREADS": 32 * launch.warps,
-            "INTERPRETED": False,
-        }
-        name = f"sm_{capability} {dtype} {launch}"
-        results[name] = compiled(module._update_kernel, update, constants, capability, launch.warps)
-print(json.dumps(results))
-"""
-
-
-def test_compiles_for_three_targets_with_wide_loads_and_without_spills() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
-    assert len(results) == 3 * 4
-    for name, result in results.items():
-        assert result["spilled"] == 0, (name, result)
-        assert result["shared"] == 0, (name, result)
-        # 64 registers leave room for 1024 threads on a multiprocessor: enough loads in flight to hide the latency.
-        assert result["registers"] <= 64, (name, result)
-        if "advance" not in name:
-            # Four elements a thread of p, g, m and v; in bfloat16 those of p and g are 8 bytes wide.
-            assert result["wide_loads"] >= (2 if "bf16" in name else 4), (name, result)
 
 
 @pytest.mark.gpu
