@@ -12,8 +12,14 @@ With e for eager's figure, k and floor from the tolerance, eps of the working dt
     rms   k e + floor eps / 4                                one ulp for the default floor of four; rounding has 0.3
     mean  k |e| + 4 rms limit / sqrt(n) + floor eps / 8      what unbiased rounding of n elements can add up to
 
-A tensor that is all zero in the oracle takes eager's RMS as its unit; is that zero too, nothing but zeros passes.
-Integers and booleans are compared exactly, and so is where a NaN or an infinity stands.
+A tensor that is all zero in the oracle takes eager's RMS as its unit. No unit is below the smallest normal number of
+the working dtype, so a few of its subnormal ulp pass everywhere; where that number is below 1e-30, differences below it
+count nothing, because hardware may flush them.
+
+Integers and booleans are compared exactly, and so is where a NaN or an infinity stands. A value that the working dtype
+cannot hold counts as the first power of two that is too large, so that rounding decides whether it is infinite. Where
+eager overflows on the way to a value that it could hold, anything that is not finite passes, and what is finite is
+compared.
 """
 
 from __future__ import annotations
@@ -29,11 +35,16 @@ from torch import Tensor
 
 from kernbench.record import Errors
 
+# Bound here, so that a kernel that replaces them later does not judge itself.
+_equal, _where, _isfinite, _isnan, _isinf = torch.equal, torch.where, Tensor.isfinite, Tensor.isnan, Tensor.isinf
+
 CHUNK = 2**24
 """Elements compared at once, so that checking a large tensor does not take the memory the kernel needs."""
 LARGEST = 1e300
 """Errors are cut here: JSON knows no infinity, and limits are multiples of errors."""
 ZERO = Errors(max=0.0, rms_ratio=0.0, mean=0.0)
+FLUSHED = 1e-30
+"""Dtypes with a smaller smallest normal number may be flushed; float16 with its 6e-5 never is."""
 Leaves = dict[str, Any]
 """Tensors and scalars of a nested result by their path, for example ``params[3]``."""
 
@@ -118,7 +129,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal bit for bit, NaNs and the sign of zero included, on whatever devices they are."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return torch.equal(_bits(one), _bits(other).to(one.device))
+    return _equal(_bits(one), _bits(other).to(one.device))
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -142,12 +153,23 @@ def judge(name: str, actual: Any, eager: Any, oracle: Any, rule: Rule) -> Judged
         wrong = int((actual != oracle).sum())
         reason = f"differs at {wrong} of {oracle.numel()} places, and must be equal" if wrong else ""
     elif not reason:
-        reason = _misplaced(actual, oracle)
-        if not reason:
-            scale = unit(eager, oracle)
-            eps = torch.finfo(actual.dtype).eps
-            return limit(name, measure(actual, oracle, scale), measure(eager, oracle, scale), rule, eps, actual.numel())
+        return _judge_numbers(name, _real(actual), _real(eager), _real(oracle), rule)
     return Judged(name, None, None, None, f"{name} {reason}" if reason else "")
+
+
+def _judge_numbers(name: str, actual: Tensor, eager: Tensor, oracle: Tensor, rule: Rule) -> Judged:
+    for_actual = for_eager = oracle
+    lost = _lost(eager, oracle)
+    if lost is not None:
+        # A NaN in the oracle is a place that is not measured.
+        for_eager = _where(lost, math.nan, oracle)
+        for_actual = _where(lost & ~_isfinite(actual), math.nan, oracle)
+    if reason := _misplaced(actual, oracle, lost):
+        return Judged(name, None, None, None, f"{name} {reason}")
+    scale = unit(eager, oracle)
+    eps = torch.finfo(actual.dtype).eps
+    own = measure(eager, for_eager, scale)
+    return limit(name, measure(actual, for_actual, scale), own, rule, eps, actual.numel())
 
 
 def limit(
@@ -185,14 +207,20 @@ def envelope(one: Errors, other: Errors) -> Errors:
 
 def measure(actual: Tensor, oracle: Tensor, unit: float) -> Errors:
     """Errors of one tensor in units of ``unit`` (see the module's head), over the places where both are finite."""
-    largest, squares, total, count = 0.0, 0.0, 0.0, max(1, oracle.numel())
-    for got, expected in _chunks(actual, oracle):
-        both = got.isfinite() & expected.isfinite()
-        difference = torch.where(both, got - expected, 0.0)
-        scale = torch.where(both, expected, 0.0).abs().clamp(min=unit)
-        largest = max(largest, float((difference.abs() / scale).max()))
+    largest, squares, total, count = 0.0, 0.0, 0.0, 0
+    top, negligible = _range(actual.dtype)
+    for chunk, expected in _chunks(actual, oracle):
+        known = _isfinite(expected)
+        got = _where(_isinf(chunk) & known & (expected.abs() >= top / 2), chunk.clamp(-top, top), chunk)
+        both = _isfinite(got) & known
+        expected = _where(both, expected.clamp(-top, top), 0.0)
+        difference = _where(both, got, 0.0) - expected
+        difference = _where(difference.abs() < negligible, 0.0, difference)
+        largest = max(largest, float((difference.abs() / expected.abs().clamp(min=unit)).max()))
         squares += float((difference / unit).square().sum())
         total += float((difference / unit).sum())
+        count += int(both.sum())
+    count = max(1, count)
     return Errors(
         max=min(largest, LARGEST),
         rms_ratio=min(math.sqrt(squares / count), LARGEST),
@@ -200,30 +228,62 @@ def measure(actual: Tensor, oracle: Tensor, unit: float) -> Errors:
     )
 
 
-def root_mean_square(tensor: Tensor) -> float:
-    """RMS over the finite elements, without overflow; 0 for an empty tensor."""
+def _range(dtype: torch.dtype) -> tuple[float, float]:
+    """The first power of two that a dtype cannot hold, and the difference below which it may flush to zero."""
+    if not dtype.is_floating_point or dtype == torch.float64:
+        return math.inf, 0.0
+    info = torch.finfo(dtype)
+    return 2.0 ** math.frexp(info.max)[1], info.smallest_normal if info.smallest_normal < FLUSHED else 0.0
+
+
+def root_mean_square(tensor: Tensor, top: float = math.inf) -> float:
+    """RMS over the finite elements, each cut at ``top``, without overflow; 0 for an empty tensor."""
     peak, squares, count = 0.0, 0.0, max(1, tensor.numel())
-    for chunk, _ in _chunks(tensor, tensor):
-        peak = max(peak, float(torch.where(chunk.isfinite(), chunk, 0.0).abs().max()))
+    for (chunk,) in _chunks(tensor):
+        peak = max(peak, float(_where(_isfinite(chunk), chunk, 0.0).abs().max()))
+    peak = min(peak, top)
     if peak == 0.0:
         return 0.0
-    for chunk, _ in _chunks(tensor, tensor):
-        squares += float((torch.where(chunk.isfinite(), chunk, 0.0) / peak).square().sum())
+    for (chunk,) in _chunks(tensor):
+        squares += float((_where(_isfinite(chunk), chunk, 0.0).clamp(-top, top) / peak).square().sum())
     return peak * math.sqrt(squares / count)
 
 
 def unit(eager: Tensor, oracle: Tensor) -> float:
     """What differences from the oracle are counted in (see the module's head)."""
-    return root_mean_square(oracle) or root_mean_square(eager) or sys.float_info.min
+    top, _ = _range(eager.dtype)
+    smallest = torch.finfo(eager.dtype).smallest_normal if eager.is_floating_point() else sys.float_info.min
+    return max(root_mean_square(oracle, top) or root_mean_square(eager), smallest)
 
 
-def _chunks(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    flat = [
-        (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().reshape(-1) for tensor in (one, other)
-    ]
+def ulps_apart(one: Leaves, other: Leaves) -> float:
+    """How far two results are apart, in ulp of max(RMS, element); infinite if not only finite numbers differ."""
+    if one.keys() != other.keys():
+        return math.inf
+    return max((_ulps(leaf, other[name]) for name, leaf in one.items()), default=0.0)
+
+
+def _ulps(one: Any, other: Any) -> float:
+    if same_leaf(one, other):
+        return 0.0
+    if _difference_in_kind(one, other) or not isinstance(one, Tensor) or not one.is_floating_point():
+        return math.inf
+    largest, scale = 0.0, unit(other, other)
+    for left, right in _chunks(one, other):
+        apart = (left - right).abs() / right.abs().clamp(min=scale)
+        apart = _where((left == right) | (_isnan(left) & _isnan(right)), 0.0, apart)
+        largest = max(largest, float(_where(_isnan(apart), math.inf, apart).max()))
+    return largest / torch.finfo(one.dtype).eps
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    flat = [_real(tensor).detach().reshape(-1) for tensor in tensors]
     for start in range(0, flat[0].numel(), CHUNK):
-        first, second = (tensor[start : start + CHUNK].to(torch.float64) for tensor in flat)
-        yield first, second.to(first.device)
+        yield tuple(tensor[start : start + CHUNK].to(flat[0].device, torch.float64) for tensor in flat)
 
 
 def _difference_in_kind(actual: Any, eager: Any) -> str:
@@ -231,7 +291,9 @@ def _difference_in_kind(actual: Any, eager: Any) -> str:
         return f"is {_kind(actual)}, eager gives {_kind(eager)}"
     if not isinstance(actual, Tensor):
         return ""
-    for what in ("shape", "dtype", "device"):
+    if type(actual) not in (Tensor, type(eager)):
+        return f"is a {type(actual).__name__}, which may compute later; eager gives a {type(eager).__name__}"
+    for what in ("shape", "dtype", "device", "layout"):
         got, expected = getattr(actual, what), getattr(eager, what)
         if got != expected:
             show = tuple if what == "shape" else str
@@ -243,17 +305,35 @@ def _kind(value: Any) -> str:
     return "a tensor" if isinstance(value, Tensor) else "no tensor"
 
 
-def _misplaced(actual: Tensor, oracle: Tensor) -> str:
-    expected = oracle.to(actual.dtype)
-    spurious = int((actual.isnan() & ~expected.isnan()).sum())
+def _lost(eager: Tensor, oracle: Tensor) -> Tensor | None:
+    """Where eager is not finite although the oracle is, and is no overflow when rounded; None if nowhere."""
+    places = [
+        _isfinite(expected) & ~_isfinite(own) & (expected.to(eager.dtype).to(torch.float64) != own)
+        for own, expected in _chunks(eager, oracle)
+    ]
+    if not any(bool(place.any()) for place in places):
+        return None
+    return torch.cat(places).view(oracle.shape)
+
+
+def _misplaced(actual: Tensor, oracle: Tensor, lost: Tensor | None) -> str:
+    """What is wrong with where NaNs and infinities stand; at ``lost`` places any may."""
+    top, _ = _range(actual.dtype)
+    spurious = missing = infinite = 0
+    free = None if lost is None else lost.reshape(-1)
+    for index, (got, expected) in enumerate(_chunks(actual, oracle)):
+        held = True if free is None else ~free[index * CHUNK : (index + 1) * CHUNK]
+        spurious += int((_isnan(got) & ~_isnan(expected) & held).sum())
+        missing += int((_isnan(expected) & ~_isnan(got)).sum())
+        known = _isfinite(expected)
+        overflowed = known & (expected.abs() >= top / 2) & (got.sign() == expected.sign())
+        infinite += int((_isinf(got) & known & ~overflowed & held).sum())
+        infinite += int((_isinf(expected) & (got != expected)).sum())
     if spurious:
         return f"is NaN at {spurious} of {oracle.numel()} places where the oracle is not"
-    if int((expected.isnan() & ~actual.isnan()).sum()):
+    if missing:
         return "is no NaN at places where the oracle is"
-    infinite = actual.isinf() | expected.isinf()
-    if bool((infinite & (actual != expected)).any()):
-        return "is infinite at other places than the oracle"
-    return ""
+    return "is infinite at other places than the oracle" if infinite else ""
 
 
 def _share(error: float, allowed: float) -> float:

@@ -1,29 +1,41 @@
-"""Checks one kernel spec against its reference: all cases, dtypes, layouts, updates, gradients and modes.
+"""Checks one kernel spec against its reference: which rows there are, in which order, on which device.
 
 Per case and dtype the reference runs twice on the same inputs, in the working dtype (eager) and on float64 copies (the
-oracle).
+oracle); :mod:`kernbench.casecheck` has the ways of checking. Rows about the kernel as a whole follow.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from kernbench import compare, conditions, modes, mutants, registry
-from kernbench.compare import Judged, Leaves
+from kernbench import registry
+from kernbench.casecheck import Body, CaseCheck
 from kernbench.errors import KernbenchError
 from kernbench.finding import Finding, raised
 from kernbench.progress import Progress, Silent
 from kernbench.record import ParityResult
-from kernbench.spec import Case, Inputs, KernelSpec
-from kernbench.subject import Subject, Truth, is_noise, judge_all, passes
+from kernbench.spec import Case, KernelSpec
 
 UPDATES = (10, 100)
+LAYOUTS = ("strided", "transposed", "expanded")
+"""What a kernel may refuse."""
 COPIES = 5
 """Memory that a check takes at its peak, over the bytes that one call moves: inputs, copies, float64 and mutants."""
+Skip = frozenset[tuple[str, str, str]]
+Begin = Callable[[str, str, str], None]
+
+
+class Row(NamedTuple):
+    """One row to be, by case, dtype and mode; ``body`` answers it."""
+
+    case: str
+    dtype: str
+    mode: str
+    body: Body
 
 
 def check_kernel(
@@ -34,8 +46,40 @@ def check_kernel(
     cases: Sequence[Case | str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    skip: frozenset[tuple[str, str, str]] = frozenset(),
-    begin: Callable[[str, str, str], None] | None = None,
+    skip: Skip = frozenset(),
+    begin: Begin | None = None,
+) -> Iterator[ParityResult]:
+    """All rows of a kernel: those of its cases, then, unless ``cases`` chooses some, those about it as a whole.
+
+    Args and errors as of :func:`check_cases`.
+    """
+    begin = begin or _say_nothing
+    yield from check_cases(
+        spec, device=device, dtypes=dtypes, cases=cases, seed=seed, progress=progress, skip=skip, begin=begin
+    )
+    if cases is None:
+        for case, dtype, mode, body in kernel_rows(spec, device=device, dtypes=_dtypes(spec, dtypes), seed=seed):
+            if (case, dtype, mode) not in skip:
+                begin(case, dtype, mode)
+                started = time.perf_counter()
+                yield _run(body).row(spec.name, case, dtype, mode, time.perf_counter() - started)
+
+
+def kernel_rows(spec: KernelSpec, *, device: torch.device, dtypes: Sequence[str], seed: int) -> Iterator[Row]:
+    """The rows about a kernel as a whole: none yet."""
+    yield from ()
+
+
+def check_cases(
+    spec: KernelSpec,
+    *,
+    device: torch.device,
+    dtypes: Sequence[str | torch.dtype] | None = None,
+    cases: Sequence[Case | str] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    skip: Skip = frozenset(),
+    begin: Begin | None = None,
 ) -> Iterator[ParityResult]:
     """One result per case, dtype and way of calling. A kernel that raises is a failed result, and the others go on.
 
@@ -60,27 +104,24 @@ def check_kernel(
                 if lacking := _lacking_memory(spec, case, getattr(torch, name), device):
                     progress.note(lacking)
                     continue
-                check = _Check(spec, case, getattr(torch, name), device, seed)
-                yield from _rows(check, smallest, skip, begin or _say_nothing)
+                check = CaseCheck(spec, case, getattr(torch, name), device, seed)
+                yield from _case_rows(check, smallest, skip, begin or _say_nothing)
                 advance(1)
 
 
-def _rows(
-    check: _Check, smallest: Case | None, skip: frozenset[tuple[str, str, str]], begin: Callable[[str, str, str], None]
-) -> Iterator[ParityResult]:
+def _case_rows(check: CaseCheck, smallest: Case | None, skip: Skip, begin: Begin) -> Iterator[ParityResult]:
     kernel, case, dtype = check.spec.name, check.case.name, str(check.dtype).removeprefix("torch.")
-    bodies = dict(_bodies(check, smallest))
-    first = next(iter(bodies))
-    for mode, body in bodies.items():
-        if (case, dtype, mode) in skip:
+    rows = [Row(case, dtype, mode, body) for mode, body in _bodies(check, smallest)]
+    for row in rows:
+        if row[:3] in skip:
             continue
-        begin(case, dtype, mode)
+        begin(*row[:3])
         started = time.perf_counter()
         if check.broken and (finding := _run(check.prepare)).reason:
-            if (case, dtype, first) not in skip:
-                yield finding.row(kernel, case, dtype, first, time.perf_counter() - started)
+            if rows[0][:3] not in skip:
+                yield finding.row(kernel, case, dtype, rows[0].mode, time.perf_counter() - started)
             return
-        yield _run(body).row(kernel, case, dtype, mode, time.perf_counter() - started)
+        yield _run(row.body).row(kernel, case, dtype, row.mode, time.perf_counter() - started)
 
 
 def _say_nothing(case: str, dtype: str, mode: str) -> None:
@@ -134,156 +175,43 @@ def _size(case: Case) -> int:
     return size
 
 
-def _bodies(check: _Check, smallest: Case | None) -> Iterator[tuple[str, Callable[[], Finding]]]:
-    """Every way in which a case is checked on this device, by its mode."""
+def _bodies(check: CaseCheck, smallest: Case | None) -> Iterator[tuple[str, Body]]:
+    """Every way in which a case is checked on this device, by its mode; the first is the first call of the kernel."""
     spec, case = check.spec, check.case
-    on_gpu = check.device.type == "cuda"
     yield "plain", check.plain
+    if not case.large:
+        yield "rewritten", check.rewritten
     if case.ragged:
         yield "offset", check.offset
-        if not spec.mutates:
-            yield "strided", check.strided
+        yield from ((layout, check.laid_out(layout)) for layout in LAYOUTS)
     if spec.differentiable:
-        yield "gradient", check.gradient
-        if case.ragged:
-            yield "gradient of a sum", check.gradient_of_sum
+        yield from _gradient_bodies(check)
     if spec.stateful:
-        last = UPDATES[-1] if on_gpu or case is smallest else UPDATES[0]
+        last = UPDATES[-1] if check.device.type == "cuda" or case is smallest else UPDATES[0]
         yield from ((f"{count} updates", check.updates(count)) for count in UPDATES if count <= last)
-    if on_gpu:
-        yield "compile", check.compiled
-        yield "graph", check.graph
+    if check.device.type == "cuda":
+        yield from _gpu_bodies(check)
 
 
-def _run(body: Callable[[], Finding]) -> Finding:
+def _gradient_bodies(check: CaseCheck) -> Iterator[tuple[str, Body]]:
+    yield "gradient", check.gradient
+    if check.case.ragged:
+        yield "gradient of a sum", check.gradient_of_sum
+        yield from ((f"gradient {layout}", check.gradient_laid_out(layout)) for layout in LAYOUTS[:2])
+        yield "gradient offset", check.gradient_offset
+
+
+def _gpu_bodies(check: CaseCheck) -> Iterator[tuple[str, Body]]:
+    yield "stream", check.stream
+    yield "compile", check.compiled
+    yield "graph", check.graph
+    if check.spec.differentiable:
+        yield "gradient compile", check.gradient_compiled
+        yield "gradient graph", check.gradient_graph
+
+
+def _run(body: Body) -> Finding:
     try:
         return body()
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the result of checking it
         return Finding(reason=raised(error))
-
-
-class _Check(Subject):
-    """A subject with the ways of checking it."""
-
-    def prepare(self) -> Finding:
-        """Inputs and truth, without which nothing can be judged."""
-        _ = self.truth
-        return Finding()
-
-    def plain(self) -> Finding:
-        """Poisoned outputs: right, twice the same, right on other inputs too, and nothing else touched."""
-        others, stale = self._on_other_inputs()
-        truth = self.truth
-        inputs = compare.clone(self.inputs)
-        with conditions.poisoned():
-            first = self.call(self.spec.optimized, inputs)
-        touched = self._touched(inputs)
-        first = compare.clone(first)
-        del inputs
-        judged = self.judge(first, truth, self.inputs)
-        again = self.call(self.spec.optimized, compare.clone(self.inputs))
-        bitwise = first.keys() == again.keys() and all(compare.same_leaf(first[name], again[name]) for name in first)
-        survey = mutants.survey(
-            self._mutants(stale), lambda changed: passes(judge_all(changed, truth, self.forward, part=True))
-        )
-        kept_answer = any(item.reason for item in judged) and not any(item.reason for item in others)
-        reasons = [
-            touched,
-            "" if bitwise else "two calls on equal inputs differ",
-            next((f"on inputs of another seed {item.reason}" for item in others if item.reason), ""),
-            "right on the inputs that came first, wrong on these: it may keep an answer" if kept_answer else "",
-            survey.reason,
-        ]
-        return Finding(judged, "; ".join(filter(None, reasons)), None, (survey.killed, survey.total), bitwise)
-
-    def _on_other_inputs(self) -> tuple[list[Judged], Leaves]:
-        """The kernel judged on inputs of another seed, and what eager makes of them: a mutant's stale answer."""
-        inputs = self.others()
-        truth = self.truth_of(inputs)
-        return self.judge(self.call(self.spec.optimized, compare.clone(inputs)), truth, inputs), truth.eager
-
-    def _touched(self, inputs: Inputs) -> str:
-        changed = [
-            name
-            for argument, value in inputs.items()
-            if argument not in self.spec.mutates
-            for name, leaf in compare.leaves(value, argument).items()
-            if not compare.same_leaf(leaf, compare.leaves(self.inputs[argument], argument)[name])
-        ]
-        return f"writes into {', '.join(changed[:3])}, which it does not declare in mutates" if changed else ""
-
-    def _mutants(self, stale: Leaves) -> Iterator[mutants.Mutant]:
-        initial = self.results((), self.inputs)
-        given = {key: leaf for name, value in self.inputs.items() for key, leaf in compare.leaves(value, name).items()}
-        right = self.truth.eager
-        signal = {
-            item.name for item in judge_all(right, self.truth, self.forward) if not is_noise(item, right[item.name])
-        }
-        for mutant in mutants.of_call(right, initial, given, stale):
-            if signal & mutant.changed.keys():
-                yield mutant
-
-    def offset(self) -> Finding:
-        """Each tensor misaligned between guard bands: what is read or written past an end shows."""
-        guarded = conditions.Guarded()
-        with conditions.poisoned():
-            got = self.call(self.spec.optimized, guarded.embed(self.inputs))
-        reason = "" if guarded.intact() else "writes past the end of a tensor"
-        return Finding(self.judge(got, self.truth, self.inputs), reason)
-
-    def strided(self) -> Finding:
-        """Inputs with gaps between elements; a kernel may refuse them with a ValueError, but not get them wrong."""
-        try:
-            with conditions.poisoned():
-                got = self.call(self.spec.optimized, conditions.strided(self.inputs))
-        except ValueError as error:
-            return Finding(reason=f"refused: {(str(error).splitlines() or [''])[0]}", passed=True)
-        return Finding(self.judge(got, self.truth, self.inputs))
-
-    def gradient(self) -> Finding:
-        """Gradients to all inputs that require them, for a random upstream gradient."""
-        return self._gradient(expanded=False)
-
-    def gradient_of_sum(self) -> Finding:
-        """The same for the upstream gradient of ``sum()``, which is one number with strides of zero."""
-        return self._gradient(expanded=True)
-
-    def _gradient(self, *, expanded: bool) -> Finding:
-        upstream = self.upstream(self.truth.eager, expanded=expanded)
-        wanted = modes.differentiable_names(self.inputs, self.spec.mutates)
-        run = modes.Backward(wanted, upstream)
-        truth = self.backward_truth(run, self.inputs)
-        with conditions.poisoned():
-            got = run(self.spec.optimized, compare.clone(self.inputs))
-        judged = self.judge_backward(got, truth, run, self.inputs)
-        noise = {item.name for item in judged if is_noise(item, truth.eager[item.name])}
-        right = {name: leaf for name, leaf in truth.eager.items() if isinstance(leaf, Tensor) and name not in noise}
-        survey = mutants.survey(
-            mutants.of_gradients(right), lambda changed: passes(judge_all(changed, truth, self.backward, part=True))
-        )
-        return Finding(judged, survey.reason, None, (survey.killed, survey.total))
-
-    def updates(self, count: int) -> Callable[[], Finding]:
-        """All state after ``count`` updates from one start, each with fresh inputs, against float64 all the way."""
-
-        def body() -> Finding:
-            steps = modes.Updates(self.spec, self.inputs, self.seed)
-            eager = self.results(*steps.run(self.spec.reference, compare.clone(self.inputs), count))
-            oracle = self.results(*steps.run(self.spec.reference, compare.upcast(self.inputs), count))
-            got = self.results(*steps.run(self.spec.optimized, compare.clone(self.inputs), count))
-            return Finding(judge_all(got, Truth(eager, oracle), self.forward))
-
-        return body
-
-    def compiled(self) -> Finding:
-        """The kernel called from inside a graph of torch.compile."""
-        got = self.call(modes.compiled(self.spec.optimized), compare.clone(self.inputs))
-        return Finding(self.judge(got, self.truth, self.inputs))
-
-    def graph(self) -> Finding:
-        """The kernel captured in a CUDA graph, replayed on other inputs at the same addresses."""
-        others = self.others()
-        got = self.results(*modes.replayed(self.spec.optimized, self.inputs, others))
-        mixed = modes.with_tensors_of(self.inputs, others)
-        del others
-        return Finding(self.judge(got, self.truth_of(mixed), mixed))

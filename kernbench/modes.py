@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from kernbench.compare import Leaves
 from kernbench.spec import Inputs, KernelSpec
 
 WARM_UPS = 2
+SPIN_CYCLES = 100_000_000
+"""Some 50 ms of a GPU: the host has queued the call long before it is over."""
 
 
 def differentiable_names(inputs: Inputs, mutates: Sequence[str]) -> list[str]:
@@ -156,20 +159,94 @@ def _tensors_only(others: Any, inputs: Any) -> Any:
     return others if isinstance(others, Tensor) else inputs
 
 
+def rewritten(target: Inputs, drawn: Inputs) -> Inputs:
+    """``drawn`` in the tensors of ``target``, with scalars of its own.
+
+    Their version counters do not move, as they do not when a Triton kernel writes: a counter is no proof of contents.
+    """
+    inside = compare.leaves(target, "")
+
+    def write(name: str, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        place = inside[name]
+        if place.shape != leaf.shape:
+            return leaf.detach().clone()
+        place.data.copy_(leaf.detach())
+        return place
+
+    written: Inputs = _replaced(drawn, "", write)
+    return written
+
+
+def _replaced(value: Any, name: str, write: Callable[[str, Any], Any]) -> Any:
+    """A nested value with each leaf replaced, given by its path as in :func:`compare.leaves`."""
+    if isinstance(value, Mapping):
+        return {key: _replaced(item, f"{name}.{key}" if name else str(key), write) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_replaced(item, f"{name}[{index}]", write) for index, item in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return write(name, value)
+
+
 def replayed(function: Callable[..., Any], inputs: Inputs, others: Inputs) -> tuple[Any, Inputs]:
     """Capture ``function`` on ``inputs`` in a CUDA graph, replay it on the tensors of ``others``; output and inputs."""
     static = compare.clone(inputs)
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
     with torch.no_grad():
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                function(**static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = function(**static)
+        graph, output = _captured(lambda: function(**static))
         static = _take(static, _tensors_only(others, inputs))
         graph.replay()
     torch.cuda.synchronize()
     return output, static
+
+
+def replayed_backward(
+    function: Callable[..., Any], captured: Backward, inputs: Inputs, other: Backward, others: Inputs
+) -> tuple[Leaves, Inputs]:
+    """As :func:`replayed` for a forward and backward pass: ``captured`` of ``inputs``, then ``other`` of ``others``."""
+    static, arriving = compare.clone(inputs), compare.clone(captured.upstream)
+    run = Backward(captured.wanted, arriving)
+    graph, gradients = _captured(lambda: run(function, static))
+    with torch.no_grad():
+        static = _take(static, _tensors_only(others, inputs))
+        _take(arriving, other.upstream)
+        graph.replay()
+    torch.cuda.synchronize()
+    return gradients, static
+
+
+def _captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of a call that has warmed up on a side stream, and what the call returned."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+    return graph, output
+
+
+def on_side_stream(run: Callable[[Inputs], Leaves], inputs: Inputs) -> Leaves:
+    """A run on a stream of its own, where the contents of the inputs arrive late; its leaves, copied right behind it.
+
+    Work that does not wait for that stream finds NaN or zeros; work that it does not wait for is copied unfinished.
+    """
+    contents = compare.clone(inputs)
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        run(inputs)  # compiles, so that the host is quick the next time
+    torch.cuda.synchronize()
+    for leaf in compare.leaves(inputs, "").values():
+        if isinstance(leaf, Tensor):
+            leaf.data.fill_(math.nan if leaf.is_floating_point() else 0)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
+        live = run(rewritten(inputs, contents))
+        taken = {name: leaf.detach().clone() if type(leaf) is Tensor else leaf for name, leaf in live.items()}
+    torch.cuda.synchronize()
+    return taken

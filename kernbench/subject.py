@@ -5,7 +5,10 @@ A ``Subject`` is one kernel, case and dtype. Every way of checking takes one: ke
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench import compare, modes, mutants
+from kernbench import compare, conditions, integrity, modes, mutants
 from kernbench.compare import Judged, Leaves, Rule
 from kernbench.record import Errors
 from kernbench.spec import Case, Inputs, KernelSpec, Tolerance
+
+SETTLING_S = 0.02
+"""How long a thread that a call has started may take until it changes what the call returned."""
 
 
 @dataclass
@@ -25,6 +31,14 @@ class Truth:
 
     eager: Leaves
     oracle: Leaves
+
+
+@dataclass
+class Observed:
+    """What one call of the kernel gave, copied at once, and what it did besides that it may not; empty if nothing."""
+
+    leaves: Leaves
+    reason: str
 
 
 class Subject:
@@ -68,6 +82,57 @@ class Subject:
             output = function(**inputs)
         return self.results(output, inputs)
 
+    def observe(
+        self,
+        inputs: Inputs,
+        unchanged: Inputs,
+        run: Callable[[Inputs], Leaves] | None = None,
+        *,
+        guard: bool = True,
+        below_python: bool = False,
+    ) -> Observed:
+        """One call of the kernel, or one ``run`` of it, by all rules other than that of the result.
+
+        Args:
+            inputs: its own, to write into.
+            unchanged: what the arguments that it does not declare as mutated must hold afterwards.
+            guard: put what it allocates between guard bands; ``below_python`` as in :func:`conditions.guarded`.
+        """
+        running = set(threading.enumerate())
+        guards = conditions.guarded(below_python=below_python) if guard else nullcontext(None)
+        with integrity.watched() as watch, guards as allocations:
+            live = run(inputs) if run else self.call(self.spec.optimized, inputs)
+            taken = {name: _taken(leaf) for name, leaf in live.items()}
+        self._settle(running)
+        changed = [
+            name for name, leaf in live.items() if leaf is not taken[name] and not compare.same_bits(leaf, taken[name])
+        ]
+        reasons = [
+            watch.reason,
+            allocations.reason if allocations is not None else "",
+            f"{changed[0]} changes after the call has returned: work goes on elsewhere" if changed else "",
+            self.touched(inputs, unchanged),
+        ]
+        return Observed(taken, "; ".join(filter(None, reasons)))
+
+    def _settle(self, running: set[threading.Thread]) -> None:
+        """Wait for what a call has left running: on the device, and in threads of its own."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if set(threading.enumerate()) - running:
+            time.sleep(SETTLING_S)
+
+    def touched(self, inputs: Inputs, unchanged: Inputs) -> str:
+        """Which arguments were written into and not declared as mutated, in words."""
+        changed = [
+            name
+            for argument, value in inputs.items()
+            if argument not in self.spec.mutates
+            for name, leaf in compare.leaves(value, argument).items()
+            if not compare.same_leaf(leaf, compare.leaves(unchanged[argument], argument).get(name))
+        ]
+        return f"writes into {', '.join(changed[:3])}, which it does not declare in mutates" if changed else ""
+
     def results(self, output: Any, inputs: Inputs) -> Leaves:
         """An output and the mutated arguments by name."""
         found = compare.leaves(output, "output")
@@ -88,13 +153,25 @@ class Subject:
         return Truth(run(self.spec.reference, compare.clone(inputs)), run(self.spec.reference, compare.upcast(inputs)))
 
     def judge_backward(self, got: Leaves, truth: Truth, run: modes.Backward, inputs: Inputs) -> list[Judged]:
-        """Hold gradients to ``inputs`` against the truth about them."""
+        """Hold gradients to ``inputs`` against the truth about them; zeros are as good as none."""
+        got = {
+            name: leaf if truth.eager.get(name, leaf) is not None else _none_if_zero(leaf) for name, leaf in got.items()
+        }
         return judge_fairly(got, truth, self.backward, lambda: run(self.spec.reference, self.nudged(inputs)))
 
     def nudged(self, inputs: Inputs) -> Inputs:
         """The inputs, each number moved by up to one ulp."""
         moved: Inputs = modes.nudge(inputs, self.seed)
         return moved
+
+
+def _taken(leaf: Any) -> Any:
+    # Of another type is refused later; copying it could make it compute what it has put off.
+    return leaf.detach().clone() if type(leaf) is Tensor else leaf
+
+
+def _none_if_zero(leaf: Any) -> Any:
+    return None if isinstance(leaf, Tensor) and not bool(leaf.count_nonzero()) else leaf
 
 
 def judge_all(got: Leaves, truth: Truth, rule: Rule, *, part: bool = False) -> list[Judged]:
