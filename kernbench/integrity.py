@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _device
 
 SHOWN = 3
 OWNERS: tuple[tuple[str, Any], ...] = (
@@ -101,7 +102,7 @@ def _drop_function_modes(was: int) -> None:
 SETTINGS = (
     Setting("the functions that torch modes override", _function_modes, _drop_function_modes),
     Setting("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
-    Setting("the default device", lambda: torch.utils._device.CURRENT_DEVICE, torch.set_default_device),
+    Setting("the default device", lambda: _device.CURRENT_DEVICE, torch.set_default_device),
     Setting("the float32 matmul precision", _precision, _set_precision),
     Setting("whether gradients are recorded", torch.is_grad_enabled, torch._C._set_grad_enabled),
     Setting(
