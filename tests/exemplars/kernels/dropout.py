@@ -21,7 +21,7 @@ from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Stochastic, Va
 
 from . import _shared
 
-BLOCK = 1024
+BLOCK = 2048
 
 
 def dropout_reference(x: Tensor, p: float, seed: int) -> Tensor:

@@ -15,7 +15,7 @@ from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Stochastic, Va
 
 from . import _shared
 
-BLOCK = 1024
+BLOCK = 2048
 
 
 def gaussian_noise_reference(x: Tensor, scale: float, seed: int) -> Tensor:
