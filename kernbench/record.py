@@ -368,9 +368,10 @@ class Arm(Struct, frozen=True, kw_only=True):
 
 
 class BenchResult(Struct, frozen=True, kw_only=True):
-    """One timed implementation. ``label`` warns ("launch-bound", "impossible", …) and ``note`` says why.
+    """One timed implementation. ``label`` warns ("launch-bound", "impossible", "wrong", …) and ``note`` says why.
 
-    ``noise_floor`` is the half-width around 1 that eager against itself (A/A) showed in the same rounds.
+    ``noise_floor`` is the half-width around 1 that eager against itself (A/A) showed in the same rounds. ``clocks`` are
+    those of the rounds: medians, the highest temperature, and every throttle reason that was seen.
     """
 
     kernel: str
@@ -389,6 +390,7 @@ class BenchResult(Struct, frozen=True, kw_only=True):
     noise_floor: float | None = None
     launches_per_step: float | None = None
     syncs_per_step: float | None = None
+    clocks: Clocks | None = None
     cache: str = ""
     label: str = ""
     note: str = ""
