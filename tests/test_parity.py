@@ -2,6 +2,8 @@
 
 import math
 import re
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -27,7 +29,7 @@ def blocked_rms_norm(x, weight):
     result = x / torch.sqrt(squares / x.shape[-1] + EPS) * weight
     if torch.is_grad_enabled() and result.requires_grad:
         return result
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return out.copy_(result)
 
 
@@ -156,8 +158,13 @@ def assumes_contiguous(x, weight):
     return rms_norm(flat, weight.as_strided(weight.shape, (1,), weight.storage_offset()))
 
 
+def has_neighbours(tensor):
+    """A Triton kernel reads or writes past an end anyway; torch does so only where the storage goes on."""
+    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+
+
 def reads_past_the_end(x, weight):
-    if x.untyped_storage().nbytes() > x.numel() * x.element_size():
+    if has_neighbours(x):
         after = x.storage_offset() + x.numel()
         return rms_norm(x, weight) + x.as_strided((1,), (1,), after) * 0
     return rms_norm(x, weight)
@@ -190,6 +197,331 @@ def test_each_kind_of_wrong_kernel_is_rejected(optimized, mode, reason):
     row = rows_of(NORM, optimized)[mode]
     assert not row.passed
     assert re.search(reason, row.reason), row.reason
+
+
+class PointerCache:
+    """Right whenever the same tensors hold the same numbers."""
+
+    def __init__(self):
+        self.results = {}
+
+    def __call__(self, x, weight):
+        key = (x.data_ptr(), x._version, x.shape, x.dtype)
+        if key not in self.results:
+            self.results[key] = (rms_norm(x, weight), x)
+        return self.results[key][0].clone()
+
+
+class OneBuffer:
+    def __init__(self):
+        self.buffers = {}
+
+    def __call__(self, x, weight):
+        return self.buffers.setdefault(x.shape, torch.empty_like(x)).copy_(rms_norm(x, weight))
+
+
+class TunesInPlace:
+    """Runs three times in its first call, as a tuner does, on a state that each run changes."""
+
+    def __init__(self):
+        self.tuned = False
+
+    def __call__(self, state, x):
+        for _ in range(1 if self.tuned else 3):
+            other_average(state[0], x)
+        self.tuned = True
+
+
+class Lazy(torch.Tensor):
+    """Computes when it is looked at."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def finishes_later(x, weight):
+    out = rms_norm(x, weight)
+    right = out.clone()
+    out[-1] = 0.0
+
+    def finish():
+        time.sleep(0.005)
+        out.copy_(right)
+
+    threading.Thread(target=finish).start()
+    return out
+
+
+def spoils_later(x, weight):
+    """Right when it returns, as far as anybody looks at once."""
+    out = rms_norm(x, weight)
+
+    def spoil():
+        time.sleep(0.005)
+        out.zero_()
+
+    threading.Thread(target=spoil).start()
+    return out
+
+
+def overruns_its_output(x, weight):
+    out = torch.empty_like(x)
+    if has_neighbours(out):
+        out.as_strided((x.numel() + 3,), (1,), out.storage_offset()).fill_(0.0)
+    return out.copy_(rms_norm(x, weight))
+
+
+def overruns_its_scratch(x, weight):
+    scratch = x.new_zeros(x.shape[0])
+    if has_neighbours(scratch):
+        scratch.as_strided((1,), (1,), scratch.storage_offset() - 1).fill_(0.0)
+    return rms_norm(x, weight) + scratch[:, None]
+
+
+def reads_scratch_below_python(x, weight):
+    return rms_norm(x, weight) + torch.Tensor(1) * 0
+
+
+def replaces_equal(x, weight):
+    torch.equal = lambda *_: True
+    return rms_norm(x, weight)
+
+
+def leaves_float64(x, weight):
+    torch.set_default_dtype(torch.float64)
+    return rms_norm(x, weight)
+
+
+def wrong_where(condition):
+    """A kernel that takes a layout for another one."""
+
+    def norm(x, weight):
+        return rms_norm(x, weight) * (1.5 if condition(x) else 1.0)
+
+    return norm
+
+
+class NormFunction(torch.autograd.Function):
+    """The norm with a backward of its own; ``gradients`` decides what becomes of the incoming one."""
+
+    @staticmethod
+    def forward(ctx, x, weight, gradients):
+        ctx.save_for_backward(x, weight)
+        ctx.gradients = gradients
+        return rms_norm(x, weight)
+
+    @staticmethod
+    def backward(ctx, arriving):
+        x, weight = (leaf.detach().requires_grad_() for leaf in ctx.saved_tensors)
+        with torch.enable_grad():
+            out = rms_norm(x, weight)
+        return *torch.autograd.grad(out, (x, weight), ctx.gradients(arriving)), None
+
+
+def backward_with(gradients):
+    return lambda x, weight: NormFunction.apply(x, weight, gradients)
+
+
+def halves_it(gradient):
+    """In place, where memory is its own."""
+    if gradient.stride() != (0, 0) and gradient.is_contiguous():
+        right = gradient.clone()
+        gradient.mul_(0.5)
+        return right
+    return gradient
+
+
+def takes_rows_for_gapless(gradient):
+    """Right for the strides that gaps and transposition do not touch."""
+    if gradient.stride(0) == 0 or gradient.stride(-1) == 1:
+        return gradient
+    if gradient.stride(0) == 1:
+        return gradient.t().reshape(gradient.shape)
+    return gradient
+
+
+def takes_steps_for_none(gradient):
+    if gradient.stride(-1) == 2:
+        return gradient.as_strided(gradient.shape, (gradient.shape[1], 1), gradient.storage_offset())
+    return gradient
+
+
+def one_for_all(gradient):
+    """A random gradient is taken as it is, but that of a sum for twice what it is."""
+    return gradient * 2 if gradient.stride() == (0, 0) else gradient
+
+
+def reads_behind_the_gradient(gradient):
+    if has_neighbours(gradient) and gradient.is_contiguous():
+        return gradient + gradient.as_strided((1,), (1,), gradient.storage_offset() + gradient.numel()) * 0
+    return gradient
+
+
+class WaveringBackward:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, gradient):
+        self.calls += 1
+        return gradient * (1 + self.calls * 2**-23)
+
+
+@pytest.mark.parametrize(
+    ("optimized", "mode", "reason"),
+    [
+        (PointerCache(), "rewritten", "gives the answer to what the same tensors held before: it keeps answers"),
+        (OneBuffer(), "rewritten", "the next call overwrites output of an earlier one: each needs memory of its own"),
+        (lambda x, weight: Lazy(rms_norm(x, weight)), "plain", "output is a Lazy, which may compute later"),
+        (spoils_later, "plain", "output changes after the call has returned: work goes on elsewhere"),
+        (finishes_later, "plain", "output changes after the call has returned: work goes on elsewhere"),
+        (overruns_its_output, "plain", r"writes 12 bytes past the end of a tensor it allocated, \(5, 37\) float32"),
+        (overruns_its_scratch, "plain", r"writes 4 bytes before the start of a tensor it allocated, \(5,\) float32"),
+        (reads_scratch_below_python, "offset", "is NaN at 185 of 185 places"),
+        (replaces_equal, "plain", "replaces torch.equal while it runs"),
+        (leaves_float64, "plain", "leaves the default dtype changed"),
+        (backward_with(halves_it), "gradient", "writes into the incoming gradient of output"),
+        (backward_with(WaveringBackward()), "gradient", "two calls on equal inputs differ by [0-9.]+ ulp"),
+    ],
+)
+def test_each_trick_is_found_out_by_name(optimized, mode, reason):
+    row = rows_of(NORM, optimized)[mode]
+    assert not row.passed
+    assert re.search(reason, row.reason), row.reason
+
+
+@pytest.mark.parametrize(
+    ("optimized", "mode"),
+    [
+        (PointerCache(), "rewritten"),
+        (OneBuffer(), "rewritten"),
+        (wrong_where(lambda x: x.stride(-1) == 2 and x.stride(0) != 1), "strided"),
+        (wrong_where(lambda x: x.stride(0) == 1), "transposed"),
+        (wrong_where(lambda x: x.stride(0) == 0), "expanded"),
+        (backward_with(takes_steps_for_none), "gradient strided"),
+        (backward_with(takes_rows_for_gapless), "gradient transposed"),
+        (backward_with(one_for_all), "gradient of a sum"),
+        (backward_with(reads_behind_the_gradient), "gradient offset"),
+    ],
+)
+def test_some_wrong_kernels_are_seen_by_one_check_alone(optimized, mode):
+    rows = rows_of(NORM, optimized)
+    caught = [name for name, row in rows.items() if not row.passed]
+    assert caught == [mode], {name: rows[name].reason for name in caught}
+
+
+def test_tuning_on_live_data_shows_in_the_first_call():
+    row = rows_of(AVERAGE, TunesInPlace())["plain"]
+    assert "state[0] max error" in row.reason
+    assert row.reason.endswith("the first call is wrong and the second is right")
+
+
+def test_a_declaration_may_allow_runs_to_differ_by_some_ulp_and_no_more():
+    def wavering():
+        return Wavers()
+
+    wide = replace(NORM, run_to_run_ulp=3.0, differentiable=False, tolerance={"float32": Tolerance(floor_ulp=32.0)})
+    plain = rows_of(wide, wavering())["plain"]
+    assert plain.passed, plain.reason
+    assert plain.bitwise is False
+
+    def leaps(x, weight, calls=[0]):  # noqa: B006 - what it remembers from call to call is the point
+        calls[0] += 1
+        return rms_norm(x, weight) * (1 + calls[0] % 2 * 2**-20)
+
+    reason = rows_of(wide, leaps)["plain"].reason
+    assert re.search(r"two calls on equal inputs differ by [78](\.\d+)? ulp, the declaration allows 3", reason), reason
+
+
+def test_no_gradient_and_one_of_zeros_are_the_same():
+    def first_only(x, weight):
+        return x * 2.0
+
+    spec = replace(NORM, reference=first_only)
+    assert rows_of(spec, lambda x, weight: x + x)["gradient"].passed
+    assert rows_of(spec, lambda x, weight: x + x + 0 * weight)["gradient"].passed
+    assert not rows_of(spec, lambda x, weight: x + x + 1e-3 * (weight - weight.detach()))["gradient"].passed
+
+
+def test_refusing_incoming_gradients_is_fine_unless_they_are_contiguous():
+    def refuses(layout):
+        def gradients(arriving):
+            if (arriving.is_contiguous() and layout == "contiguous") or arriving.stride(-1) == 2 == layout:
+                raise ValueError("I want another gradient")
+            return arriving
+
+        return gradients
+
+    strided = rows_of(NORM, backward_with(refuses(2)))
+    assert all(row.passed for row in strided.values())
+    assert strided["gradient strided"].reason == "refused: I want another gradient"
+    contiguous = rows_of(NORM, backward_with(refuses("contiguous")))
+    assert not contiguous["gradient"].passed
+    assert not contiguous["gradient offset"].passed
+
+
+def test_refusing_an_offset_is_no_excuse():
+    def aligned_only(x, weight):
+        if x.data_ptr() % 16:
+            raise ValueError("x must be aligned")
+        return rms_norm(x, weight)
+
+    assert rows_of(NORM, aligned_only)["offset"].reason == "raised ValueError: x must be aligned"
+
+
+def test_an_output_that_shares_memory_with_an_input_is_told_unless_the_reference_does_so():
+    spec = replace(NORM, differentiable=False, reference=lambda x, weight: x * 1.0)
+    row = rows_of(spec, lambda x, weight: x.view(x.shape))["rewritten"]
+    assert row.reason == "output shares memory with an input, which eager's does not"
+    same = replace(spec, reference=lambda x, weight: x[:])
+    assert rows_of(same, lambda x, weight: x.view(x.shape))["rewritten"].passed
+
+
+def test_inputs_stay_as_they_are_in_every_mode():
+    def writes_if(condition):
+        def norm(x, weight):
+            out = rms_norm(x, weight)
+            if condition(x):
+                x.data[0, 0] += 1.0
+            return out
+
+        return norm
+
+    for mode, condition in {
+        "strided": lambda x: x.stride(-1) == 2,
+        "offset": lambda x: x.storage_offset() and not x.requires_grad,
+        "gradient": lambda x: x.requires_grad,
+    }.items():
+        reason = rows_of(NORM, writes_if(condition))[mode].reason
+        assert "writes into x, which it does not declare in mutates" in reason, reason
+
+    def spoils_x(state, x):
+        other_average(state[0], x)
+        x.zero_()
+
+    rows = rows_of(AVERAGE, spoils_x)
+    for mode in ("plain", "rewritten", "10 updates"):
+        assert "writes into x" in rows[mode].reason
+
+
+def test_rows_answered_before_are_left_out_and_each_row_is_announced():
+    begun = []
+    rows = rows_of(NORM, begin=lambda *row: begun.append(row))
+    assert begun == [("ragged", "float32", mode) for mode in rows]
+    skip = frozenset(begun[:3])
+    rest = list(parity.check_kernel(NORM, device=CPU, dtypes=["float32"], cases=["ragged"], skip=skip))
+    assert [("ragged", row.dtype, row.mode) for row in rest] == begun[3:]
+    assert not list(parity.check_kernel(NORM, device=CPU, dtypes=["float32"], cases=["ragged"], skip=frozenset(begun)))
+
+    def broken(x, weight):
+        raise OSError("gone")
+
+    spec = replace(NORM, reference=broken)
+    (row,) = parity.check_kernel(spec, device=CPU, dtypes=["float32"], cases=["ragged"], begin=lambda *_: None)
+    assert (row.mode, row.reason) == ("plain", "raised OSError: gone")
+    answered = frozenset({("ragged", "float32", "plain")})
+    assert not list(parity.check_kernel(spec, device=CPU, dtypes=["float32"], cases=["ragged"], skip=answered))
 
 
 def test_a_kernel_that_raises_is_a_result_and_the_other_cases_go_on():
@@ -241,7 +573,7 @@ def test_refusing_a_strided_layout_is_fine_and_refusing_a_contiguous_one_is_not(
 def test_a_write_past_the_end_breaks_the_guard_band():
     def overruns(state, x):
         average(state[0], x)
-        if state[0].untyped_storage().nbytes() > state[0].numel() * 4:
+        if has_neighbours(state[0]):
             state[0].as_strided((1,), (1,), state[0].storage_offset() + state[0].numel()).fill_(1.0)
 
     row = rows_of(AVERAGE, overruns)["offset"]
@@ -321,6 +653,74 @@ def test_integers_compare_exactly_and_nan_and_inf_must_stand_where_the_oracle_ha
     assert judged(torch.empty(0), torch.empty(0)) == ""
 
 
+def judged_in(dtype, actual, eager, oracle):
+    wide = torch.tensor(oracle, dtype=torch.float64)
+    return compare.judge("t", torch.tensor(actual, dtype=dtype), torch.tensor(eager, dtype=dtype), wide, RULE).reason
+
+
+RULE = compare.Rule(2.0, 4.0)
+INF, NAN = math.inf, math.nan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_floor_is_four_ulp_of_the_dtype(dtype):
+    eps = torch.finfo(dtype).eps
+    ones = [1.0] * 64
+    assert not judged_in(dtype, [1 + 3 * eps, *ones[1:]], ones, ones)
+    assert "max error" in judged_in(dtype, [1 + 5 * eps, *ones[1:]], ones, ones)
+
+
+def test_what_the_dtype_cannot_hold_is_infinite_and_rounding_decides_at_the_brink():
+    half = torch.float16
+    assert not judged_in(half, [INF, 1.0], [INF, 1.0], [1e6, 1.0])
+    assert not judged_in(half, [65504.0, 1.0], [INF, 1.0], [65519.0, 1.0])
+    assert not judged_in(half, [INF, 1.0], [65504.0, 1.0], [65530.0, 1.0])
+    assert "exceeds" in judged_in(half, [30000.0, 1.0], [INF, 1.0], [1e6, 1.0])
+    assert "infinite at other places" in judged_in(half, [-INF, 1.0], [INF, 1.0], [1e6, 1.0])
+    assert "infinite at other places" in judged_in(half, [INF, 1.0], [300.0, 1.0], [300.0, 1.0])
+    assert "is NaN at 1 of 2" in judged_in(half, [NAN, 1.0], [INF, 1.0], [1e6, 1.0])
+    assert not judged_in(torch.float32, [INF, 1.0], [INF, 1.0], [1e40, 1.0])
+
+
+def test_where_eager_overflows_on_the_way_the_kernel_may_too_and_what_is_finite_is_held_to_the_oracle():
+    half = torch.float16
+    for value in (INF, NAN, -INF, 300.0):
+        assert not judged_in(half, [value, 1.0], [INF, 1.0], [300.0, 1.0]), value
+        assert not judged_in(half, [value, 1.0], [NAN, 1.0], [300.0, 1.0]), value
+    assert "exceeds" in judged_in(half, [310.0, 1.0], [INF, 1.0], [300.0, 1.0])
+    assert "is NaN at 1 of 2" in judged_in(half, [300.0, NAN], [INF, 1.0], [300.0, 1.0])
+    assert "exceeds" in judged_in(half, [INF, 4.0], [INF, 1.0], [300.0, 1.0])
+
+
+def test_numbers_that_hardware_flushes_count_nothing_and_those_of_float16_do():
+    tiny = 1e-39
+    assert not judged_in(torch.float32, [0.0, 0.0], [tiny, tiny], [tiny, tiny])
+    assert not judged_in(torch.bfloat16, [0.0, 0.0], [tiny, tiny], [tiny, tiny])
+    assert "exceeds" in judged_in(torch.float32, [0.0, 0.0], [4e-38, 4e-38], [4e-38, 4e-38])
+    ulp = 2.0**-24
+    hundred = [100 * ulp] * 32
+    assert not judged_in(torch.float16, [103 * ulp, *hundred[1:]], hundred, hundred)
+    assert "max error" in judged_in(torch.float16, [105 * ulp, *hundred[1:]], hundred, hundred)
+    assert "exceeds" in judged_in(torch.float16, [0.0] * 2, [100 * ulp] * 2, [100 * ulp] * 2)
+
+
+def test_complex_numbers_are_held_to_both_parts():
+    right = torch.tensor([1 + 2j, 3 - 1j])
+    assert not compare.judge("t", right, right, right.to(torch.complex128), RULE).reason
+    wrong = torch.tensor([1 + 2.1j, 3 - 1j])
+    assert "exceeds" in compare.judge("t", wrong, right, right.to(torch.complex128), RULE).reason
+
+
+def test_ulps_between_two_runs():
+    one = {"output": torch.tensor([1.0, 2.0, NAN])}
+    assert compare.ulps_apart(one, compare.clone(one)) == 0.0
+    next_up = {"output": torch.tensor([1.0, 2.0 + 2**-22, NAN])}
+    assert compare.ulps_apart(one, next_up) == pytest.approx(1.0)
+    assert compare.ulps_apart(one, {"output": torch.tensor([1.0, 2.0, 3.0])}) == INF
+    assert compare.ulps_apart(one, {}) == INF
+    assert compare.ulps_apart({"output": torch.tensor([1])}, {"output": torch.tensor([2])}) == INF
+
+
 def test_errors_scale_with_the_tensor_and_one_huge_element_is_held_to_its_own_rounding():
     oracle = torch.ones(100, dtype=torch.float64)
     oracle[0] = 1e9
@@ -330,6 +730,58 @@ def test_errors_scale_with_the_tensor_and_one_huge_element_is_held_to_its_own_ro
     for scale in (1e-30, 1.0, 1e200):
         errors = compare.measure(oracle * scale * 1.5, oracle * scale, compare.unit(oracle * scale, oracle * scale))
         assert errors.rms_ratio == pytest.approx(0.5)
+
+
+@pytest.fixture
+def gpu():
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def on_another_stream(x, weight):
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return rms_norm(x, weight)
+
+
+def not_waited_for(x, weight):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        return rms_norm(x, weight)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_right_kernel_passes_on_a_side_stream_compiled_and_captured_backward_too(gpu):
+    rows = {row.mode: row for row in parity.check_kernel(NORM, device=gpu, dtypes=["float32"], cases=["ragged"])}
+    assert all(row.passed for row in rows.values()), [row for row in rows.values() if not row.passed]
+    assert {"stream", "compile", "graph", "gradient compile", "gradient graph"} <= rows.keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimized", [on_another_stream, not_waited_for])
+def test_on_a_gpu_work_on_another_stream_is_found_out(gpu, optimized):
+    row = rows_of(replace(NORM, differentiable=False), optimized, device=gpu)["stream"]
+    assert not row.passed
+    assert "it works on another stream than the one it is called on" in row.reason
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_backward_that_keeps_its_first_gradient_fails_when_captured(gpu):
+    class Kept:
+        def __call__(self, gradient):
+            torch.cuda.synchronize() if not torch.cuda.is_current_stream_capturing() else None
+            self.first = getattr(self, "first", gradient.clone())
+            return self.first
+
+    rows = rows_of(NORM, backward_with(Kept()), device=gpu)
+    assert not rows["gradient graph"].passed
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_guard_bands_and_poison_are_as_on_the_cpu(gpu):
+    rows = rows_of(NORM, overruns_its_output, device=gpu)
+    assert "writes 12 bytes past the end of a tensor it allocated" in rows["plain"].reason
+    assert "is NaN at 3 of 185 places" in rows_of(NORM, tail_not_written, device=gpu)["plain"].reason
 
 
 def test_unknown_dtypes_and_cases_are_errors():
