@@ -14,23 +14,26 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernbench import compare, mistakes, modes, subject
+from kernbench import compare, mistakes, modes, philox, subject
 from kernbench.compare import Leaves
 from kernbench.operators import Call, alterable, operator_of
 
 PER_KIND = 24
 """Alterations of one kind at most: a reference may loop over hundreds of tensors."""
 TORCH = str(Path(torch.__file__).parent)
+OURS = frozenset({compare.__file__, philox.__file__})
+"""Not the reference: what copies its inputs, and the random stream, of which there is one and not to be altered."""
 CALLERS = frozenset({str(module.__file__) for module in (modes, subject)} | {__file__})
 """A walk up the stack that ends in one of these has met no line of the reference."""
 
 Function = Callable[..., Any]
+Wrong = Union["Alteration", "Detached", "Reseeded"]
 Caller = Callable[[Function], Leaves]
 """Calls a function on fresh inputs: ``subject.call``, or forward and backward."""
 
@@ -113,6 +116,36 @@ class Detached:
             return reference(**compare.map_tensors(inputs, lambda tensor: tensor.detach() if tensor is cut else tensor))
 
         return altered
+
+
+@dataclass(frozen=True)
+class Reseeded:
+    """A wrong kernel: one that draws the stream of another seed than the argument says."""
+
+    name: str
+    argument: str
+    seed: Callable[[int], int]
+    kind: str = "random stream"
+
+    def run(self, call: Caller, reference: Function, tape: Tape) -> Leaves | None:
+        """What ``call`` gives for the reference with the other stream."""
+        return call(self.of(reference, tape))
+
+    def of(self, reference: Function, tape: Tape) -> Function:
+        """A function with the reference's signature."""
+
+        def altered(**inputs: Any) -> Any:
+            return reference(**{**inputs, self.argument: self.seed(inputs[self.argument])})
+
+        return altered
+
+
+def reseeded(argument: str) -> list[Reseeded]:
+    """What can go wrong with the seed of a stochastic kernel."""
+    return [
+        Reseeded(f"draws the stream of the next {argument}", argument, lambda seed: seed + 1),
+        Reseeded(f"ignores {argument}", argument, lambda seed: 0),
+    ]
 
 
 @dataclass(frozen=True)
@@ -226,11 +259,11 @@ class _Altering(_Watching):  # type: ignore[no-untyped-call]
 
 
 def _place(function: OpOverload) -> Place | None:
-    """Where the call comes from; None where kernbench makes it, and not the reference."""
+    """Where the call comes from; None where it is none of the reference's own."""
     backward = torch._C._current_graph_task_id() != -1
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and (file := frame.f_code.co_filename) not in CALLERS:
-        if file == compare.__file__:
+        if file in OURS:
             return None
         if not file.startswith(TORCH):
             return Place(function, f"{Path(file).name}:{frame.f_lineno}", frame.f_lasti, backward)

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from kernbench import compare, hostile, mutants, trials
-from kernbench.alterations import Alteration, Detached
+from kernbench.alterations import Detached, Wrong, reseeded
 from kernbench.compare import Judged, Leaves
 from kernbench.finding import Finding
 from kernbench.hostile import Setting
@@ -72,7 +72,8 @@ def _altered(
     forward = _Trials(trials.of(spec, cases, dtype, device, seed))
     first = next(iter(forward))
     yield from _results(first, first.subject.call(spec.reference, first.subject.others()))
-    yield from _outcomes(forward, first.tape.alterations(seed), dtype)
+    streams = reseeded(spec.stochastic.seed) if spec.stochastic else []
+    yield from _outcomes(forward, [*streams, *first.tape.alterations(seed)], dtype)
     if spec.differentiable:
         backward = _Trials(trials.backward_of(trial) for trial in forward)
         first = next(iter(backward))
@@ -98,7 +99,7 @@ class _Trials:
             yield self._kept[index]
 
 
-def _outcomes(tried: _Trials, altered: Sequence[Alteration | Detached], dtype: torch.dtype) -> Iterator[MutantResult]:
+def _outcomes(tried: _Trials, altered: Sequence[Wrong], dtype: torch.dtype) -> Iterator[MutantResult]:
     for alteration in altered:
         if alteration.kind == "tf32" and dtype != torch.float32:
             continue
@@ -107,7 +108,7 @@ def _outcomes(tried: _Trials, altered: Sequence[Alteration | Detached], dtype: t
             yield result
 
 
-def _outcome(tried: _Trials, alteration: Alteration | Detached, dtype: torch.dtype) -> MutantResult | None:
+def _outcome(tried: _Trials, alteration: Wrong, dtype: torch.dtype) -> MutantResult | None:
     """What becomes of one altered kernel; None if it runs on no inputs, as where shapes no longer fit."""
     passed: list[Trial] = []
     for trial in tried:
@@ -140,7 +141,7 @@ def _far(difference: Difference | None) -> str:
     return f"it differs by {difference.size:.2g} where {difference.resolved:.2g} can be resolved"
 
 
-def _result(alteration: Alteration | Detached, outcome: Outcome, reason: str) -> MutantResult:
+def _result(alteration: Wrong, outcome: Outcome, reason: str) -> MutantResult:
     return MutantResult(name=alteration.name, kind="altered", outcome=outcome, reason=reason)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernbench import compare, modes, mutants
-from kernbench.alterations import Alteration, Caller, Detached, Tape
+from kernbench.alterations import Caller, Tape, Wrong
 from kernbench.compare import Leaves, Rule
 from kernbench.record import Errors
 from kernbench.spec import Case, Inputs, KernelSpec, Tolerance, Values
@@ -65,7 +65,7 @@ class Trial:
         """The tape of the oracle, where some calls may be absent that only cast."""
         return Tape.of(self._caller(compare.upcast), self.subject.spec.reference)
 
-    def rejects(self, alteration: Alteration | Detached) -> str | None:
+    def rejects(self, alteration: Wrong) -> str | None:
         """Why the comparison of parity rejects the altered kernel here, empty if it does not; None if it cannot run."""
         got = self._run(alteration, compare.clone, lambda: self.tape)
         return None if got is None else self.judge(got)
@@ -93,7 +93,7 @@ class Trial:
         """The limits of the comparison that parity uses."""
         return self.subject.forward if self.backward is None else self.subject.backward
 
-    def difference(self, alteration: Alteration | Detached) -> Difference | None:
+    def difference(self, alteration: Wrong) -> Difference | None:
         """How far the altered kernel is from the oracle when nothing is rounded; None if that cannot be told."""
         got = self._run(alteration, compare.upcast, lambda: self.wide_tape)
         if got is None or got.keys() != self.truth.oracle.keys():
@@ -140,9 +140,7 @@ class Trial:
     def _nudged(self) -> Leaves:
         return self._caller(self.subject.nudged)(self.subject.spec.reference)
 
-    def _run(
-        self, alteration: Alteration | Detached, copy: Callable[[Inputs], Inputs], tape: Callable[[], Tape]
-    ) -> Leaves | None:
+    def _run(self, alteration: Wrong, copy: Callable[[Inputs], Inputs], tape: Callable[[], Tape]) -> Leaves | None:
         try:
             return alteration.run(self._caller(copy), self.subject.spec.reference, tape())
         except (RuntimeError, IndexError, ValueError):  # an altered call does not fit what follows: no kernel to judge
@@ -168,6 +166,7 @@ def of(spec: KernelSpec, cases: Sequence[Case], dtype: torch.dtype, device: torc
         yield Trial(f"{first.case.name} times {factor:g}", first, scaled(spec, first.inputs, factor))
     for turn in range(REDRAWN):
         yield Trial(f"{first.case.name} with values redrawn", first, redrawn(spec, first.inputs, seed + turn))
+    yield Trial(f"{first.case.name} with whole numbers", first, redrawn(spec, first.inputs, seed, whole=True))
     if _booleans(spec, first.inputs):
         label = f"{first.case.name} with {' and '.join(_booleans(spec, first.inputs))} turned round"
         yield Trial(label, first, turned_round(spec, first.inputs), contract=False)
@@ -192,15 +191,19 @@ def scaled(spec: KernelSpec, inputs: Inputs, factor: float) -> Inputs:
     return _mapped(spec, inputs, change)
 
 
-def redrawn(spec: KernelSpec, inputs: Inputs, seed: int) -> Inputs:
-    """The inputs with every floating tensor that the spec does not fix drawn anew, each of another size."""
+def redrawn(spec: KernelSpec, inputs: Inputs, seed: int, *, whole: bool = False) -> Inputs:
+    """The inputs with every floating tensor that the spec does not fix drawn anew.
+
+    Each tensor has a magnitude of its own; ``whole`` numbers are small, so that many are equal, and some zero.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def change(values: Values, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.detach().clone()
         power = MAGNITUDES * (2 * float(torch.rand((), generator=generator)) - 1)
-        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 10**power
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        drawn = (drawn * 2).round() if whole else drawn * 10**power
         return drawn.clamp(values.least, values.most).to(tensor).requires_grad_(tensor.requires_grad)
 
     return _mapped(spec, inputs, change)
