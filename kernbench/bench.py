@@ -5,19 +5,23 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
 
+from kernbench.arms import FAILED as FAILED
+from kernbench.arms import WRONG as WRONG
+from kernbench.arms import Race as Race
+from kernbench.arms import race as race
+from kernbench.arms import reason, speedup
 from kernbench.calls import AS_CALLED, ColdCalls, GraphCalls, HostCalls, InputSets
 from kernbench.ceilings import cache_bytes, measure_ceilings
-from kernbench.device import read_clocks
 from kernbench.errors import KernbenchError
+from kernbench.integrity import Watch, watched
 from kernbench.progress import Advance, Progress, Silent
-from kernbench.record import Arm, BenchResult, Ceilings, Clocks
-from kernbench.roofline import place
+from kernbench.record import BenchResult, Ceilings, Clocks
+from kernbench.roofline import Held, place
 from kernbench.spec import Case, Cost, KernelSpec
 from kernbench.statistics import bootstrap_median
 from kernbench.timing import Interleaved as Interleaved
@@ -25,16 +29,18 @@ from kernbench.timing import interleave as interleave
 from kernbench.timing import time_steps as time_steps
 from kernbench.timing import timed_block as timed_block
 from kernbench.timing import warm_up as warm_up
+from kernbench.witness import WrongResult
 
-Blocks = Mapping[str, Callable[[int], float]]
 Implementations = Mapping[str, Callable[..., object]]
 
 ROUNDS = 20
 LAUNCH_BOUND = "launch-bound"
 IMPOSSIBLE = "impossible"
 NOT_MEASURED = "not measured here"
-FAILED = "failed"
 INTERPRETED = "on the CPU a Triton kernel runs in its interpreter, whose speed says nothing of the kernel's"
+
+# Implementations that kernbench makes itself, which are not suspected of anything.
+OURS = ("eager", "compile")
 
 # Up to this many launch floors, what is timed is mostly the launch.
 LAUNCH_FLOORS = 3
@@ -42,38 +48,6 @@ LAUNCH_FLOORS = 3
 HOST_SHARE = 0.8
 # Up to this, an event pair holds as much launch as kernel, so a replayed graph is shown beside it.
 GRAPH_BELOW_SECONDS = 50e-6
-
-
-@dataclass(frozen=True)
-class Race:
-    """Seconds per step and round of each arm that finished, and why the others did not."""
-
-    arms: list[Arm]
-    clocks: list[Clocks]
-    dropped_rounds: int
-    failed: dict[str, str]
-
-    def seconds(self, name: str) -> list[float] | None:
-        return next((arm.seconds for arm in self.arms if arm.name == name), None)
-
-
-def race(arms: Blocks, *, device: torch.device, rounds: int, seed: int = 0, progress: Advance | None = None) -> Race:
-    """Interleave the arms on a device; when one raises, all start over without it, so that the others stay paired.
-
-    Raises:
-        KernbenchError: the device was throttled in every round.
-    """
-    left = {name: _named(name, arm) for name, arm in arms.items()}
-    failed: dict[str, str] = {}
-    while True:
-        try:
-            measured, clocks, dropped = interleave(
-                left, rounds=rounds, seed=seed, progress=progress, clocks=partial(read_clocks, device)
-            )
-            return Race(measured, clocks, dropped, failed)
-        except _ArmFailed as failure:
-            failed[failure.name] = failure.reason
-            del left[failure.name]
 
 
 def workload_results(
@@ -93,9 +67,11 @@ def workload_results(
                 seconds=middle,
                 interval=None if low is None or high is None else (low, high),
                 units_per_second=None if middle is None else units_per_step / middle,
-                speedup=None if name == names[0] else _speedup(finished.seconds(names[0]), seconds),
-                label=FAILED if name in finished.failed else "",
-                note=finished.failed.get(name, ""),
+                speedup=None if name == names[0] else speedup(finished.seconds(names[0]), seconds),
+                noise_floor=finished.noise_floor,
+                clocks=finished.usual_clocks,
+                label=finished.label(name),
+                note=finished.failed.get(name, finished.warning),
             )
         )
     return rows
@@ -115,8 +91,10 @@ def bench_kernel(
 ) -> Iterator[BenchResult]:
     """Time eager, torch.compile, Triton and the spec's peers on every case and dtype; forward only.
 
-    An implementation that raises gives a result labelled "failed", and the others go on. On the CPU, Triton is not
-    timed (its interpreter's speed says nothing), nor are large cases unless ``cases`` holds them.
+    An implementation that raises gives a result labelled "failed", one whose timed calls do not give what eager's do
+    one labelled "wrong"; neither has a time, and the others go on. Eager, or the first that runs, goes twice in every
+    round: the interval of that A/A pair is the noise floor of all rows of its race. On the CPU, Triton is not timed
+    (its interpreter's speed says nothing), nor are large cases unless ``cases`` holds them.
 
     Args:
         dtypes: names; by default those that the spec states a tolerance for.
@@ -155,16 +133,21 @@ def bench_kernel(
 class _Timed:
     """What became of one implementation: its rounds and eager's, or why there are none.
 
-    ``host_seconds`` is what launching a call costs the host, None where that is not in the way.
+    ``host_seconds`` is what launching a call costs the host, None where that is not in the way. ``label`` and ``note``
+    say why there are no rounds, ``note`` alone what else there is to say. ``held`` is what a call's tensors hold.
     """
 
     implementation: str
     cache: str
+    held: Held
     seconds: list[float] | None = None
     eager: list[float] | None = None
     host_seconds: float | None = None
+    noise_floor: float | None = None
+    clocks: Clocks | None = None
     in_cache: bool = False
-    failure: str = ""
+    label: str = ""
+    note: str = ""
 
 
 class _KernelBench:
@@ -206,8 +189,8 @@ class _KernelBench:
         except KernbenchError:
             raise
         except Exception as error:  # noqa: BLE001 - a case that cannot be set up is a result; other cases go on
-            reason = f"its inputs could not be made: {_reason(error)}"
-            return [self.unmeasured(case, dtype, name, FAILED, reason) for name in implementations]
+            why = f"its inputs could not be made: {reason(error)}"
+            return [self.unmeasured(case, dtype, name, FAILED, why) for name in implementations]
         rows = [self._row(case, dtype, cost, entry) for entry in timed]
         if any(row.label == IMPOSSIBLE for row in rows):
             self.ceilings = _higher(self.ceilings, measure_ceilings(self.device))
@@ -238,7 +221,10 @@ class _KernelBench:
         # A recompile limit that earlier cases used up would make torch.compile fall back to eager in silence; with a
         # fresh start and this setting it fails aloud instead.
         torch.compiler.reset()
-        inputs = InputSets(self.spec, case, getattr(torch, dtype), self.device)
+        known = "eager" not in self.without
+        if known:
+            self.begin("eager")
+        inputs = InputSets(self.spec, case, getattr(torch, dtype), self.device, run_reference=known)
         title = f"{self.spec.name} {case.name} {dtype}"
         with (
             torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(),
@@ -250,12 +236,12 @@ class _KernelBench:
                 return self._race(calls, implementations, advance, in_cache=not inputs.exceeds_cache)
             timed = self._race(ColdCalls(inputs, self.device), implementations, advance)
             running = {one.implementation: implementations[one.implementation] for one in timed if one.seconds}
+            fastest = min((median(one.seconds) for one in timed if one.seconds), default=GRAPH_BELOW_SECONDS)
             if any(_held_up_by_host(one) for one in timed):
                 timed += self._race(ColdCalls(inputs, self.device, queued=False), running, None)
-            eager = next((one.seconds for one in timed if one.implementation == "eager"), None)
-            if eager is None or median(eager) >= GRAPH_BELOW_SECONDS:
+            if fastest >= GRAPH_BELOW_SECONDS:
                 return timed
-            replayed = GraphCalls(inputs, self.device, median(eager))
+            replayed = GraphCalls(inputs, self.device, fastest)
             fits = inputs.bytes_per_set <= cache_bytes(self.device)
             return timed + self._race(replayed, running, None, in_cache=fits)
 
@@ -269,30 +255,56 @@ class _KernelBench:
     ) -> list[_Timed]:
         blocks: dict[str, Callable[[int], float]] = {}
         hosts: dict[str, float | None] = {}
-        failures: dict[str, str] = {}
+        failed: dict[str, str] = {}
+        wrong: set[str] = set()
         for name, call in implementations.items():
             self.begin(name)
             try:
-                blocks[name] = self._telling(name, calls.prepare(call))
+                blocks[name] = self._telling(name, self._prepared(calls, name, call))
                 hosts[name] = calls.host_seconds(call)
             except Exception as error:  # noqa: BLE001 - an implementation that fails is a result; the others go on
-                failures[name] = _reason(error)
+                failed[name] = reason(error)
+                wrong |= {name} if isinstance(error, WrongResult) else set()
                 blocks.pop(name, None)
                 self._free()
-        finished = race(blocks, device=self.device, rounds=self.rounds, progress=advance)
-        failures |= finished.failed
+        ran = race(blocks, device=self.device, rounds=self.rounds, progress=advance, twin=True)
+        ran = replace(ran, failed=ran.failed | failed, wrong=ran.wrong | wrong)
+        remarks = "; ".join(filter(None, (calls.inputs.witness.unchecked, ran.warning)))
         return [
             _Timed(
                 implementation=name,
                 cache=calls.cache,
-                seconds=finished.seconds(name),
-                eager=finished.seconds("eager") if name != "eager" else None,
+                held=Held(calls.inputs.bytes_per_call, cache_bytes(self.device)),
+                seconds=ran.seconds(name),
+                eager=ran.seconds("eager") if name != "eager" else None,
                 host_seconds=hosts.get(name),
+                noise_floor=ran.noise_floor,
+                clocks=ran.usual_clocks,
                 in_cache=in_cache,
-                failure=failures.get(name, ""),
+                label=ran.label(name),
+                note=ran.failed.get(name, remarks),
             )
             for name in implementations
         ]
+
+    def _prepared(
+        self, calls: HostCalls | ColdCalls | GraphCalls, name: str, call: Callable[..., object]
+    ) -> Callable[[int], float]:
+        """The block of an implementation, warm and right so far.
+
+        Raises:
+            WrongResult: its first calls give something else than eager, or replace functions that measure.
+        """
+        if name in OURS:
+            return calls.prepare(call)
+        watch = Watch()
+        try:
+            with watched() as watch:
+                return calls.prepare(call)
+        finally:
+            # What it leaves changed besides is for parity to say: a library may draw random numbers.
+            if watch.replaced:
+                raise WrongResult(Watch(replaced=watch.replaced).reason)
 
     def _telling(self, name: str, block: Callable[[int], float]) -> Callable[[int], float]:
         """A block that says whose it is before it runs."""
@@ -311,14 +323,14 @@ class _KernelBench:
 
     def _row(self, case: Case, dtype: str, cost: Cost, timed: _Timed) -> BenchResult:
         if timed.seconds is None:
-            return self.unmeasured(case, dtype, timed.implementation, FAILED, timed.failure, timed.cache)
+            return self.unmeasured(case, dtype, timed.implementation, timed.label, timed.note, timed.cache)
         middle, low, high = bootstrap_median(timed.seconds)
-        stands = place(middle, cost, dtype, self.ceilings, in_cache=timed.in_cache)
+        stands = place(middle, cost, dtype, self.ceilings, in_cache=timed.in_cache, held=timed.held)
         label, note = ("", stands.note)
         if stands.impossible:
             label = IMPOSSIBLE
-        elif reason := self._launch_bound(middle, timed):
-            label, note = LAUNCH_BOUND, reason
+        elif why := self._launch_bound(middle, timed):
+            label, note = LAUNCH_BOUND, why
         return BenchResult(
             kernel=self.spec.name,
             case=case.name,
@@ -331,10 +343,12 @@ class _KernelBench:
             bytes_per_second=stands.bytes_per_second,
             flops_per_second=stands.flops_per_second,
             share_of_roof=stands.share,
-            speedup=_speedup(timed.eager, timed.seconds),
+            speedup=speedup(timed.eager, timed.seconds),
+            noise_floor=timed.noise_floor,
+            clocks=timed.clocks,
             cache=timed.cache,
             label=label,
-            note=note,
+            note="; ".join(filter(None, (note, timed.note))),
         )
 
     def _launch_bound(self, seconds: float, timed: _Timed) -> str:
@@ -358,35 +372,6 @@ def _held_up_by_host(timed: _Timed) -> bool:
     if timed.seconds is None or timed.host_seconds is None:
         return False
     return timed.host_seconds > HOST_SHARE * median(timed.seconds)
-
-
-class _ArmFailed(Exception):  # noqa: N818 - never leaves this module
-    def __init__(self, name: str, error: Exception) -> None:
-        super().__init__(name)
-        self.name = name
-        self.reason = _reason(error)
-
-
-def _named(name: str, arm: Callable[[int], float]) -> Callable[[int], float]:
-    def block(number: int) -> float:
-        try:
-            return arm(number)
-        except Exception as error:
-            raise _ArmFailed(name, error) from error
-
-    return block
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _speedup(baseline: list[float] | None, seconds: list[float] | None) -> tuple[float, float, float] | None:
-    """Baseline over this, paired by round: median, low, high."""
-    if not baseline or not seconds:
-        return None
-    return bootstrap_median([before / after for before, after in zip(baseline, seconds, strict=True)])
 
 
 def _higher(first: Ceilings, second: Ceilings) -> Ceilings:

@@ -1,21 +1,31 @@
 """Times single calls of a kernel: on rotating inputs, with a cleared cache, and replayed from a CUDA graph.
 
-On a GPU all of it acts on the current device, which the caller makes the inputs' own.
+One call of every block is checked as it is timed, see ``witness``. On a GPU all of it acts on the current device, which
+the caller makes the inputs' own.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
 
 from kernbench.ceilings import cache_bytes, free_bytes
+from kernbench.compare import Leaves
 from kernbench.spec import Case, Inputs, KernelSpec
-from kernbench.timing import collector_off, event
+from kernbench.timing import collector_off, event, mark, now, seconds_between, synchronize
+from kernbench.witness import (
+    Witness,
+    WrongResult,
+    checked_call,
+    move_versions,
+    slower_when_checked,
+    tensors,
+)
 
 AS_CALLED = "cold, as called"
 MOST_SETS = 8
@@ -43,18 +53,41 @@ class InputSets:
     not: it moves on from call to call as in real use, which its speed does not depend on.
     """
 
-    def __init__(self, spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> None:
-        first = _detached(spec, spec.make_inputs(case, dtype, device, 0))
-        self.bytes_per_set = sum(_storages(first).values())
+    def __init__(
+        self,
+        spec: KernelSpec,
+        case: Case,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        seed: int = 0,
+        run_reference: bool = True,
+    ) -> None:
+        """``seed`` chooses the calls to check; without ``run_reference`` there is nothing to check them by."""
+
+        def make(number: int) -> Inputs:
+            return _detached(spec, spec.make_inputs(case, dtype, device, number))
+
+        first = make(0)
+        self.bytes_per_set = _bytes_of(first)
+        self.written_bytes = _bytes_of([first[name] for name in spec.mutates])
         kept = () if spec.stateful else spec.mutates
-        bytes_with_copies = self.bytes_per_set + sum(_storages({name: first[name] for name in kept}).values())
+        bytes_with_copies = self.bytes_per_set + (0 if spec.stateful else self.written_bytes)
         wanted = math.ceil(2 * cache_bytes(device) / max(1, self.bytes_per_set))
         affordable = 1 + free_bytes(device) // 4 // max(1, bytes_with_copies)
         count = max(1, min(wanted, affordable, MOST_SETS))
-        others = (_detached(spec, spec.make_inputs(case, dtype, device, seed)) for seed in range(1, count))
-        self.sets = [first, *others]
+        self.sets = [first, *map(make, range(1, count))]
         self.exceeds_cache = count * self.bytes_per_set >= 2 * cache_bytes(device)
-        self._kept = [(tensor, tensor.clone()) for one in self.sets for name in kept for tensor in _tensors(one[name])]
+        self._kept = [(tensor, tensor.clone()) for one in self.sets for name in kept for tensor in tensors(one[name])]
+        chosen = random.Random(seed).randrange(count)
+        self.witness = Witness(spec, self.sets[chosen], make, dtype, device, seed=chosen, run_reference=run_reference)
+        self.witness.owns(self.sets)
+
+    @property
+    def bytes_per_call(self) -> float | None:
+        """The most that one call can move: its tensors read once, those it writes or returns written once."""
+        returned = self.witness.result_bytes()
+        return None if returned is None else float(self.bytes_per_set + self.written_bytes + returned)
 
     def __getitem__(self, index: int) -> Inputs:
         return self.sets[index % len(self.sets)]
@@ -65,6 +98,30 @@ class InputSets:
             tensor.copy_(saved)
 
 
+class Block:
+    """One block of an implementation's calls: seconds per call, and the checked call's result compared.
+
+    ``time`` takes the place of the call to check, -1 for none; it returns the seconds of each call, and its result.
+    """
+
+    def __init__(self, witness: Witness, count: int, time: Callable[[int], tuple[list[float], Leaves]]) -> None:
+        self.witness = witness
+        self.count = count
+        self.time = time
+        self.pairs: list[tuple[float, float]] = []
+
+    def __call__(self, number: int) -> float:
+        place = self.witness.place(self.count)
+        seconds, got = self.time(place)
+        if place >= 0:
+            self.witness.check(got, f"in timed call {place + 1} of round {number + 1}")
+            # Not the median: the fresh values stay in their set, which may be half of all calls.
+            self.pairs.append((seconds[place], sorted(seconds)[len(seconds) // 4]))
+            if reason := slower_when_checked(self.pairs):
+                raise WrongResult(reason)
+        return median(seconds)
+
+
 class HostCalls:
     """Calls timed on the CPU. ``prepare`` warms an implementation up; the block it returns gives seconds per call."""
 
@@ -73,30 +130,38 @@ class HostCalls:
         self.cache = "cold" if inputs.exceeds_cache else "warm"
 
     def prepare(self, call: Callable[..., Any]) -> Callable[[int], float]:
-        for index in range(WARM_UP_CALLS):
-            call(**self.inputs[index])
-        estimate = self._seconds(call, 1)
+        self.inputs.witness.reset()
+        for index in range(max(WARM_UP_CALLS, len(self.inputs.sets))):
+            self.inputs.witness.poison(call(**self.inputs[index]))
+        checked_call(self.inputs.witness, call, "after warm-up")
+        estimate = median(self._seconds(call, 1, -1)[0])
         count = int(min(MOST_CALLS, max(LEAST_CALLS, BLOCK_SECONDS / estimate)))
 
-        def block(_: int) -> float:
+        def time(place: int) -> tuple[list[float], Leaves]:
             self.inputs.restore()
-            return self._seconds(call, count)
+            return self._seconds(call, count, place)
 
-        return block
+        return Block(self.inputs.witness, count, time)
 
     def host_seconds(self, call: Callable[..., Any]) -> float | None:
         """None: on the CPU the host does the work itself."""
         return None
 
-    def _seconds(self, call: Callable[..., Any], count: int) -> float:
+    def _seconds(self, call: Callable[..., Any], count: int, place: int) -> tuple[list[float], Leaves]:
         seconds = []
+        witness = self.inputs.witness
+        got: Leaves = {}
         with collector_off():
             for index in range(count):
-                inputs = self.inputs[index]
-                start = time.perf_counter()
-                call(**inputs)
-                seconds.append(time.perf_counter() - start)
-        return median(seconds)
+                inputs = witness.load() if index == place else self.inputs[index]
+                move_versions(inputs)
+                start = now()
+                output = call(**inputs)
+                seconds.append(now() - start)
+                if index == place:
+                    got = witness.take(output)
+                witness.poison(output)
+        return seconds, got
 
 
 class ColdCalls:
@@ -120,45 +185,74 @@ class ColdCalls:
         self.cycles_per_second = self._calibrate()
 
     def prepare(self, call: Callable[..., Any]) -> Callable[[int], float]:
+        self.inputs.witness.reset()
         for index in range(max(WARM_UP_CALLS, len(self.inputs.sets))):
-            call(**self.inputs[index])
-        torch.cuda.synchronize(self.device)
-        host = self.host_seconds(call)
-        estimate = self._seconds(call, LEAST_CALLS, host)
+            self.inputs.witness.poison(call(**self.inputs[index]))
+        checked_call(self.inputs.witness, call, "after warm-up")
+        synchronize(self.device)
+        pace = self._pace(call)
+        estimate = median(self._seconds(call, LEAST_CALLS, pace, -1)[0])
         count = int(min(MOST_CALLS, max(LEAST_CALLS, BLOCK_SECONDS / max(estimate, 1e-6))))
 
-        def block(_: int) -> float:
+        def time(place: int) -> tuple[list[float], Leaves]:
             self.inputs.restore()
-            return self._seconds(call, count, host)
+            return self._seconds(call, count, pace, place)
 
-        return block
+        return Block(self.inputs.witness, count, time)
 
     def host_seconds(self, call: Callable[..., Any]) -> float:
         """What the host needs to launch one call, not waiting for it."""
         seconds = []
         for index in range(LEAST_CALLS):
-            torch.cuda.synchronize(self.device)
-            start = time.perf_counter()
+            synchronize(self.device)
+            start = now()
             call(**self.inputs[index])
-            seconds.append(time.perf_counter() - start)
-        torch.cuda.synchronize(self.device)
+            seconds.append(now() - start)
+        synchronize(self.device)
         return median(seconds)
 
-    def _seconds(self, call: Callable[..., Any], count: int, host_seconds: float) -> float:
+    def _pace(self, call: Callable[..., Any]) -> float:
+        """What the host needs to queue one call and all that goes with it."""
+        seconds = []
+        for index in range(LEAST_CALLS):
+            marks = event(), event()
+            synchronize(self.device)
+            start = now()
+            self._queue(call, self.inputs[index], marks)
+            seconds.append(now() - start)
+        synchronize(self.device)
+        return median(seconds)
+
+    def _queue(
+        self, call: Callable[..., Any], inputs: Inputs, marks: tuple[Any, Any], *, check: bool = False
+    ) -> Leaves:
+        self.scratch.zero_()
+        move_versions(inputs)
+        if not self.queued:
+            # Else the host would launch while the device still clears the cache, and the launch would cost nothing.
+            synchronize(self.device)
+        mark(marks[0])
+        output = call(**inputs)
+        mark(marks[1])
+        got = self.inputs.witness.take(output) if check else {}
+        self.inputs.witness.poison(output)
+        return got
+
+    def _seconds(self, call: Callable[..., Any], count: int, pace: float, place: int) -> tuple[list[float], Leaves]:
         marks: list[tuple[Any, Any]] = [(event(), event()) for _ in range(count)]
-        run_length = int(min(count, max(1, QUEUE_SECONDS / host_seconds)))
+        run_length = int(min(count, max(1, QUEUE_SECONDS / pace)))
+        got: Leaves = {}
         with collector_off():
             for start in range(0, count, run_length):
                 run = range(start, min(start + run_length, count))
                 if self.queued:
-                    self._occupy(1.5 * len(run) * host_seconds + 1e-4)
+                    # Loading and taking a checked call's values costs the host about as much as queuing a call.
+                    self._occupy(1.5 * (len(run) + 2 * (place in run)) * pace + 1e-4)
                 for index in run:
-                    self.scratch.zero_()
-                    marks[index][0].record()
-                    call(**self.inputs[index])
-                    marks[index][1].record()
-                torch.cuda.synchronize(self.device)
-        return median(float(begin.elapsed_time(end)) for begin, end in marks) / 1e3
+                    inputs = self.inputs.witness.load() if index == place else self.inputs[index]
+                    got = self._queue(call, inputs, marks[index], check=index == place) or got
+                synchronize(self.device)
+        return [seconds_between(begin, end) for begin, end in marks], got
 
     def _occupy(self, seconds: float) -> None:
         _spin(int(seconds * self.cycles_per_second))
@@ -166,15 +260,18 @@ class ColdCalls:
     def _calibrate(self) -> float:
         _spin(CALIBRATION_CYCLES)
         begin, end = event(), event()
-        begin.record()
+        mark(begin)
         _spin(CALIBRATION_CYCLES)
-        end.record()
-        torch.cuda.synchronize(self.device)
-        return CALIBRATION_CYCLES / (float(begin.elapsed_time(end)) / 1e3)
+        mark(end)
+        synchronize(self.device)
+        return CALIBRATION_CYCLES / seconds_between(begin, end)
 
 
 class GraphCalls:
-    """Calls replayed back to back from a CUDA graph on one set of inputs: no launch cost, and a hot cache."""
+    """Calls replayed back to back from a CUDA graph on one set of inputs: no launch cost, and a hot cache.
+
+    After every block the graph runs once more on fresh values, and its last call is compared.
+    """
 
     cache = "graph"
 
@@ -185,24 +282,33 @@ class GraphCalls:
         self.count = int(min(most, max(least, GRAPH_SECONDS / seconds)))
 
     def prepare(self, call: Callable[..., Any]) -> Callable[[int], float]:
-        call(**self.inputs[0])
-        torch.cuda.synchronize(self.device)
+        witness = self.inputs.witness
+        witness.reset()
+        checked_call(witness, call, "before it was captured in a graph")
+        synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
+        output = None
         with torch.cuda.graph(graph):
             for _ in range(self.count):
-                call(**self.inputs[0])
+                output = call(**witness.inputs)
 
-        def block(_: int) -> float:
+        def block(number: int) -> float:
             self.inputs.restore()
             begin, end = event(), event()
             with collector_off():
                 graph.replay()
-                begin.record()
+                mark(begin)
                 for _ in range(REPLAYS):
                     graph.replay()
-                end.record()
-                torch.cuda.synchronize(self.device)
-            return float(begin.elapsed_time(end)) / 1e3 / (REPLAYS * self.count)
+                mark(end)
+                synchronize(self.device)
+            seconds = seconds_between(begin, end) / (REPLAYS * self.count)
+            if not witness.unchecked:
+                witness.load()
+                witness.poison(output)
+                graph.replay()
+                witness.check(witness.take(output), f"replayed in round {number + 1}", calls=self.count)
+            return seconds
 
         block(0)
         return block
@@ -232,17 +338,7 @@ def _without_gradient(value: Any) -> Any:
     return value
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value.detach()
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _storages(inputs: Any) -> dict[int, int]:
-    """Bytes of each distinct storage behind the tensors, so that views of one buffer count once."""
-    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(inputs)}
+def _bytes_of(inputs: Any) -> int:
+    """Bytes of all storages behind the tensors, so that views of one buffer count once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(inputs)}
+    return sum(storages.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -155,20 +154,17 @@ def _best_seconds(call: Callable[[], object], device: torch.device, seconds: flo
         return min(_host_seconds(call, device) for _ in range(repeats))
     marks = [timing.event() for _ in range(repeats + 1)]
     with torch.cuda.device(device):
-        marks[0].record()
+        timing.mark(marks[0])
         for mark in marks[1:]:
             call()
-            mark.record()
-        torch.cuda.synchronize(device)
-    milliseconds = min(begin.elapsed_time(end) for begin, end in pairwise(marks))
-    return float(milliseconds) / 1e3
+            timing.mark(mark)
+        timing.synchronize(device)
+    return min(timing.seconds_between(begin, end) for begin, end in pairwise(marks))
 
 
 def _host_seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    timing.synchronize(device)
+    start = timing.now()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    timing.synchronize(device)
+    return timing.now() - start

@@ -80,7 +80,12 @@ def decode(reasons: int) -> list[str]:
 
 def throttled(clocks: Clocks) -> bool:
     """Whether the device was slowed down by heat or by its power supply, so that a timing says little."""
-    return not THROTTLING.isdisjoint(clocks.throttle_reasons)
+    return bool(slowdowns(clocks))
+
+
+def slowdowns(clocks: Clocks | None) -> frozenset[str]:
+    """Which of its throttle reasons spoil a timing."""
+    return THROTTLING.intersection(clocks.throttle_reasons) if clocks is not None else frozenset()
 
 
 @functools.cache

@@ -14,26 +14,48 @@ IMPOSSIBLE_SHARE = 1.02
 SAME_RATE = {"float16": "bfloat16"}
 
 
+@dataclass(frozen=True)
+class Held:
+    """What one call's tensors hold: the most bytes that it can move at all, each read once and written once; and the
+    size of the cache before memory. None where it is not known."""
+
+    bytes_per_call: float | None = None
+    cache_bytes: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Rates of one call and its share of the nearer roof, None where the roof is unknown or does not bind."""
+    """Rates of one call and its share of the nearer roof, None where the roof is unknown or does not bind.
+
+    ``phantom`` says that more bytes are counted than there are.
+    """
 
     bytes_per_second: float | None
     flops_per_second: float | None
     share: float | None
     bound: str
     note: str = ""
+    phantom: bool = False
 
     @property
     def impossible(self) -> bool:
-        return self.share is not None and self.share > IMPOSSIBLE_SHARE
+        return self.phantom or (self.share is not None and self.share > IMPOSSIBLE_SHARE)
 
 
-def place(seconds: float, cost: Cost, dtype: str, ceilings: Ceilings, *, in_cache: bool = False) -> Place:
+def place(
+    seconds: float,
+    cost: Cost,
+    dtype: str,
+    ceilings: Ceilings,
+    *,
+    in_cache: bool = False,
+    held: Held = Held(),  # noqa: B008 - frozen
+) -> Place:
     """Set a call's rates against the roofs.
 
     Args:
         in_cache: the data never leaves the cache, so that the memory roof does not bind; no share of it is stated then.
+        held: what the call's tensors hold; a cost that counts more bytes is impossible, however slow the call is.
     """
     bytes_rate = cost.bytes_moved / seconds if cost.bytes_moved else None
     flops_rate = cost.flops / seconds if cost.flops else None
@@ -44,14 +66,18 @@ def place(seconds: float, cost: Cost, dtype: str, ceilings: Ceilings, *, in_cach
     note = "" if memory_bound else arithmetic
     if memory_bound and in_cache:
         share, note = None, "the data stays in the cache, where the memory roof does not bind"
+    phantom = _phantom(cost, held)
     if share is not None and share > IMPOSSIBLE_SHARE:
-        note = _memory_reason(cost) if memory_bound else _compute_reason(dtype)
+        note = _memory_reason(seconds, cost, ceilings, held) if memory_bound else _compute_reason(dtype)
+    elif phantom:
+        note = phantom
     return Place(
         bytes_per_second=bytes_rate,
         flops_per_second=flops_rate,
         share=share,
         bound="memory" if memory_bound else "compute",
         note=note,
+        phantom=bool(phantom),
     )
 
 
@@ -69,11 +95,33 @@ def _compute_share(rate: float | None, dtype: str, ceilings: Ceilings) -> tuple[
     return share, ""
 
 
-def _memory_reason(cost: Cost) -> str:
-    likely = "bytes are counted that were never moved, the data was still in a cache, or the clock is wrong"
+def _phantom(cost: Cost, held: Held) -> str:
+    """In words that a cost counts bytes which no tensor of the call has; empty if it does not."""
+    if not held.bytes_per_call or cost.bytes_moved <= IMPOSSIBLE_SHARE * held.bytes_per_call:
+        return ""
+    times = cost.bytes_moved / held.bytes_per_call
+    sizes = f"{_megabytes(cost.bytes_moved)} of {_megabytes(held.bytes_per_call)}"
+    return f"its cost counts {times:.3g} times the bytes that its tensors hold ({sizes}): visits, not bytes that move"
+
+
+def _memory_reason(seconds: float, cost: Cost, ceilings: Ceilings, held: Held) -> str:
+    """Why a figure is above the memory roof: all that speaks for itself, else what it can be."""
+    likely = [_phantom(cost, held)]
+    if ceilings.launch_seconds and seconds < ceilings.launch_seconds:
+        floor = ceilings.launch_seconds * 1e6
+        likely.append(f"its {seconds * 1e6:.2g} us are less than launching nothing takes ({floor:.2g} us)")
+    if held.cache_bytes and held.bytes_per_call and held.bytes_per_call <= held.cache_bytes:
+        sizes = f"its {_megabytes(held.bytes_per_call)} fit into the cache of {_megabytes(held.cache_bytes)}"
+        likely.append(f"{sizes}, where they may still have been")
+    if not any(likely):
+        likely.append("bytes are counted that were never moved, the data was still in a cache, or the clock is wrong")
     if cost.bytes_read > 4 * cost.bytes_written:
-        likely += "; it mostly reads, which can pass a copy by some percent"
-    return f"above the measured copy roof: {likely}"
+        likely.append("it mostly reads, which can pass a copy by some percent")
+    return f"above the measured copy roof: {'; '.join(filter(None, likely))}"
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.3g} MB"
 
 
 def _compute_reason(dtype: str) -> str:

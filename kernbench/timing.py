@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from statistics import median
@@ -20,6 +20,13 @@ from kernbench.record import Arm, Clocks
 Step = Callable[[int], object]
 ReadClocks = Callable[[], Clocks | None]
 
+# Bound before any kernel is loaded: one that replaces these functions does not change what is measured.
+_perf_counter = time.perf_counter
+_synchronize = torch.cuda.synchronize
+_Event = torch.cuda.Event
+_record = torch.cuda.Event.record
+_elapsed_time = torch.cuda.Event.elapsed_time
+
 PLATEAU_STEPS = 4
 PLATEAU_SPREAD = 0.05
 LEAST_WARM_UP_STEPS = 3
@@ -33,10 +40,45 @@ class Interleaved(NamedTuple):
     clocks: list[Clocks]
     dropped_rounds: int
 
+    @property
+    def warning(self) -> str:
+        """In words that more rounds were dropped than kept, empty if not."""
+        return too_many_dropped(self.clocks, self.dropped_rounds)
+
+
+def too_many_dropped(clocks: Sequence[Clocks], dropped: int) -> str:
+    """In words that more than half of the rounds were dropped, empty if not.
+
+    Args:
+        clocks: what the device said after each round, the dropped ones too.
+    """
+    if 2 * dropped <= len(clocks):
+        return ""
+    return f"{dropped} of {len(clocks)} rounds were dropped, as the device was held down ({_held_down(clocks)})"
+
+
+def _held_down(clocks: Sequence[Clocks]) -> str:
+    return ", ".join(sorted(frozenset[str]().union(*map(nvml.slowdowns, clocks))))
+
 
 def event() -> Any:
     """A CUDA event that takes time."""
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return _Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def mark(at: Any) -> None:
+    """Have the current stream record an event when it gets here."""
+    _record(at)
+
+
+def seconds_between(begin: Any, end: Any) -> float:
+    """Seconds from one event to another, both past."""
+    return float(_elapsed_time(begin, end)) / 1e3
+
+
+def now() -> float:
+    """The host's clock in seconds."""
+    return _perf_counter()
 
 
 def time_steps(step: Step, *, first: int, count: int, device: torch.device) -> list[float]:
@@ -48,31 +90,31 @@ def time_steps(step: Step, *, first: int, count: int, device: torch.device) -> l
     gc.collect()
     if device.type != "cuda":
         with collector_off():
-            marks = [time.perf_counter()]
+            marks = [now()]
             for index in range(first, first + count):
                 step(index)
-                marks.append(time.perf_counter())
+                marks.append(now())
         return [end - begin for begin, end in pairwise(marks)]
     with torch.cuda.device(device), collector_off():
         events = [event() for _ in range(count + 1)]
-        torch.cuda.synchronize(device)
-        events[0].record()
+        synchronize(device)
+        mark(events[0])
         for index in range(count):
             step(first + index)
-            events[index + 1].record()
-        torch.cuda.synchronize(device)
-    return [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(events)]
+            mark(events[index + 1])
+        synchronize(device)
+    return [seconds_between(begin, end) for begin, end in pairwise(events)]
 
 
 def timed_block(step: Step, *, first: int, count: int, device: torch.device) -> float:
     """Wall seconds per step over one block of steps: the device is idle before it, and its work is done at the end."""
     with collector_off():
         synchronize(device)
-        start = time.perf_counter()
+        start = now()
         for index in range(first, first + count):
             step(index)
         synchronize(device)
-        return (time.perf_counter() - start) / count
+        return (now() - start) / count
 
 
 def warm_up(
@@ -105,13 +147,14 @@ def interleave(
 ) -> Interleaved:
     """Run one block of every arm per round, in an order drawn anew each round, so that drift becomes noise of all arms.
 
-    A round in which the device was slowed down by heat or its power supply is dropped from all arms and counted.
+    A round before or after which the device was held down by heat or its power supply is dropped from all arms and
+    counted.
 
     Args:
         arms: by name: runs the arm's block of round r, returns seconds per step.
         progress: called with 1 after each round.
         on_round: called with the round and its figures, also for a round that is dropped.
-        clocks: asked after each round; without it no round is dropped.
+        clocks: asked before the first round and after each; without it no round is dropped.
 
     Raises:
         KernbenchError: every round was dropped.
@@ -122,13 +165,17 @@ def interleave(
     seen: list[Clocks] = []
     dropped = 0
     gc.collect()
+    # What is told after one round stands before the next: nothing runs on the device in between.
+    before = clocks() if clocks is not None else None
     for number in range(rounds):
         generator.shuffle(order)
         figures = {name: arms[name](number) for name in order}
-        told = clocks() if clocks is not None else None
-        if told is not None:
-            seen.append(told)
-        if told is not None and nvml.throttled(told):
+        after = clocks() if clocks is not None else None
+        if after is not None:
+            seen.append(after)
+        slowed = nvml.slowdowns(before) | nvml.slowdowns(after)
+        before = after
+        if slowed:
             dropped += 1
         else:
             for name, figure in figures.items():
@@ -138,8 +185,9 @@ def interleave(
         if progress is not None:
             progress(1)
     if dropped and dropped == rounds:
-        reasons = ", ".join(sorted(nvml.THROTTLING.intersection(seen[-1].throttle_reasons)))
-        raise KernbenchError(f"the device was held down in all {rounds} rounds ({reasons}); let it cool and run again")
+        raise KernbenchError(
+            f"the device was held down in all {rounds} rounds ({_held_down(seen)}); let it cool and run again"
+        )
     return Interleaved([Arm(name=name, seconds=figures) for name, figures in seconds.items()], seen, dropped)
 
 
@@ -158,4 +206,4 @@ def collector_off() -> Iterator[None]:
 def synchronize(device: torch.device) -> None:
     """Wait until a GPU has done all its work; the CPU always has."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        _synchronize(device)

@@ -103,7 +103,7 @@ def rows_of(spec: KernelSpec, **arguments: Any) -> list[BenchResult]:
 
 def test_eager_compile_and_peers_are_timed_and_triton_is_not() -> None:
     def twice(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        reference(x, out)
+        reference(x, out.clone())
         return reference(x, out)
 
     eager, compiled, triton, peer, huge = rows_of(toy(peers={"twice": twice}))
@@ -115,6 +115,8 @@ def test_eager_compile_and_peers_are_timed_and_triton_is_not() -> None:
         assert row.interval is not None
         assert row.interval[0] <= row.seconds <= row.interval[1]
         assert row.cache in ("warm", "cold")
+        assert row.noise_floor is not None
+        assert row.noise_floor == eager.noise_floor
         assert row.bytes == 4 * 1001 * 64 * 4
         assert row.bytes_per_second == pytest.approx(row.bytes / row.seconds)
     assert eager.speedup is None
@@ -153,7 +155,9 @@ def test_an_implementation_is_left_out_and_the_running_one_is_told(
     rows = rows_of(spec, cases=[Case("small", rows=3)], without=frozenset({left_out}), begin=running.append)
     left = [name for name in ("eager", "compile", "triton", "twice") if name != left_out]
     assert [row.implementation for row in rows] == left
-    assert all(row.seconds for row in rows if row.implementation != "triton"), rows
+    timed = [row for row in rows if row.implementation != "triton"]
+    assert all(row.seconds for row in timed), rows
+    assert all(("eager is left out" in row.note) == (left_out == "eager") for row in timed)
     assert set(running) == set(left) - {"triton"}
 
 
@@ -165,6 +169,8 @@ def test_a_failing_reference_fails_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     rows = rows_of(toy(reference=broken, peers={"works": reference}), cases=[Case("small", rows=3)])
     assert [row.label for row in rows] == ["failed", "failed", "not measured here", ""]
     assert rows[3].speedup is None
+    assert rows[3].noise_floor is not None, "the first that runs is raced against itself"
+    assert rows[3].note.endswith("not compared with eager while timed: eager fails with ValueError")
 
 
 def test_inputs_that_cannot_be_made_fail_one_case() -> None:
@@ -206,7 +212,7 @@ def test_a_planted_wrong_cost_is_called_impossible_after_a_second_look(monkeypat
     assert rows[0].label == "impossible"
     assert rows[0].share_of_roof is not None
     assert rows[0].share_of_roof > 1.02
-    assert "never moved" in rows[0].note
+    assert "times the bytes that its tensors hold" in rows[0].note
     assert measured == [CPU]
 
 

@@ -6,18 +6,18 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kernbench import bench, device, nvml, timing
+from kernbench import bench, device, timing
 from kernbench.errors import KernbenchError
 from kernbench.record import Clocks
 from kernbench.statistics import paired_ratio
 
 CPU = torch.device("cpu", 0)
 HOT = Clocks(throttle_reasons=["hardware thermal slowdown"])
+FREE = Clocks()
 CAPPED = Clocks(throttle_reasons=["software power cap"])
 
 
@@ -82,7 +82,7 @@ def test_the_timer_costs_less_than_two_percent_of_a_bare_loop(monkeypatch: pytes
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
     """A clock that only the test moves."""
     now = [0.0]
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(timing, "_perf_counter", lambda: now[0])
 
     def advance(seconds: float) -> None:
         now[0] += seconds
@@ -156,13 +156,45 @@ def test_figures_keep_their_arm_and_round_whatever_the_order() -> None:
     assert rounds[2] == (2, {"before": 3.0, "after": 4.0})
 
 
-def test_a_throttled_round_is_dropped_from_all_arms_and_counted() -> None:
-    told = iter([CAPPED, HOT, CAPPED])
-    arms, clocks, dropped = bench.interleave({"a": float, "b": lambda r: r + 10.0}, rounds=3, clocks=lambda: next(told))
-    assert [arm.seconds for arm in arms] == [[0.0, 2.0], [10.0, 12.0]]
-    assert clocks == [CAPPED, HOT, CAPPED]
-    assert dropped == 1
-    assert sum(map(nvml.throttled, clocks)) == dropped
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ([FREE, CAPPED, HOT, CAPPED, CAPPED], [0.0, 3.0]),
+        ([HOT, FREE, FREE, FREE, FREE], [1.0, 2.0, 3.0]),
+        ([FREE, FREE, FREE, FREE, HOT], [0.0, 1.0, 2.0]),
+    ],
+    ids=["in the middle", "before the first", "after the last"],
+)
+def test_a_round_between_throttled_readings_is_dropped_from_all_arms_and_counted(
+    told: list[Clocks], kept: list[float]
+) -> None:
+    readings = iter(told)
+    result = bench.interleave({"a": float, "b": lambda r: r + 10.0}, rounds=4, clocks=lambda: next(readings))
+    assert [arm.seconds for arm in result.arms] == [kept, [number + 10 for number in kept]]
+    assert result.clocks == told[1:]
+    assert result.dropped_rounds == 4 - len(kept)
+    assert result.warning == ""
+    assert next(readings, None) is None
+
+
+def test_many_dropped_rounds_are_said_in_words() -> None:
+    readings = iter([FREE, HOT, FREE, HOT, FREE, FREE])
+    result = bench.interleave({"a": float}, rounds=5, clocks=lambda: next(readings))
+    assert result.warning == ("4 of 5 rounds were dropped, as the device was held down (hardware thermal slowdown)")
+
+
+def test_what_a_kernel_patches_later_is_not_what_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(torch.cuda, "Event", None)
+    monkeypatch.setattr(torch.cuda, "synchronize", None)
+    until = time.monotonic() + 2e-3
+
+    def step(_: int) -> None:
+        while time.monotonic() < until:
+            pass
+
+    assert 1e-3 < bench.timed_block(step, first=0, count=1, device=CPU) < 1
+    assert sum(bench.time_steps(step, first=0, count=2, device=CPU)) > 0
 
 
 def test_a_device_held_down_in_every_round_is_an_error() -> None:

@@ -1,0 +1,284 @@
+"""Holds what is timed to what it should compute: results taken out of the timed blocks, compared as parity does.
+
+In every block one call, at a place drawn anew, gets inputs whose values were put there just before; its result is kept
+and compared with the reference's once the block is over. All else about that call is as in the others: the same
+arguments at the same addresses, the same line of the same function on the stack, the same clock. Every output is
+overwritten after its call, so that memory which is handed out again holds nothing that could pass for a result, and
+the version counters of all inputs move on before every call, so that they do not tell which of them were rewritten.
+
+So a kernel is found out that is right only for the first calls or outside of a timed block, that returns what it kept
+for these addresses, or what the memory held, or something that computes when it is looked at, or whose work runs on
+another stream and is not waited for. One that knows the values of its usual inputs again and works only on others is
+found out by its times, as the checked calls are the slower ones.
+
+What cannot be found out: a kernel that knows all values again that it was ever given, on the device, and keeps their
+results, as the fresh values come back too; one that reads this module's random generator out of the program's memory;
+work on another stream that is over before the result is copied.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from kernbench import compare, modes
+from kernbench.compare import Leaves, Rule
+from kernbench.spec import Inputs, KernelSpec, Tolerance
+from kernbench.subject import Truth, judge_fairly
+
+FRESH_SEED = 1_000_003
+"""Far from the seeds of the input sets, whose values these must not be."""
+SLOWER_WHEN_CHECKED = 1.5
+LEAST_CHECKS = 10
+
+_synchronize = torch.cuda.synchronize
+
+
+class WrongResult(Exception):  # noqa: N818 - it names what an implementation gave, and becomes a label
+    """A call that was to be timed does not do what the reference does; the message says what is wrong."""
+
+
+class Witness:
+    """One set of inputs that takes fresh values, and what the reference makes of them.
+
+    ``unchecked`` says why nothing can be compared, empty if it can: the reference fails, or memory is short.
+    """
+
+    def __init__(
+        self,
+        spec: KernelSpec,
+        inputs: Inputs,
+        make: Callable[[int], Inputs],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        seed: int = 0,
+        run_reference: bool = True,
+    ) -> None:
+        """Takes over the tensors of ``inputs``; its scalars stay what they are.
+
+        Args:
+            make: other inputs of the case by their seed; ``inputs`` are those of ``seed``.
+        """
+        self.inputs = inputs
+        self.device = device
+        self.unchecked = ""
+        self._spec = spec
+        self._make = make
+        self._seed = seed
+        self._random = random.Random(seed)
+        tolerance = spec.tolerance.get(str(dtype).removeprefix("torch."), Tolerance())
+        self._rule = Rule(tolerance.forward, tolerance.floor_ulp)
+        self._truths: dict[int, Truth] = {}
+        self._accepted: set[tuple[Any, ...]] = set()
+        self._storages = {tensor.untyped_storage().data_ptr() for tensor in tensors(inputs)}
+        self._values: Inputs = {}
+        try:
+            self._values = compare.clone(inputs)
+            _copy(make(FRESH_SEED + seed), self._values, like=inputs)
+        except Exception as error:
+            if not _memory(error):
+                raise
+            self._leave("too large for that")
+            return
+        if not run_reference:
+            self._leave("eager is left out")
+            return
+        try:
+            self._truth(1)
+        except Exception as error:  # noqa: BLE001 - the reference's own row says what fails; the others are timed
+            self._leave("too large for that" if _memory(error) else f"eager fails with {type(error).__name__}")
+
+    def _leave(self, why: str) -> None:
+        self._truths.clear()
+        self._values = {}
+        self.unchecked = f"not compared with eager while timed: {why}"
+
+    def reset(self) -> None:
+        """Give the inputs the values back that they had before any check, which an implementation is to see first."""
+        if not self.unchecked:
+            _copy(self._make(self._seed), self.inputs, like=self.inputs)
+
+    def place(self, count: int) -> int:
+        """Which of a block's calls to check; -1 if none can be."""
+        return -1 if self.unchecked else self._random.randrange(count)
+
+    def load(self) -> Inputs:
+        """The inputs with their fresh values, whatever calls have written into them since."""
+        _copy(self._values, self.inputs, like=self.inputs)
+        return self.inputs
+
+    def take(self, output: Any) -> Leaves:
+        """A copy of what a call with :meth:`load`'s inputs gave, made where the call itself was queued."""
+        found = {name: _taken(leaf) for name, leaf in compare.leaves(output, "output").items()}
+        for name in self._spec.mutates:
+            found |= {at: _taken(leaf) for at, leaf in compare.leaves(self.inputs[name], name).items()}
+        return found
+
+    def check(self, got: Leaves, where: str, *, calls: int = 1) -> None:
+        """Compare the result of ``calls`` calls in a row, of which the first had fresh inputs.
+
+        Raises:
+            WrongResult: it is not what the reference gives, by the rule of parity.
+        """
+        if self.unchecked:
+            return
+        for name, leaf in got.items():
+            if isinstance(leaf, Tensor) and type(leaf) not in (Tensor, torch.nn.Parameter):
+                raise WrongResult(f"{where}, {name} is a {type(leaf).__name__}, which may do the work when it is read")
+        calls = calls if self._spec.mutates else 1
+        seen = (calls, *((name, _fingerprint(leaf)) for name, leaf in sorted(got.items())))
+        if seen not in self._accepted:
+            judged = judge_fairly(got, self._truth(calls), self._rule, partial(self._nudged, calls))
+            reasons = [item.reason for item in judged if item.reason]
+            if reasons:
+                raise WrongResult(f"{where}, {reasons[0]}")
+            self._accepted.add(seen)
+        # The copies go back to the allocator, and must not turn up as the output of a kernel that writes none.
+        for leaf in got.values():
+            _spoil(leaf)
+
+    def poison(self, output: Any) -> None:
+        """Overwrite what a call returned, except where that is one of its arguments."""
+        for leaf in compare.leaves(output, "").values():
+            if type(leaf) is Tensor and leaf.untyped_storage().data_ptr() not in self._storages:
+                _spoil(leaf)
+
+    def owns(self, others: Sequence[Inputs]) -> None:
+        """Outputs that share memory with these inputs are arguments as well, not to be overwritten."""
+        self._storages |= {tensor.untyped_storage().data_ptr() for one in others for tensor in tensors(one)}
+
+    def result_bytes(self) -> int | None:
+        """Bytes of the tensors that one call returns anew; None if the reference does not run."""
+        truth = self._truths.get(1)
+        if truth is None:
+            return None
+        sizes: dict[int, int] = {}
+        written: set[int] = set()
+        for name, leaf in truth.eager.items():
+            if isinstance(leaf, Tensor):
+                place = leaf.untyped_storage().data_ptr()
+                if name.startswith("output"):
+                    sizes[place] = max(sizes.get(place, 0), leaf.numel() * leaf.element_size())
+                else:
+                    written.add(place)
+        return sum(size for place, size in sizes.items() if place not in written)
+
+    def _truth(self, calls: int) -> Truth:
+        if calls not in self._truths:
+            eager = self._run(compare.clone(self._values), calls)
+            self._truths[calls] = Truth(eager, self._run(compare.upcast(self._values), calls))
+            if self.device.type == "cuda":
+                _synchronize(self.device)
+        return self._truths[calls]
+
+    def _run(self, inputs: Inputs, calls: int) -> Leaves:
+        output = None
+        with torch.no_grad():
+            for _ in range(calls):
+                output = self._spec.reference(**inputs)
+        found = compare.leaves(output, "output")
+        for name in self._spec.mutates:
+            found |= compare.leaves(inputs[name], name)
+        return found
+
+    def _nudged(self, calls: int) -> Leaves:
+        return self._run(modes.nudge(self._values, self._seed), calls)
+
+
+def slower_when_checked(pairs: Sequence[tuple[float, float]]) -> str:
+    """Why an implementation seems to work only in the checked calls; empty if it does not.
+
+    Args:
+        pairs: seconds of the checked call, and what a quarter of its block's calls stay below, for each block.
+    """
+    if len(pairs) < LEAST_CHECKS:
+        return ""
+    ratios = [checked / usual for checked, usual in pairs]
+    if float(numpy.quantile(ratios, 0.25)) <= SLOWER_WHEN_CHECKED:
+        return ""
+    checked, usual = (float(numpy.median(column)) * 1e6 for column in zip(*pairs, strict=True))
+    return (
+        f"takes {checked:.1f} us where its result is checked and {usual:.1f} us elsewhere, so it skips work when the "
+        "inputs are those of an earlier call"
+    )
+
+
+def move_versions(inputs: Inputs) -> None:
+    """Make all tensors look written to, as the checked ones are."""
+    torch.autograd.graph.increment_version([tensor for tensor in tensors(inputs) if not tensor.is_inference()])
+
+
+def tensors(inputs: Any) -> list[Tensor]:
+    """The tensors of nested inputs."""
+    return [leaf for leaf in compare.leaves(inputs, "").values() if isinstance(leaf, Tensor)]
+
+
+def checked_call(witness: Witness, call: Callable[..., Any], where: str) -> None:
+    """One call on fresh inputs, not timed, and its result compared.
+
+    Raises:
+        WrongResult: as :meth:`Witness.check`.
+    """
+    inputs = witness.load()
+    move_versions(inputs)
+    output = call(**inputs)
+    got = witness.take(output)
+    witness.poison(output)
+    witness.check(got, where)
+
+
+def _memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _copy(source: Inputs, target: Inputs, *, like: Inputs) -> None:
+    """Copy tensors in place, except where those of ``like`` cannot be written element by element."""
+    given, shown = compare.leaves(source, ""), compare.leaves(like, "")
+    for name, leaf in compare.leaves(target, "").items():
+        value = given.get(name)
+        if not (isinstance(leaf, Tensor) and isinstance(value, Tensor)) or _overlaps_itself(shown[name]):
+            continue
+        if leaf.shape == value.shape:
+            leaf.detach().copy_(value)
+
+
+def _taken(leaf: Any) -> Any:
+    # A tensor of another type is refused, and must not be made to compute what it has put off.
+    return leaf.detach().clone() if type(leaf) in (Tensor, torch.nn.Parameter) else leaf
+
+
+def _spoil(leaf: Any) -> None:
+    """Overwrite a tensor with what no result is: NaN, the largest integer."""
+    if type(leaf) is not Tensor or _overlaps_itself(leaf):
+        return
+    with torch.no_grad():
+        if leaf.is_floating_point() or leaf.is_complex():
+            leaf.detach().fill_(float("nan"))
+        else:
+            leaf.detach().fill_(True if leaf.dtype == torch.bool else torch.iinfo(leaf.dtype).max)
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether several elements share memory, as in an expanded tensor, so that it cannot be written."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _fingerprint(leaf: Any) -> Any:
+    """Kind and bits of a leaf in one number, so that an accepted result is known again; no kernel can aim for it."""
+    if not isinstance(leaf, Tensor):
+        return repr(leaf)
+    flat = leaf.resolve_conj().contiguous().reshape(-1)
+    flat = flat.to(torch.uint8) if flat.dtype == torch.bool else flat
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(flat.element_size(), torch.int64)
+    bits = flat.view(words)
+    # Two sums, one over each half, so that most ways of exchanging elements show.
+    half = bits.numel() // 2
+    sums = tuple(int(part.sum(dtype=torch.int64)) for part in (bits[:half], bits[half:], bits[::2]))
+    return (tuple(leaf.shape), str(leaf.dtype), str(leaf.device), *sums)

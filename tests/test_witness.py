@@ -1,0 +1,272 @@
+"""Implementations that are right when they are looked at and not when they are timed: bench gives them no time."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernbench import bench, calls, timing
+from kernbench.record import BenchResult, Ceilings
+from kernbench.spec import Case, Cost, Inputs, KernelSpec, Tolerance
+from kernbench.witness import Witness, WrongResult, slower_when_checked
+
+CPU = torch.device("cpu", 0)
+ROOFS = Ceilings(launch_seconds=1e-9)
+CASE = Case("ragged", rows=127)
+ROUNDS = 4
+
+
+def reference(x: Tensor, total: Tensor) -> Tensor:
+    total.add_(x)
+    return torch.sin(x) * 2 + 1
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(case["rows"], 64, generator=generator, device=device).to(dtype)
+    return {"x": x, "total": torch.ones_like(x)}
+
+
+def spec_of(peer: Callable[..., Any], **changes: Any) -> KernelSpec:
+    settings: dict[str, Any] = {
+        "name": "toy",
+        "reference": reference,
+        "optimized": lambda x, total: None,
+        "make_inputs": make_inputs,
+        "cases": (CASE,),
+        "tolerance": {"float32": Tolerance(), "bfloat16": Tolerance()},
+        "cost": lambda case, dtype: Cost(flops=1, bytes_read=1, bytes_written=1),
+        "mutates": ("total",),
+        "peers": {"peer": peer},
+    }
+    return KernelSpec(**settings | changes)
+
+
+@pytest.fixture(autouse=True)
+def two_small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "cache_bytes", lambda _: 2 * CASE["rows"] * 64 * 4)
+    monkeypatch.setattr(calls, "MOST_CALLS", 8)
+
+
+def row_of(peer: Callable[..., Any], *, rounds: int = ROUNDS, dtype: str = "float32", **changes: Any) -> BenchResult:
+    rows = bench.bench_kernel(
+        spec_of(peer, **changes),
+        device=CPU,
+        dtypes=[dtype],
+        rounds=rounds,
+        ceilings=ROOFS,
+        without=frozenset({"compile", "triton"}),
+    )
+    by_name = {row.implementation: row for row in rows}
+    assert by_name["eager"].label == "", by_name["eager"]
+    return by_name["peer"]
+
+
+def wrong(peer: Callable[..., Any], **arguments: Any) -> str:
+    row = row_of(peer, **arguments)
+    assert (row.label, row.seconds, row.interval, row.speedup) == ("wrong", None, None, None), row
+    return row.note
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_rounding_is_right(dtype: str) -> None:
+    def wide(x: Tensor, total: Tensor) -> Tensor:
+        total.copy_(total.double() + x.double())
+        return (torch.sin(x.double()) * 2 + 1).to(x.dtype)
+
+    row = row_of(wide, dtype=dtype)
+    assert (row.label, row.note) == ("", "")
+    assert row.seconds is not None
+
+
+def test_a_buffer_that_is_returned_again_and_again_is_right() -> None:
+    kept: dict[torch.Size, Tensor] = {}
+
+    def reuses(x: Tensor, total: Tensor) -> Tensor:
+        total.add_(x)
+        return torch.add(torch.sin(x) * 2, 1, out=kept.setdefault(x.shape, torch.empty_like(x)))
+
+    assert row_of(reuses).label == ""
+
+
+def test_an_output_that_is_an_argument_is_not_overwritten() -> None:
+    def in_place(x: Tensor, total: Tensor) -> Tensor:
+        return total.add_(x)
+
+    row = row_of(lambda x, total: total.add_(x), reference=in_place)
+    assert row.label == "", row
+
+
+def test_a_wrong_result_has_no_time() -> None:
+    def off(x: Tensor, total: Tensor) -> Tensor:
+        return reference(x, total) * 1.001
+
+    assert wrong(off).startswith("after warm-up, output max error ")
+
+
+def test_an_argument_that_should_have_been_written_counts() -> None:
+    assert wrong(lambda x, total: torch.sin(x) * 2 + 1).startswith("after warm-up, total max error ")
+
+
+def test_work_skipped_from_some_call_on_is_seen_in_a_timed_call() -> None:
+    numbers = itertools.count()
+
+    def counts(x: Tensor, total: Tensor) -> Tensor:
+        return reference(x, total) if next(numbers) < 12 else torch.empty_like(x)
+
+    assert wrong(counts).startswith("in timed call ")
+
+
+def test_what_the_memory_held_is_no_result() -> None:
+    numbers = itertools.count()
+    buffer = torch.empty(CASE["rows"], 64)
+
+    def leaves_it(x: Tensor, total: Tensor) -> Tensor:
+        if next(numbers) < 12:
+            buffer.copy_(reference(x, total))
+        return buffer
+
+    assert wrong(leaves_it).endswith("output is NaN at 8128 of 8128 places where the oracle is not")
+
+
+def test_a_kernel_that_watches_the_stack_is_seen() -> None:
+    def watches(x: Tensor, total: Tensor) -> Tensor:
+        timed = any(frame.function == "_seconds" for frame in inspect.stack(0))
+        return x if timed else reference(x, total)
+
+    assert wrong(watches).startswith("in timed call ")
+
+
+def test_results_kept_by_address_are_stale() -> None:
+    kept: dict[int, Tensor] = {}
+
+    def caches(x: Tensor, total: Tensor) -> Tensor:
+        total.add_(x)
+        if x.data_ptr() not in kept:
+            kept[x.data_ptr()] = torch.sin(x) * 2 + 1
+        return kept[x.data_ptr()].clone()
+
+    assert "output max error" in wrong(caches)
+
+
+def test_results_kept_by_address_and_version_save_nothing() -> None:
+    kept: dict[tuple[int, int], Tensor] = {}
+    worked = []
+
+    def caches(x: Tensor, total: Tensor) -> Tensor:
+        total.add_(x)
+        key = x.data_ptr(), x._version
+        worked.append(key not in kept)
+        if key not in kept:
+            kept[key] = torch.sin(x) * 2 + 1
+        return kept[key].clone()
+
+    assert row_of(caches).label == ""
+    assert sum(worked) > 0.8 * len(worked), "every timed call finds a version that it has not seen"
+
+
+def test_a_result_that_computes_when_it_is_read_is_refused() -> None:
+    class Lazy(Tensor):
+        pass
+
+    def lazy(x: Tensor, total: Tensor) -> Tensor:
+        return reference(x, total).as_subclass(Lazy)
+
+    assert wrong(lazy) == "after warm-up, output is a Lazy, which may do the work when it is read"
+
+
+def test_a_kernel_that_knows_its_inputs_again_is_found_by_its_time() -> None:
+    usual: set[float] = set()
+
+    def recognises(x: Tensor, total: Tensor) -> Tensor:
+        # What was warmed up on comes back; values that come once a block are worked on.
+        key = float(x[0, 0])
+        if len(usual) < 2:
+            usual.add(key)
+        if key not in usual:
+            until = time.perf_counter() + 1e-3
+            while time.perf_counter() < until:
+                pass
+        return reference(x, total)
+
+    assert "where its result is checked" in wrong(recognises, rounds=30)
+
+
+def test_times_of_checked_calls_may_scatter() -> None:
+    assert slower_when_checked([(1e-6, 1e-6)] * 30) == ""
+    assert slower_when_checked([(5e-6, 1e-6)] * 9) == ""
+    assert slower_when_checked([(5e-6, 1e-6)] * 12 + [(1e-6, 1e-6)] * 8) == ""
+    words = slower_when_checked([(8e-6, 2e-6)] * 20)
+    assert words.startswith("takes 8.0 us where its result is checked and 2.0 us elsewhere")
+
+
+def test_a_kernel_that_replaces_the_clock_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", honest)
+
+    def patches(x: Tensor, total: Tensor) -> Tensor:
+        time.perf_counter = lambda: 0.0
+        timing._perf_counter = lambda: 0.0
+        return reference(x, total)
+
+    note = wrong(patches)
+    assert "replaces" in note
+    assert "time.perf_counter" in note
+    assert "kernbench.timing._perf_counter" in note
+    assert time.perf_counter is honest
+
+
+def test_state_is_checked_from_a_known_start() -> None:
+    stateful: dict[str, Any] = {"stateful": True, "next_inputs": lambda inputs, seed: None}
+    assert row_of(reference_twin, **stateful).label == ""
+
+    def forgets(x: Tensor, total: Tensor) -> Tensor:
+        total.copy_(total + x * 0.9)
+        return torch.sin(x) * 2 + 1
+
+    assert "total max error" in wrong(forgets, **stateful)
+
+
+def reference_twin(x: Tensor, total: Tensor) -> Tensor:
+    return reference(x, total)
+
+
+def test_several_updates_in_a_row_are_compared_with_as_many_of_the_reference() -> None:
+    spec = spec_of(reference_twin)
+    inputs = make_inputs(CASE, torch.float32, CPU, 0)
+    witness = Witness(spec, inputs, lambda seed: make_inputs(CASE, torch.float32, CPU, seed), torch.float32, CPU)
+    for updates in (3, 1):
+        witness.load()
+        output = None
+        for _ in range(updates):
+            output = reference(**inputs)
+        witness.check(witness.take(output), "replayed", calls=updates)
+    witness.load()
+    with pytest.raises(WrongResult, match="replayed, total max error"):
+        witness.check(witness.take(reference(**inputs)), "replayed", calls=2)
+
+
+def test_an_input_that_is_expanded_stays_what_it_is() -> None:
+    def expanded(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+        inputs = make_inputs(case, dtype, device, seed)
+        return inputs | {"x": inputs["x"][:1].expand(case["rows"], 64)}
+
+    assert row_of(reference_twin, make_inputs=expanded).label == ""
+
+
+def test_a_reference_without_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def heavy(x: Tensor, total: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return reference(x, total)
+
+    row = row_of(reference_twin, reference=heavy)
+    assert row.seconds is not None
+    assert row.note == "not compared with eager while timed: too large for that"
