@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kernbench.record import Ceilings
-from kernbench.roofline import place
+from kernbench.roofline import Held, place
 from kernbench.spec import Cost
 
 ROOFS = Ceilings(
@@ -48,3 +48,27 @@ def test_data_in_the_cache_has_no_memory_roof() -> None:
     cost = Cost(flops=1, bytes_read=2e9, bytes_written=1)
     assert place(1e-3, cost, "float32", ROOFS, in_cache=True).share is None
     assert place(1e-3, cost, "float32", Ceilings()).share is None
+
+
+def test_a_cost_of_more_bytes_than_there_are_is_impossible_however_slow_it_is() -> None:
+    visits = Cost(flops=0, bytes_read=6e6, bytes_written=1.3e6)
+    slow = place(1.0, visits, "float32", ROOFS, held=Held(1e6, 50_000_000))
+    assert slow.impossible
+    assert slow.note == (
+        "its cost counts 7.3 times the bytes that its tensors hold (7.3 MB of 1 MB): visits, not bytes that move"
+    )
+    assert not place(1.0, visits, "float32", ROOFS, held=Held(7.3e6, 0)).impossible
+    assert place(1.0, visits, "float32", ROOFS, in_cache=True, held=Held(1e6, 0)).impossible
+
+
+def test_the_reason_names_what_speaks_for_itself() -> None:
+    cost = Cost(flops=0, bytes_read=5e5, bytes_written=5e5)
+    cached = place(1e-7, cost, "float32", ROOFS, held=Held(1e6, 50_000_000))
+    assert cached.impossible
+    assert cached.note == (
+        "above the measured copy roof: its 1 MB fit into the cache of 50 MB, where they may still have been"
+    )
+    unlaunched = place(1e-10, cost, "float32", ROOFS, held=Held(1e9, 50_000_000))
+    assert "less than launching nothing takes (0.001 us)" in unlaunched.note
+    unknown = place(1e-7, cost, "float32", ROOFS, held=Held(1e9, 50_000_000))
+    assert "the clock is wrong" in unknown.note
