@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING
 import msgspec
 
 from kernbench import registry
+from kernbench.errors import WorkloadFailed
 from kernbench.progress import Advance, Progress, Silent
 from kernbench.record import Build
 from kernbench.spec import Case, KernelSpec
@@ -35,7 +36,7 @@ SHARED_LIMIT_BYTES = {
 SILENT_SECONDS = 180.0
 """A process that reports nothing for so long hangs; of the kernels here the slowest takes seconds."""
 MOST_WORKERS = 8
-LAST_LINES = 5
+LAST_LINES = 30
 
 
 class Wanted(msgspec.Struct):
@@ -98,8 +99,8 @@ def compile_kernels(
         silent_seconds: the process is ended when it reports nothing for so long.
 
     Raises:
-        errors.KernbenchError: an unknown architecture, case or dtype.
-        RuntimeError: the process ends before it has begun anything.
+        KernbenchError: an unknown architecture, case or dtype.
+        WorkloadFailed: the process ends before it has called a kernel: a file of kernels fails without the interpreter.
     """
     wanted = [Wanted(spec.name, _dtypes(spec, dtypes), _cases(spec, cases)) for spec in specs]
     chosen = [registry.nearest(arch, SHARED_LIMIT_BYTES, "architecture") for arch in archs]
@@ -134,7 +135,11 @@ def _built(
             if not process.death:
                 return
             if not process.begun:
-                raise RuntimeError(f"the process that compiles kernels {process.death}: {process.last_words}")
+                raise WorkloadFailed(
+                    f"the process that compiles kernels {process.death} before it had called one: "
+                    f"{process.last_words.splitlines()[-1] if process.last_words else 'it said nothing'}",
+                    process.last_words,
+                )
             request.skip += process.finished
             if len(process.begun) == 1:
                 # Alone in its process, so the death is its own.

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kernbench import builds, registry
-from kernbench.errors import KernbenchError
+from kernbench.errors import KernbenchError, WorkloadFailed
 from kernbench.record import Build
 from kernbench.spec import KernelSpec
 from kernbench.uncomputed import Uncomputed
@@ -263,6 +263,17 @@ def test_a_process_that_dies_or_hangs_costs_one_kernel(declared: Path) -> None:
         ("hanging", False, "its process did not answer for 15 s"),
     ]
     assert [row.kernel for row in found[2:]] == ["good", "good"]
+
+
+def test_a_file_that_fails_without_the_interpreter_says_why(workspace: Path) -> None:
+    (workspace / "kernels").mkdir()
+    guard = "import os\nassert os.environ.get('TRITON_INTERPRET') == '1', 'interpreted alone'\n"
+    (workspace / "kernels" / "guarded.py").write_text(guard + HEAD + GOOD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        guarded = spec("good")
+        with pytest.raises(WorkloadFailed, match=r"exit code 1 before it had called one: .*interpreted alone"):
+            list(builds.compile_kernel(guarded))
 
 
 def test_unknown_names_are_refused_with_the_nearest(declared: Path) -> None:
