@@ -101,11 +101,6 @@ def prepare(device: str) -> None:
     _start_server("1" if interpreted else None)
 
 
-def ready() -> None:
-    """Wait until the server's imports are done, so that they do not disturb what is timed in this process."""
-    _current_server().wait_until_ready()
-
-
 class _Shown:
     """The child's progress, in the parent's."""
 

@@ -78,20 +78,57 @@ class KernelParity:
         return True
 
 
-def _broken(chosen: torch.device) -> str:
-    """Why this process can no longer use its GPU; empty if it can."""
+def _broken(chosen: torch.device, *, wait: bool = True) -> str:
+    """Why this process can no longer use its GPU; empty if it can, or, without waiting, if nothing is known yet."""
     if chosen.type != "cuda":
         return ""
     try:
-        torch.cuda.synchronize(chosen)
+        if wait:
+            torch.cuda.synchronize(chosen)
+        else:
+            torch.cuda.current_stream(chosen).query()
     except RuntimeError as error:
         return str(error).splitlines()[0]
     return ""
 
 
+@dataclass(frozen=True)
+class Poisoned:
+    """After this unit the process could not use its GPU any more, so what else it found says nothing."""
+
+    unit: str
+    reason: str
+
+
+class _Stop(BaseException):
+    """Ends a job whose GPU is lost; no exception that a kernel's failure is made of may catch it."""
+
+    def __init__(self, poisoned: Poisoned) -> None:
+        super().__init__(poisoned.reason)
+        self.poisoned = poisoned
+
+
+class _Watch:
+    """Tells what begins, and blames the one before if the GPU is lost by then: all others would fail after it."""
+
+    def __init__(self, tell: Tell, chosen: torch.device) -> None:
+        self.tell = tell
+        self.chosen = chosen
+        self.running = ""
+
+    def begin(self, unit: str) -> None:
+        self.end(wait=False)
+        self.running = unit
+        self.tell.begin(unit)
+
+    def end(self, *, wait: bool = True) -> None:
+        if reason := _broken(self.chosen, wait=wait):
+            raise _Stop(Poisoned(self.running, f"leaves the GPU unusable: {reason}"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class KernelTimes:
-    """Times of one kernel; sends the rows of one case and dtype together. Returns as :class:`KernelParity` does.
+    """Times of one kernel; sends the rows of one case and dtype together. Returns what made it stop early, if it did.
 
     ``without`` leaves implementations out of the first of the units.
     """
@@ -103,29 +140,33 @@ class KernelTimes:
     ceilings: record.Ceilings | None
     without: frozenset[str] = frozenset()
 
-    def run(self, tell: Tell) -> bool:
+    def run(self, tell: Tell) -> Poisoned | None:
         spec = registry.kernel(self.kernel).declaration
         chosen = device.resolve(self.device)
+        watch = _Watch(tell, chosen)
         cases = {case.name: case for case in spec.cases}
         without = self.without
         for case, dtype in self.units:
-            tell.begin("")
-            rows = bench.bench_kernel(
-                spec,
-                device=chosen,
-                dtypes=[dtype],
-                cases=[cases[case]],
-                rounds=self.rounds,
-                ceilings=self.ceilings,
-                progress=tell.progress,
-                without=without,
-                begin=tell.begin,
-            )
-            tell.send(list(rows))
+            try:
+                watch.begin("")
+                rows = bench.bench_kernel(
+                    spec,
+                    device=chosen,
+                    dtypes=[dtype],
+                    cases=[cases[case]],
+                    rounds=self.rounds,
+                    ceilings=self.ceilings,
+                    progress=tell.progress,
+                    without=without,
+                    begin=watch.begin,
+                )
+                found = list(rows)
+                watch.end()
+            except _Stop as stop:
+                return stop.poisoned
+            tell.send(found)
             without = frozenset()
-            if _broken(chosen):
-                return False
-        return True
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +250,8 @@ class Receipt:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadTimes:
-    """All variants of a workload raced and counted; sends its stages. Its units are the variants.
+    """All variants of a workload raced and counted; sends its stages. Its units are the variants. Returns what made it
+    stop early, if it did.
 
     ``failed`` says why variants are left out that took an earlier process down.
     """
@@ -219,13 +261,18 @@ class WorkloadTimes:
     result: record.BenchRecord
     failed: Mapping[str, str] = field(default_factory=dict)
 
-    def run(self, tell: Tell) -> None:
+    def run(self, tell: Tell) -> Poisoned | None:
         settings = _settings(self.request)
         run = Relayed(self.folder, self.result, tell)
+        watch = _Watch(tell, settings.device)
         variants = _variants(settings, self.request.use)
-        race.bench_workload(run, settings, variants, self.request.rounds, failed=self.failed, begin=tell.begin)
+        try:
+            race.bench_workload(run, settings, variants, self.request.rounds, failed=self.failed, begin=watch.begin)
+        except _Stop as stop:
+            return stop.poisoned
         for doubt in device.WARNINGS:
             run.warn(doubt)
+        return None
 
 
 def _settings(request: Request) -> measure.Settings:

@@ -40,8 +40,9 @@ def survey(request: Request, device: torch.device, progress: Progress) -> tuple[
     Raises:
         WorkloadFailed: the device itself takes the process down.
     """
-    job = jobs.Survey(str(device))
-    found: tuple[record.Environment, list[str]] = _or_fail(job, request, progress, f"measuring {device}")
+    # It runs nothing of the user's, so the user's limit is not meant for it.
+    job, unlimited = jobs.Survey(str(device)), replace(request, time_limit=None)
+    found: tuple[record.Environment, list[str]] = _or_fail(job, unlimited, progress, f"measuring {device}")
     return found
 
 
@@ -73,6 +74,7 @@ def check_kernel(
         answered.add((row.case, row.dtype, row.mode))
         take(row)
 
+    progress = _Once(progress)
     finished = False
     while not finished:
         before = len(answered)
@@ -135,7 +137,7 @@ def bench_kernel(
             without=frozenset(failed),
         )
         try:
-            isolation.run(job, finish, _terms(request), progress)
+            _not_poisoned(isolation.run(job, finish, _terms(request), progress))
         except Died as death:
             implementation = "".join(death.unit)
             if implementation and implementation not in failed:
@@ -282,7 +284,27 @@ def _follow(run: Run[Any], result: record.Header, job: Job, terms: Terms) -> Non
                 case _:
                     raise AssertionError(f"a job said {said!r}")
 
-        isolation.run(job, take, terms, run.progress)
+        _not_poisoned(isolation.run(job, take, terms, run.progress))
+
+
+class _Once:
+    """Progress that says nothing twice: a job that goes on in a new process begins with the same notes."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.stage = progress.stage
+        self._note = progress.note
+        self._said: set[str] = set()
+
+    def note(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._note(text)
+
+
+def _not_poisoned(result: jobs.Poisoned | None) -> None:
+    """A process that has lost its GPU is as good as dead."""
+    if result is not None:
+        raise Died(result.reason, (result.unit,))
 
 
 def _or_fail(job: Job, request: Request, progress: Progress, what: str) -> Any:
