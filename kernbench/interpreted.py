@@ -239,10 +239,14 @@ def _typed_range(interpreter: Any) -> Callable[..., Any]:
     """Counts in 64 bits where a bound has them, as on a GPU; the interpreter itself counts in Python's integers."""
     language = interpreter.tl
 
+    def whole(bound: Any) -> Any:
+        # Not by its __index__: that of Triton 3.6 does not go together with NumPy 2.4.
+        return int(bound.handle.data.item()) if isinstance(bound, language.tensor) else bound
+
     def typed(*bounds: Any) -> Any:
         if any(isinstance(bound, language.tensor) and bound.dtype == language.int64 for bound in bounds):
-            return (_wide(interpreter, value) for value in range(*bounds))
-        return range(*bounds)
+            return (_wide(interpreter, value) for value in range(*map(whole, bounds)))
+        return range(*map(whole, bounds))
 
     return typed
 
