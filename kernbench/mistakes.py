@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench.operators import Call
+from kernbench.operators import ATTENTION, Call
 
 SMALL = 1e-2
 """A constant below this is taken for an epsilon: wrong by a factor of ten, or left out."""
@@ -58,7 +58,7 @@ PRODUCTS = {
     "mm": ("self", "mat2"), "bmm": ("self", "mat2"), "mv": ("self", "vec"), "dot": ("self", "tensor"),
     "addmm": ("mat1", "mat2"), "addmv": ("mat", "vec"), "baddbmm": ("batch1", "batch2"), "addbmm": ("batch1", "batch2"),
 }  # fmt: skip
-OTHER_PRODUCTS = ("_scaled_dot_product", "_fused_sdp", "convolution", "_convolution")
+OTHER_PRODUCTS = (ATTENTION, "_fused_sdp", "convolution", "_convolution")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ def of_call(call: Call) -> Iterator[Mistake]:
     """Every way in which this call can be done wrong."""
     if call.operator.startswith("_foreach_"):
         yield from _one_of_many(call)
+        return
+    if call.arguments.get("dropout_p"):
         return
     for mistakes in (_terms, _constants, _masks, _indices, _tails, _views, _offsets, _precision):
         yield from mistakes(call)
@@ -234,7 +236,7 @@ def _tails(call: Call) -> Iterator[Mistake]:
             across = right.narrow(-1 if right.dim() == 1 else -2, 0, inner)
             names = PRODUCTS[operator]
             yield _changed(call, kind, last, **dict(zip(names, (left.narrow(-1, 0, inner), across), strict=True)))
-    if operator.startswith("_scaled_dot_product") and call.tensor("key") is not None and call["key"].shape[-2] > 1:
+    if operator.startswith(ATTENTION) and call.tensor("key") is not None and call["key"].shape[-2] > 1:
         keys = call["key"].shape[-2] - 1
         yield _changed(call, kind, last, key=call["key"].narrow(-2, 0, keys), value=call["value"].narrow(-2, 0, keys))
     if operator == "arange":
