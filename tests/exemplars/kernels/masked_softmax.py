@@ -105,8 +105,8 @@ SPEC = KernelSpec(
     make_inputs=make_inputs,
     cases=(
         Case("one", rows=1, columns=1),
-        Case("ragged", rows=37, columns=61),
-        Case("wide", rows=9, columns=700),
+        Case("ragged", rows=19, columns=61),
+        Case("wide", rows=8, columns=300),
         Case("large", large=True, rows=8192, columns=4096),
     ),
     tolerance=_shared.TOLERANCE,
