@@ -31,6 +31,7 @@ class _Worker:
         self.request = request
         self._output = output
         self._recorder = Recorder()
+        self._uncomputed = Uncomputed()
         self._sending = threading.Lock()
 
     def send(self, event: Event) -> None:
@@ -81,15 +82,15 @@ class _Worker:
 
     def _calls(self, spec: KernelSpec, dtype: str, case: Case) -> Iterator[tuple[str, Exception]]:
         """Calls the kernel once per architecture; those for which it raises, and what."""
-        with Uncomputed() as uncomputed:
-            try:
+        try:
+            with self._uncomputed:
                 inputs = spec.make_inputs(case, getattr(torch, dtype), torch.device("cpu", 0), SEED)
-            except Exception as error:  # noqa: BLE001 - whatever a declaration raises is the result of building it
-                yield from ((arch, error) for arch in self.request.archs)
-                return
+        except Exception as error:  # noqa: BLE001 - whatever a declaration raises is the result of building it
+            yield from ((arch, error) for arch in self.request.archs)
+            return
         for arch in self.request.archs:
             try:
-                with uncomputed, self._recorder.serving(arch, spec.name, dtype, case.name):
+                with self._uncomputed, self._recorder.serving(arch, spec.name, dtype, case.name):
                     _call(spec, inputs)
             except Exception as error:  # noqa: BLE001 - as above
                 yield arch, error
