@@ -299,6 +299,17 @@ def test_all_kernels_that_ship_pass_for_all_architectures() -> None:
         }  # fmt: skip
 
 
+def test_the_exemplars_pass_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERNBENCH_WORKSPACE", str(Path(__file__).parent / "exemplars"))
+    specs = [found.declaration for found in registry.kernels().values() if found.workspace != registry.builtin()]
+    found = list(builds.compile_kernels(specs, archs=("sm_90",), dtypes=["bfloat16"]))
+    assert {row.kernel for row in found} == {declaration.name for declaration in specs}
+    assert [row for row in found if not row.passed] == []
+    assert {row.function.partition("(")[0] for row in of(found, "rms_norm")} == {
+        "_forward_kernel", "_backward_x_kernel", "_backward_weight_kernel",
+    }  # fmt: skip
+
+
 COUNTED = """
 import pathlib, subprocess, sys, tempfile
 import triton
