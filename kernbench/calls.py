@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -32,6 +33,7 @@ MOST_SETS = 8
 WARM_UP_CALLS = 3
 LEAST_CALLS = 3
 MOST_CALLS = 50
+MOST_PAIRS = 100
 BLOCK_SECONDS = 5e-3
 
 # 256 MB is what triton.testing.do_bench clears; more only where twice the cache is more.
@@ -108,7 +110,7 @@ class Block:
         self.witness = witness
         self.count = count
         self.time = time
-        self.pairs: list[tuple[float, float]] = []
+        self.pairs: deque[tuple[float, float]] = deque(maxlen=MOST_PAIRS)
 
     def __call__(self, number: int) -> float:
         place = self.witness.place(self.count)

@@ -31,13 +31,12 @@ from kernbench import compare, modes
 from kernbench.compare import Leaves, Rule
 from kernbench.spec import Inputs, KernelSpec, Tolerance
 from kernbench.subject import Truth, judge_fairly
+from kernbench.timing import synchronize
 
 FRESH_SEED = 1_000_003
 """Far from the seeds of the input sets, whose values these must not be."""
 SLOWER_WHEN_CHECKED = 1.5
 LEAST_CHECKS = 10
-
-_synchronize = torch.cuda.synchronize
 
 
 class WrongResult(Exception):  # noqa: N818 - it names what an implementation gave, and becomes a label
@@ -174,8 +173,7 @@ class Witness:
         if calls not in self._truths:
             eager = self._run(compare.clone(self._values), calls)
             self._truths[calls] = Truth(eager, self._run(compare.upcast(self._values), calls))
-            if self.device.type == "cuda":
-                _synchronize(self.device)
+            synchronize(self.device)
         return self._truths[calls]
 
     def _run(self, inputs: Inputs, calls: int) -> Leaves:
@@ -231,6 +229,8 @@ def checked_call(witness: Witness, call: Callable[..., Any], where: str) -> None
     output = call(**inputs)
     got = witness.take(output)
     witness.poison(output)
+    # All its work, that on other streams too, so that what fails late fails here.
+    synchronize(witness.device)
     witness.check(got, where)
 
 

@@ -55,17 +55,26 @@ def two_small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "MOST_CALLS", 8)
 
 
-def row_of(peer: Callable[..., Any], *, rounds: int = ROUNDS, dtype: str = "float32", **changes: Any) -> BenchResult:
+def row_of(
+    peer: Callable[..., Any],
+    *,
+    rounds: int = ROUNDS,
+    dtype: str = "float32",
+    device: torch.device = CPU,
+    **changes: Any,
+) -> BenchResult:
     rows = bench.bench_kernel(
         spec_of(peer, **changes),
-        device=CPU,
+        device=device,
         dtypes=[dtype],
         rounds=rounds,
         ceilings=ROOFS,
         without=frozenset({"compile", "triton"}),
     )
-    by_name = {row.implementation: row for row in rows}
-    assert by_name["eager"].label == "", by_name["eager"]
+    by_name: dict[str, BenchResult] = {}
+    for row in rows:
+        by_name.setdefault(row.implementation, row)
+    assert by_name["eager"].seconds is not None, by_name["eager"]
     return by_name["peer"]
 
 
@@ -270,3 +279,53 @@ def test_a_reference_without_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     row = row_of(reference_twin, reference=heavy)
     assert row.seconds is not None
     assert row.note == "not compared with eager while timed: too large for that"
+
+
+GPU = torch.device("cuda", 0)
+WIDE = (Case("wide", rows=1 << 19), CASE)
+
+
+@pytest.mark.gpu
+def test_work_on_another_stream_is_seen() -> None:
+    side = torch.cuda.Stream(GPU)  # type: ignore[no-untyped-call]
+
+    def elsewhere(x: Tensor, total: Tensor) -> Tensor:
+        result = torch.empty_like(x)
+        with torch.cuda.stream(side):
+            total.add_(x)
+            for _ in range(5):
+                torch.sin(x, out=result)
+            result.mul_(2).add_(1)
+        return result
+
+    note = wrong(elsewhere, device=GPU, cases=WIDE)
+    assert "error" in note or "NaN" in note
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skips_from", [12, 40])
+def test_work_skipped_from_some_call_on_is_seen_on_a_gpu(skips_from: int) -> None:
+    numbers = itertools.count()
+
+    def counts(x: Tensor, total: Tensor) -> Tensor:
+        return reference(x, total) if next(numbers) < skips_from else torch.empty_like(x)
+
+    assert wrong(counts, device=GPU, rounds=10)
+
+
+@pytest.mark.gpu
+def test_a_replayed_graph_is_checked_with_its_updates() -> None:
+    for changes in ({}, {"stateful": True, "next_inputs": lambda inputs, seed: None}):
+        rows = bench.bench_kernel(
+            spec_of(reference_twin, **changes),
+            device=GPU,
+            dtypes=["float32"],
+            rounds=3,
+            ceilings=ROOFS,
+            without=frozenset({"compile", "triton"}),
+        )
+        replayed = [row for row in rows if row.cache == "graph"]
+        assert [row.implementation for row in replayed] == ["eager", "peer"]
+        assert all(
+            row.seconds and row.label in ("", "launch-bound") and "compared" not in row.note for row in replayed
+        ), replayed
