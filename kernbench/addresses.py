@@ -34,6 +34,7 @@ TRIAL = 2**20
 GROWTH = 4
 BASES = 2
 SMALL_GRID = 64
+LAUNCH_SECONDS = 0.3
 EXTRA = 0.5
 """Seconds for a second size to make large, once one has been checked."""
 CPU = torch.device("cpu")
@@ -57,8 +58,8 @@ def check(spec: KernelSpec, dtype: torch.dtype, *, seed: int, seconds: float) ->
     for base in _bases(spec):
         for case, name in _vast_cases(spec, base, dtype, seed, deadline, result.unfinished):
             now = time.thread_time()
-            half = now + (deadline - now) / 2
-            result.add(*_run_vast(spec, case, name, dtype, seed, min(half, now + EXTRA) if result.done else half))
+            share = min(deadline - now, EXTRA) if result.done else (deadline - now) * 0.7
+            result.add(*_run_vast(spec, case, name, dtype, seed, now + share))
             if result.wrong:
                 return Finding(reason=result.wrong)
             if result.done and time.thread_time() - started > seconds / 2:
@@ -250,7 +251,7 @@ def _run_vast(
             inputs = _placed(_vast_inputs(spec, case, dtype, seed, memory, deadline, VAST_BYTES), memory)
         except Unreal as error:
             return case, None, str(error)
-        with watched(memory, partial(telling_programs, memory), deadline) as watch:
+        with watched(memory, partial(telling_programs, memory), deadline, LAUNCH_SECONDS) as watch:
             refused = _call(spec, inputs, watch, vast_bytes=VAST_BYTES)
         largest = max(region.elements for region in memory.regions)
         if watch.wrong or watch.late or largest <= 2 * WRAP:
@@ -345,7 +346,8 @@ def telling_programs(memory: Memory, grid: Program) -> list[Program]:
     total = x * y * z
     if total <= SMALL_GRID:
         return _all_programs(grid)[::-1]
-    order = [total - 1, total - 2, *(int(mark * total) + step for mark in _wraps(memory) for step in (0, 1, -1)), 0, 1]
+    wraps = [int(mark * total) for mark in _wraps(memory)]
+    order = [total - 1, *wraps, 0, total - 2, *(wrap + step for wrap in wraps for step in (1, -1)), 1]
     found: dict[Program, None] = {}
     for index in order:
         if 0 <= index < total:

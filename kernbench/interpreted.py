@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import operator
 import sys
 import time
@@ -24,6 +25,8 @@ from kernbench.errors import KernbenchError
 from kernbench.sparse import Memory, Region
 
 Program = tuple[int, int, int]
+ENOUGH = 10
+"""Programs of a launch that are run in any case; the others only as long as the launch has time."""
 GRID_LIMITS: Program = (2**31 - 1, 65535, 65535)
 """Programs that a GPU launches at most in each direction. Source: CUDA programming guide, compute capabilities."""
 WRAP = 2**31
@@ -44,11 +47,13 @@ class Watch:
         launches: launches begun.
         programs: programs that ran to their end.
         beyond: some access lay beyond 2^31 elements of its tensor.
+        launch_seconds: after which the less telling programs of a launch are left out.
     """
 
     memory: Memory
     choose: Callable[[Program], Sequence[Program]]
     deadline: float
+    launch_seconds: float = math.inf
     wrong: str = ""
     unlaunchable: str = ""
     late: str = ""
@@ -59,6 +64,8 @@ class Watch:
     grid: Program = (0, 0, 0)
     chosen: Sequence[Program] = field(default_factory=list)
     at: int = -1
+    launched_at: float = 0.0
+    enough: bool = False
 
     @property
     def over(self) -> bool:
@@ -67,7 +74,7 @@ class Watch:
     def begin(self, grid: Sequence[Any]) -> tuple[int]:
         """Take note of a launch's grid; how many of its programs are to run."""
         x, y, z = (*map(operator.index, grid), 1, 1, 1)[:3]
-        self.grid, self.at = (x, y, z), -1
+        self.grid, self.at, self.enough = (x, y, z), -1, False
         for axis, size, limit in zip("xyz", self.grid, GRID_LIMITS, strict=True):
             if size > limit:
                 self.unlaunchable = (
@@ -76,6 +83,7 @@ class Watch:
                 )
                 raise Stopped
         self.launches += 1
+        self.launched_at = time.thread_time()
         self.chosen = self.choose(self.grid)
         return (len(self.chosen),)
 
@@ -139,18 +147,24 @@ def _kernel_line() -> str:
 
 
 @contextmanager
-def watched(memory: Memory, choose: Callable[[Program], Sequence[Program]], deadline: float) -> Iterator[Watch]:
+def watched(
+    memory: Memory,
+    choose: Callable[[Program], Sequence[Program]],
+    deadline: float,
+    launch_seconds: float = math.inf,
+) -> Iterator[Watch]:
     """Interpreted launches in here run the chosen programs only, in that order, on the memory that they were given.
 
     Args:
-        choose: the programs of a grid to run.
+        choose: the programs of a grid to run, the most telling first.
         deadline: when to end the call, in seconds of ``time.thread_time``, which other processes do not use up.
+        launch_seconds: as in :class:`Watch`.
 
     Raises:
         KernbenchError: Triton does not interpret here, or its interpreter is built otherwise.
     """
     interpreter = _interpreter()
-    watch = Watch(memory, choose, deadline)
+    watch = Watch(memory, choose, deadline, launch_seconds)
     executor, builder = interpreter.GridExecutor, interpreter.interpreter_builder
     with ExitStack() as undo:
 
@@ -280,10 +294,12 @@ def _launch(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
         except Exception:
             if watch.over:
                 raise Stopped from None
-            raise
+            if not watch.enough:
+                raise
+        else:
+            watch.programs += len(watch.chosen) > 0
         finally:
             executor.grid = grid
-        watch.programs += len(watch.chosen) > 0
         watch.at = -1
 
     return launch
@@ -294,6 +310,9 @@ def _step(watch: Watch, builder: Any) -> Callable[[int, int, int], None]:
         watch.programs += x > 0
         watch.at = x
         watch.poll()
+        if x >= ENOUGH and time.thread_time() - watch.launched_at > watch.launch_seconds:
+            watch.enough = True
+            raise Stopped
         builder.grid_idx = watch.chosen[x]
 
     return step

@@ -313,6 +313,21 @@ def test_the_grids_a_gpu_takes() -> None:
     assert "at most 65535 programs in z" in watch.unlaunchable
 
 
+@in_interpreter
+def test_a_launch_without_time_runs_its_most_telling_programs(memory: sparse.Memory) -> None:
+    x = memory.tensor((4096,), (1,), torch.float32, "x")
+    y = memory.tensor((4096,), (1,), torch.float32, "y")
+    x += 1
+
+    def backwards(grid: interpreted.Program) -> list[interpreted.Program]:
+        return [(index, 0, 0) for index in reversed(range(grid[0]))]
+
+    with interpreted.watched(memory, backwards, float("inf"), launch_seconds=0.0) as watch:
+        address_kernels._wide_kernel[(64,)](x, y, 4096, 64)
+    assert (watch.launches, watch.programs, watch.over) == (1, interpreted.ENOUGH, False)
+    assert y[-64 * interpreted.ENOUGH :].eq(2).all() and not y[: -64 * interpreted.ENOUGH].any()
+
+
 def needs_gpu_memory(gigabytes: float) -> None:
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] / 1e9
