@@ -15,7 +15,7 @@ from kernbench.finding import Finding
 from kernbench.layouts import LAYOUTS
 from kernbench.modes import Backward
 from kernbench.spec import Inputs
-from kernbench.subject import Observed, Subject, Truth, is_noise, judge_all, passes
+from kernbench.subject import Observed, Subject, Truth, is_noise, judge_all, judge_fairly, passes
 
 Body = Callable[[], Finding]
 
@@ -226,7 +226,15 @@ class CaseCheck(Subject):
                 lambda inputs: self.results(*steps.run(self.spec.optimized, inputs, count)),
                 guard=False,
             )
-            return Finding(judge_all(observed.leaves, Truth(eager, oracle), self.forward), observed.reason)
+            judged = judge_fairly(
+                observed.leaves,
+                Truth(eager, oracle),
+                self.forward,
+                lambda draw: self.results(
+                    *steps.run(self.spec.reference, self.nudged(self.inputs, draw), count, moved=count * draw)
+                ),
+            )
+            return Finding(judged, observed.reason)
 
         return body
 
@@ -274,7 +282,9 @@ class CaseCheck(Subject):
         observed = self.observe(
             compare.clone(self.inputs),
             self.inputs,
-            lambda inputs: modes.on_side_stream(lambda given: self.call(self.spec.optimized, given), inputs),
+            lambda inputs: modes.on_side_stream(
+                lambda given: self.call(self.spec.optimized, given), inputs, self.others()
+            ),
             guard=False,
         )
         judged = self.judge(observed.leaves, self.truth, self.inputs)

@@ -24,8 +24,8 @@ UNINITIALIZED: frozenset[Any] = frozenset(
     + (Tensor.new_empty_strided,)
 )
 ALLOCATORS = UNINITIALIZED | {
-    *(torch.zeros, torch.zeros_like, torch.ones, torch.ones_like, torch.full, torch.full_like),
-    *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
+    *(torch.zeros, torch.zeros_like, torch.ones, torch.ones_like, torch.full, torch.full_like, torch.clone),
+    *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.clone, Tensor.contiguous),
 }
 BACKWARD: frozenset[Any] = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
 
@@ -49,7 +49,8 @@ class Guard(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in ALLOCATORS and kwargs.get("out") is None:
             tensor = func(*args, **kwargs)
-            return self._between_bands(tensor, func in UNINITIALIZED) if _is_plain(tensor) else tensor
+            fresh = not args or tensor is not args[0]
+            return self._between_bands(tensor, func in UNINITIALIZED) if fresh and _is_plain(tensor) else tensor
         with self._entered_anew_in(func, args, kwargs):
             return func(*args, **kwargs)
 
@@ -113,10 +114,15 @@ def _custom_operator(func: Any) -> Any:
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Whether a tensor can be laid anew: pinned, sparse, fake and captured ones cannot, and one of no elements
-    may be meant for a later ``resize_``.
+    """Whether a tensor can be laid anew: pinned, sparse, fake and captured ones cannot, nor those that autograd has
+    derived, and one of no elements may be meant for a later ``resize_``.
     """
-    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
+    if (
+        type(tensor) is not Tensor
+        or tensor.grad_fn is not None
+        or tensor.layout != torch.strided
+        or tensor.device.type not in ("cpu", "cuda")
+    ):
         return False
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         return False

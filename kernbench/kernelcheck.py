@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,8 @@ def check_cases(
     progress = progress or Silent()
     names = _dtypes(spec, dtypes)
     chosen = _cases(spec, cases, device, progress)
-    smallest = min(chosen, key=_size, default=None)
+    small = [case for case in spec.cases if not case.large]
+    modes = _Modes(device, min(small, key=_size, default=None), _for_layouts(chosen))
     with progress.stage(f"checking {spec.name}", len(names) * len(chosen)) as advance:
         for name in names:
             for case in chosen:
@@ -105,13 +107,13 @@ def check_cases(
                     progress.note(lacking)
                     continue
                 check = CaseCheck(spec, case, getattr(torch, name), device, seed)
-                yield from _case_rows(check, smallest, skip, begin or _say_nothing)
+                yield from _case_rows(check, modes, skip, begin or _say_nothing)
                 advance(1)
 
 
-def _case_rows(check: CaseCheck, smallest: Case | None, skip: Skip, begin: Begin) -> Iterator[ParityResult]:
+def _case_rows(check: CaseCheck, modes: _Modes, skip: Skip, begin: Begin) -> Iterator[ParityResult]:
     kernel, case, dtype = check.spec.name, check.case.name, str(check.dtype).removeprefix("torch.")
-    rows = [Row(case, dtype, mode, body) for mode, body in _bodies(check, smallest)]
+    rows = [Row(case, dtype, mode, body) for mode, body in modes.of(check)]
     for row in rows:
         if row[:3] in skip:
             continue
@@ -175,34 +177,53 @@ def _size(case: Case) -> int:
     return size
 
 
-def _bodies(check: CaseCheck, smallest: Case | None) -> Iterator[tuple[str, Body]]:
-    """Every way in which a case is checked on this device, by its mode; the first is the first call of the kernel."""
-    spec, case = check.spec, check.case
-    yield "plain", check.plain
-    if not case.large:
-        yield "rewritten", check.rewritten
-    if case.ragged:
-        yield "offset", check.offset
-        yield from ((layout, check.laid_out(layout)) for layout in LAYOUTS)
-    if spec.differentiable:
-        yield from _gradient_bodies(check)
-    if spec.stateful:
-        last = UPDATES[-1] if check.device.type == "cuda" or case is smallest else UPDATES[0]
-        yield from ((f"{count} updates", check.updates(count)) for count in UPDATES if count <= last)
-    if check.device.type == "cuda":
-        yield from _gpu_bodies(check)
+def _for_layouts(cases: Sequence[Case]) -> Case | None:
+    """The ragged case with the most dimensions that are not one, of those the smallest."""
+    ragged = [case for case in cases if case.ragged]
+    return min(ragged, key=lambda case: (-sum(size > 1 for size in case.sizes.values()), _size(case)), default=None)
 
 
-def _gradient_bodies(check: CaseCheck) -> Iterator[tuple[str, Body]]:
-    yield "gradient", check.gradient
-    if check.case.ragged:
-        yield "gradient of a sum", check.gradient_of_sum
-        yield from ((f"gradient {layout}", check.gradient_laid_out(layout)) for layout in LAYOUTS[:2])
-        yield "gradient offset", check.gradient_offset
+@dataclass(frozen=True)
+class _Modes:
+    """Which ways of checking a case gets. What takes an interpreter long is done in one case there, on a GPU in all.
+
+    Attributes:
+        smallest: of all cases, for the most updates.
+        for_layouts: of those that are checked.
+    """
+
+    device: torch.device
+    smallest: Case | None
+    for_layouts: Case | None
+
+    def of(self, check: CaseCheck) -> Iterator[tuple[str, Body]]:
+        """The modes of a case with their bodies; the first is the first call of the kernel."""
+        spec, case, on_gpu = check.spec, check.case, self.device.type == "cuda"
+        all_layouts = case.ragged and (on_gpu or case is self.for_layouts)
+        yield "plain", check.plain
+        if not case.large:
+            yield "rewritten", check.rewritten
+        if case.ragged:
+            yield "offset", check.offset
+        if all_layouts:
+            yield from ((layout, check.laid_out(layout)) for layout in LAYOUTS)
+        if spec.differentiable:
+            yield "gradient", check.gradient
+            if case.ragged:
+                yield "gradient of a sum", check.gradient_of_sum
+            if all_layouts:
+                yield from ((f"gradient {layout}", check.gradient_laid_out(layout)) for layout in LAYOUTS[:2])
+                yield "gradient offset", check.gradient_offset
+        if spec.stateful:
+            last = UPDATES[-1] if on_gpu or case is self.smallest else UPDATES[0]
+            yield from ((f"{count} updates", check.updates(count)) for count in UPDATES if count <= last)
+        if on_gpu:
+            yield from _gpu_modes(check)
 
 
-def _gpu_bodies(check: CaseCheck) -> Iterator[tuple[str, Body]]:
-    yield "stream", check.stream
+def _gpu_modes(check: CaseCheck) -> Iterator[tuple[str, Body]]:
+    if not check.case.large:
+        yield "stream", check.stream
     yield "compile", check.compiled
     yield "graph", check.graph
     if check.spec.differentiable:

@@ -82,13 +82,19 @@ class Updates:
     start: Inputs
     seed: int
 
-    def run(self, function: Callable[..., Any], inputs: Inputs, count: int) -> tuple[Any, Inputs]:
-        """Call ``function`` ``count`` times on ``inputs``; the last output, and the inputs as they are then."""
+    def run(
+        self, function: Callable[..., Any], inputs: Inputs, count: int, *, moved: int | None = None
+    ) -> tuple[Any, Inputs]:
+        """Call ``function`` ``count`` times on ``inputs``; the last output, and the inputs as they are then.
+
+        ``moved`` is a seed by which the fresh inputs of each update are nudged: in a state that forgets how it began,
+        nudging that alone would show nothing.
+        """
         output = None
         with torch.no_grad():
-            for drawn in self._sequence(count):
+            for index, drawn in enumerate(self._sequence(count)):
                 if drawn is not None:
-                    inputs = _take(inputs, drawn)
+                    inputs = _take(inputs, drawn if moved is None else nudge(drawn, moved + index))
                 output = function(**inputs)
         return output, inputs
 
@@ -229,16 +235,18 @@ def _captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, output
 
 
-def on_side_stream(run: Callable[[Inputs], Leaves], inputs: Inputs) -> Leaves:
+def on_side_stream(run: Callable[[Inputs], Leaves], inputs: Inputs, others: Inputs) -> Leaves:
     """A run on a stream of its own, where the contents of the inputs arrive late; its leaves, copied right behind it.
 
-    Work that does not wait for that stream finds NaN or zeros; work that it does not wait for is copied unfinished.
+    Work that does not wait for that stream finds NaN or zeros; work that it does not wait for is copied unfinished. A
+    first run on ``others`` compiles, so that the host is quick then, and leaves no right answer behind in memory.
     """
     contents = compare.clone(inputs)
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    inputs = rewritten(inputs, others)
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        run(inputs)  # compiles, so that the host is quick the next time
+        run(inputs)
     torch.cuda.synchronize()
     for leaf in compare.leaves(inputs, "").values():
         if isinstance(leaf, Tensor):

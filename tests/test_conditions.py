@@ -74,6 +74,24 @@ def test_what_is_allocated_with_a_value_keeps_it() -> None:
     assert len(guard.allocated) == 5
 
 
+def test_copies_lie_between_bands_too_unless_autograd_derived_them() -> None:
+    x = torch.ones(3, 4)
+    with conditions.guarded() as guard:
+        copies = [x.clone(), torch.clone(x), x.t().contiguous()]
+        assert x.contiguous() is x
+        derived = torch.ones(3, requires_grad=True).clone()
+    assert all(copy.storage_offset() for copy in copies)
+    assert [allocation.tensor.shape for allocation in guard.allocated] == [(3, 4), (3, 4), (4, 3), (3,)]
+    assert derived.grad_fn is not None
+
+
+def test_inference_mode_allocates_as_elsewhere() -> None:
+    with conditions.guarded() as guard, torch.inference_mode():
+        out = torch.empty(3).fill_(1.0)
+    assert out.tolist() == [1.0] * 3
+    assert guard.reason == ""
+
+
 def test_strides_alignment_and_autograd_are_as_without_a_guard() -> None:
     with conditions.guarded():
         image = torch.empty(2, 3, 4, 5, memory_format=torch.channels_last)
