@@ -261,7 +261,8 @@ class _Altering(_Watching):  # type: ignore[no-untyped-call]
 def _place(function: OpOverload) -> Place | None:
     """Where the call comes from; None where it is none of the reference's own."""
     backward = torch._C._current_graph_task_id() != -1
-    frame: FrameType | None = sys._getframe(2)
+    # In the backward pass there may be no Python frame above the mode: autograd has threads of its own for a GPU.
+    frame: FrameType | None = sys._getframe(1).f_back
     while frame is not None and (file := frame.f_code.co_filename) not in CALLERS:
         if file in OURS:
             return None

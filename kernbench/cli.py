@@ -214,6 +214,9 @@ def parity(
     device: Device = "auto",
     dtype: Dtype = None,
     case: Annotated[str | None, typer.Option(help="Only the case of this name.")] = None,
+    sanitize: Annotated[
+        bool, typer.Option("--sanitize", help="Also run each kernel under compute-sanitizer: memcheck and racecheck.")
+    ] = False,
     preset: Preset = None,
     seed: Seed = 0,
     data: Data = None,
@@ -229,7 +232,7 @@ def parity(
         command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, time_limit=time_limit,
         in_process=in_process,
     )  # fmt: skip
-    outcome = _pipeline(device, in_process).check(request, names or [], case, _progress(quiet))
+    outcome = _pipeline(device, in_process).check(request, names or [], case, _progress(quiet), sanitize=sanitize)
     _show(outcome, as_json)
     return NEGATIVE if outcome.negative else OK
 
@@ -246,6 +249,12 @@ def bench(
     data: Data = None,
     rounds: Rounds = 30,
     use: Use = "triton",
+    compile_only: Annotated[
+        bool, typer.Option("--compile-only", help="Time nothing: build every kernel and case, without a GPU.")
+    ] = False,
+    arch: Annotated[
+        list[str] | None, typer.Option(help="With --compile-only: sm_90, say; again for more. Default: sm_80, 90, 100.")
+    ] = None,
     time_limit: TimeLimit = None,
     in_process: InProcess = False,
     as_json: Json = False,
@@ -258,8 +267,15 @@ def bench(
         command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, rounds=rounds, use=use,
         time_limit=time_limit, in_process=in_process,
     )  # fmt: skip
-    _show(_pipeline(device, in_process).time(request, names or [], case, _progress(quiet)), as_json)
-    return OK
+    if arch and not compile_only:
+        raise KernbenchError("--arch goes with --compile-only; a timed kernel is built for the device that runs it")
+    pipeline = _pipeline(device, in_process)
+    if compile_only:
+        outcome = pipeline.build(request, names or [], case, arch, _progress(quiet))
+    else:
+        outcome = pipeline.time(request, names or [], case, _progress(quiet))
+    _show(outcome, as_json)
+    return NEGATIVE if outcome.negative else OK
 
 
 @app.command(epilog="Example: kernbench compare 20261121-1015 20261121-1100")

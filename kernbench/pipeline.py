@@ -10,7 +10,20 @@ from typing import Any
 import torch
 
 import kernbench
-from kernbench import device, experiment, journal, measure, ranges, record, registry, runfolder, state, supervised
+from kernbench import (
+    builds,
+    device,
+    experiment,
+    journal,
+    measure,
+    ranges,
+    record,
+    registry,
+    runfolder,
+    sanitizer,
+    state,
+    supervised,
+)
 from kernbench import request as asked
 from kernbench.errors import KernbenchError
 from kernbench.jobs import interpreted
@@ -107,13 +120,21 @@ def revert(request: Request) -> dict[str, Any]:
     return {"workload": name, "reverted": kept[-1].number, "kept": left, "sentence": sentence}
 
 
-def check(request: Request, names: Sequence[str], case: str | None, progress: Progress) -> Outcome:
+def check(
+    request: Request, names: Sequence[str], case: str | None, progress: Progress, *, sanitize: bool = False
+) -> Outcome:
     """Parity of the named kernels (all if none is named), and of the phases of the named workloads on real steps.
 
+    Args:
+        sanitize: run the kernels under compute-sanitizer, too.
+
     Raises:
-        KernbenchError: a name that is neither a kernel nor a workload, or a case or dtype that a kernel does not have.
+        KernbenchError: a name that is neither a kernel nor a workload, a case or dtype that a kernel does not have, or
+            no kernel, GPU or compute-sanitizer to sanitize with.
     """
     subjects = _subjects(request, names, case)
+    if sanitize:
+        _check_sanitizable(subjects)
     run = _start(record.ParityRecord, request, "parity", subjects.group, subjects.device, progress)
     result = run.record
     for spec, cases in subjects.kernels:
@@ -127,6 +148,12 @@ def check(request: Request, names: Sequence[str], case: str | None, progress: Pr
                 dtypes=subjects.dtypes,
                 cases=cases,
             )
+    if sanitize:
+        with run.stage("compute-sanitizer"):
+            kernels = [spec.name for spec, _ in subjects.kernels]
+            for found in sanitizer.sanitize(kernels, dtype=request.dtype, case=case, progress=progress):
+                result.sanitizer.append(found)
+                run.write()
     for named, settings in subjects.workloads:
         plans = [asked.plan(settings.workload, {})]
         for phase in settings.workload.phases:
@@ -167,6 +194,29 @@ def time(request: Request, names: Sequence[str], case: str | None, progress: Pro
             )
     for named, settings in subjects.workloads:
         supervised.bench_workload(run, named, settings)
+    return publish(run, registry.current())
+
+
+def build(
+    request: Request, names: Sequence[str], case: str | None, archs: Sequence[str] | None, progress: Progress
+) -> Outcome:
+    """Compile the named kernels (all if none is named) for every architecture, without a GPU.
+
+    Raises:
+        KernbenchError: as for :func:`check`, a workload, or an unknown architecture.
+        WorkloadFailed: a kernel's file cannot be imported without Triton's interpreter.
+    """
+    subjects = _subjects(request, names, case)
+    if subjects.workloads:
+        raise KernbenchError("--compile-only builds kernels; name kernels, or nothing for all of them")
+    cases = None if case is None else [case]
+    specs = [spec for spec, _ in subjects.kernels]
+    built = builds.compile_kernels(
+        specs, archs=archs or builds.ARCHS, dtypes=subjects.dtypes, cases=cases, progress=progress
+    )
+    run = _start(record.BenchRecord, request, "builds", subjects.group, subjects.device, progress)
+    with run.stage("compile"):
+        run.record.builds.extend(built)
     return publish(run, registry.current())
 
 
@@ -219,6 +269,14 @@ def _subjects(request: Request, names: Sequence[str], case: str | None) -> _Subj
         workloads=[(replace(request, workload=name), asked.settings(request, name)) for name in others],
         dtypes=[request.dtype] if request.dtype else None,
     )
+
+
+def _check_sanitizable(subjects: _Subjects) -> None:
+    if not subjects.kernels:
+        raise KernbenchError("--sanitize runs kernels; name at least one, or nothing for all of them")
+    if subjects.device.type != "cuda":
+        raise KernbenchError("--sanitize needs a CUDA device: compute-sanitizer watches what a GPU executes")
+    sanitizer.find()
 
 
 def _one_case(spec: KernelSpec, name: str | None) -> list[Case] | None:

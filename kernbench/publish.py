@@ -21,12 +21,14 @@ class Outcome:
 
     @property
     def negative(self) -> bool:
-        """Whether the answer is a no: parity failed, a phase was rejected, the second run is slower."""
+        """Whether the answer is a no: parity failed, a build too, a phase was rejected, the second run is slower."""
         match self.record:
             case record.SwapRecord(verdict=verdict):
                 return verdict is not None and verdict.decision == "reject"
-            case record.ParityRecord(results=results):
-                return not all(row.passed for row in results)
+            case record.ParityRecord(results=results, sanitizer=tools):
+                return not (all(row.passed for row in results) and all(tool.passed for tool in tools))
+            case record.BenchRecord(builds=builds):
+                return not all(build.passed for build in builds)
             case record.CompareRecord(verdict=verdict):
                 return verdict is not None and verdict.decision == "reject"
             case _:

@@ -291,7 +291,7 @@ for _key, _implementation in {"CPU": _launch, "CUDA": _launch, "Meta": lambda *_
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    """Parameters with state from the middle of a run: counters from 0 up, two learning rates."""
+    """Parameters with state from the middle of a run: counters from 0 up, two learning rates; to be skipped, or not."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(scale: float, like: torch.dtype) -> list[Tensor]:
@@ -307,7 +307,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
         exp_avg_sqs[fresh].zero_()
     return {
         "params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "lrs": lrs,
-        "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "ok": torch.tensor(True, device=device),
+        "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
+        "ok": torch.tensor(not case["skip"], device=device),
     }  # fmt: skip
 
 
@@ -326,8 +327,8 @@ def _shapes(case: Case) -> list[tuple[int, ...]]:
 
 
 def cost(case: Case, dtype: torch.dtype) -> Cost:
-    """p, g, m, v read and p, m, v written once each; the counters and the table are not worth counting."""
-    elements = sum(math.prod(shape) for shape in _shapes(case))
+    """p, g, m, v read and p, m, v written once each, or nothing in a skipped step; counters and table do not count."""
+    elements = 0 if case["skip"] else sum(math.prod(shape) for shape in _shapes(case))
     state_bytes = max(dtype.itemsize, 4)
     return Cost(
         flops=15.0 * elements,
@@ -382,11 +383,12 @@ SPEC = KernelSpec(
     optimized=fused_adamw,
     make_inputs=make_inputs,
     cases=(
-        Case("one", edges=0, squares=0, vectors=1, side=1, rows=0),
-        Case("ragged", edges=1, squares=1, vectors=2, side=61, rows=127),
-        Case("aligned", edges=0, squares=1, vectors=2, side=64, rows=32),
-        Case("401-tensors", large=True, edges=0, squares=200, vectors=200, side=512, rows=32000),
-        Case("159-tensors", large=True, edges=0, squares=59, vectors=100, side=4096, rows=0),
+        Case("one", edges=0, squares=0, vectors=1, side=1, rows=0, skip=0),
+        Case("ragged", edges=1, squares=1, vectors=2, side=61, rows=127, skip=0),
+        Case("aligned", edges=0, squares=1, vectors=2, side=64, rows=32, skip=0),
+        Case("skipped", edges=0, squares=1, vectors=1, side=33, rows=0, skip=1),
+        Case("401-tensors", large=True, edges=0, squares=200, vectors=200, side=512, rows=32000, skip=0),
+        Case("159-tensors", large=True, edges=0, squares=59, vectors=100, side=4096, rows=0, skip=0),
     ),
     tolerance={"float32": Tolerance(), "bfloat16": Tolerance(), "float16": Tolerance()},
     cost=cost,
@@ -399,6 +401,7 @@ SPEC = KernelSpec(
         "vectors": Sizes(most=3),
         "side": Sizes(least=1, most=1100, block=CACHED.block),
         "rows": Sizes(most=40),
+        "skip": Sizes(most=1),
     },
     values={
         "grads": Values(nonfinite=True),

@@ -158,7 +158,7 @@ def test_gradients_at_the_ends_of_the_range_do_what_they_do_in_the_reference(val
 
 
 def test_generated_sizes_may_leave_no_tensor_at_all() -> None:
-    none = Case("none", edges=0, squares=0, vectors=0, side=1, rows=0)
+    none = Case("none", edges=0, squares=0, vectors=0, side=1, rows=0, skip=0)
     inputs = SPEC.make_inputs(none, torch.float32, DEVICE, 0)
     for update in (SPEC.optimized, SPEC.reference):
         update(**inputs)
