@@ -18,6 +18,13 @@ REPOSITORY = Path(__file__).parents[1]
 NOBODY = 65534
 
 
+def pytest_configure() -> None:
+    """Whether Triton interprets is settled when it is first imported, which torch.compiler does; so before any test."""
+    from kernbench import device
+
+    device.resolve("auto")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests that need hardware or a browser skip with the reason; where CI promised the browser, its absence fails."""
     if item.get_closest_marker("gpu"):
