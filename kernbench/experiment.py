@@ -98,6 +98,7 @@ def _side_record(result: record.SwapRecord) -> record.ProfileRecord:
         command=result.command,
         environment=result.environment,
         git=result.git,
+        confidence=result.confidence,
         workload=result.workload,
     )
 

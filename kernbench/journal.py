@@ -211,8 +211,9 @@ def _step_time(swap: SwapRecord) -> str:
     if ratio is None:
         return times or "not measured"
     each = "1 step" if ratio.steps_per_round == 1 else f"{ratio.steps_per_round} steps"
+    interval = f"{units.interval_name(swap.confidence)} of the ratio {units.times_range(ratio.low, ratio.high)}"
     proof = (
-        f"{units.faster(ratio.median)} (95 % interval of the ratio {units.times_range(ratio.low, ratio.high)}, "
+        f"{units.faster(ratio.median)} ({interval}, "
         f"n = {ratio.rounds} rounds of {each}, A/A floor {units.floor(ratio.noise_floor)})"
     )
     return f"{times}, {proof}" if times else proof

@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from kernbench import registry
+from kernbench import addresses, bf16lint, gate, generated, randomness, registry
 from kernbench.casecheck import Body, CaseCheck
 from kernbench.errors import KernbenchError
 from kernbench.finding import Finding, raised
 from kernbench.progress import Progress, Silent
 from kernbench.record import ParityResult
 from kernbench.spec import Case, KernelSpec
+from kernbench.subject import Subject
 
 UPDATES = (10, 100)
 LAYOUTS = ("strided", "transposed", "expanded")
 """What a kernel may refuse."""
+EXAMPLES = 300
+GENERATED_SECONDS = {"cpu": 2.0, "cuda": 8.0}
+"""How long generated inputs are tried; the interpreter does not come to all examples."""
+ADDRESSES = "addresses"
+ADDRESS_SECONDS = 3.0
 COPIES = 5
 """Memory that a check takes at its peak, over the bytes that one call moves: inputs, copies, float64 and mutants."""
 Skip = frozenset[tuple[str, str, str]]
@@ -54,21 +62,44 @@ def check_kernel(
 
     Args and errors as of :func:`check_cases`.
     """
-    begin = begin or _say_nothing
+    begin, progress = begin or _say_nothing, progress or Silent()
     yield from check_cases(
         spec, device=device, dtypes=dtypes, cases=cases, seed=seed, progress=progress, skip=skip, begin=begin
     )
-    if cases is None:
-        for case, dtype, mode, body in kernel_rows(spec, device=device, dtypes=_dtypes(spec, dtypes), seed=seed):
-            if (case, dtype, mode) not in skip:
-                begin(case, dtype, mode)
-                started = time.perf_counter()
-                yield _run(body).row(spec.name, case, dtype, mode, time.perf_counter() - started)
+    if cases is not None:
+        return
+    rows = list(kernel_rows(spec, device=device, dtypes=_dtypes(spec, dtypes), seed=seed))
+    left = [row for row in rows if row[:3] not in skip]
+    with progress.stage(f"checking {spec.name} as a whole", len(left)) as advance:
+        for row in left:
+            begin(*row[:3])
+            started = time.perf_counter()
+            yield _run(row, device).row(spec.name, *row[:3], time.perf_counter() - started)
+            advance(1)
 
 
 def kernel_rows(spec: KernelSpec, *, device: torch.device, dtypes: Sequence[str], seed: int) -> Iterator[Row]:
-    """The rows about a kernel as a whole: none yet."""
-    yield from ()
+    """The rows about a kernel as a whole: generated inputs, far addresses, randomness, and the gate's own grade."""
+    cases = [case for case in spec.cases if not case.large] or list(spec.cases)
+    ragged = next((case for case in cases if case.ragged), cases[0])
+    for name in dtypes:
+        dtype = getattr(torch, name)
+        subject = Subject(spec, ragged, dtype, device, seed)
+        examples = partial(generated.check, subject, seconds=GENERATED_SECONDS[device.type], examples=EXAMPLES)
+        yield Row("generated", name, "generated", examples)
+        yield from (Row(ragged.name, name, mode, body) for mode, body in randomness.bodies(subject))
+
+    strictest = "float32" if "float32" in dtypes else dtypes[0]
+    if device.type == "cpu":
+        # Offsets count elements, whatever their dtype. A GPU runs large cases for real.
+        far = partial(addresses.check, spec, getattr(torch, strictest), seed=seed, seconds=ADDRESS_SECONDS)
+        yield Row("beyond 2^31", strictest, ADDRESSES, far)
+
+    def check(wrong: KernelSpec) -> Iterator[ParityResult]:
+        return check_cases(wrong, device=device, dtypes=[strictest], seed=seed)
+
+    grade = partial(gate.grade, spec, device=device, dtype=getattr(torch, strictest), seed=seed, check=check)
+    yield Row("all", strictest, "gate", grade)
 
 
 def check_cases(
@@ -119,11 +150,11 @@ def _case_rows(check: CaseCheck, modes: _Modes, skip: Skip, begin: Begin) -> Ite
             continue
         begin(*row[:3])
         started = time.perf_counter()
-        if check.broken and (finding := _run(check.prepare)).reason:
+        if check.broken and (finding := _run(row._replace(body=check.prepare), check.device)).reason:
             if rows[0][:3] not in skip:
                 yield finding.row(kernel, case, dtype, rows[0].mode, time.perf_counter() - started)
             return
-        yield _run(row.body).row(kernel, case, dtype, row.mode, time.perf_counter() - started)
+        yield _run(row, check.device).row(kernel, case, dtype, row.mode, time.perf_counter() - started)
 
 
 def _say_nothing(case: str, dtype: str, mode: str) -> None:
@@ -215,8 +246,9 @@ class _Modes:
                 yield from ((f"gradient {layout}", check.gradient_laid_out(layout)) for layout in LAYOUTS[:2])
                 yield "gradient offset", check.gradient_offset
         if spec.stateful:
-            last = UPDATES[-1] if on_gpu or case is self.smallest else UPDATES[0]
-            yield from ((f"{count} updates", check.updates(count)) for count in UPDATES if count <= last)
+            few = UPDATES[:1] if case is self.for_layouts else ()
+            counts = UPDATES if on_gpu or case is self.smallest else few
+            yield from ((f"{count} updates", check.updates(count)) for count in counts)
         if on_gpu:
             yield from _gpu_modes(check)
 
@@ -231,8 +263,14 @@ def _gpu_modes(check: CaseCheck) -> Iterator[tuple[str, Body]]:
         yield "gradient graph", check.gradient_graph
 
 
-def _run(body: Body) -> Finding:
-    try:
-        return body()
-    except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the result of checking it
-        return Finding(reason=raised(error))
+def _run(row: Row, device: torch.device) -> Finding:
+    # One watch over the interpreter at a time: that over addresses has its own.
+    linted = row.dtype == "bfloat16" and device.type == "cpu" and row.mode != ADDRESSES
+    with bf16lint.watching() if linted else nullcontext() as watch:
+        try:
+            finding = row.body()
+        except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the result of checking it
+            finding = Finding(reason=raised(error))
+    if watch is not None and watch.findings:
+        return replace(finding, passed=False, reason="; ".join(filter(None, [finding.reason, *watch.findings])))
+    return finding

@@ -22,6 +22,7 @@ from kernbench import (
     runfolder,
     sanitizer,
     state,
+    statistics,
     supervised,
 )
 from kernbench import request as asked
@@ -306,6 +307,7 @@ def _start(
         command=request.command,
         environment=environment,
         git=device.git(workspace.root),
+        confidence=statistics.CONFIDENCE,
         warnings=doubts,
         **fields,
     )

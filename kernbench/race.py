@@ -183,7 +183,9 @@ def _race_variants(
     steps = _steps_per_block(baseline, start)
     arms = {name: _arm(name, side, start, steps, begin) for name, side in sides.items()}
     with run.progress.stage("interleaving variants", rounds) as advance:
-        finished = bench.race(arms, device=settings.device, rounds=rounds, seed=settings.seed, progress=advance)
+        finished = bench.race(
+            arms, device=settings.device, rounds=rounds, seed=settings.seed, progress=advance, twin=True
+        )
     for name, reason in finished.failed.items():
         failures[name] = _drop(run, variants, name, WorkloadFailed(reason))
     result.arms = finished.arms

@@ -68,10 +68,16 @@ class Sample:
     def __init__(self, subject: Subject, stochastic: Stochastic) -> None:
         self.subject = subject
         self.stochastic = stochastic
-        self.first_seed = int(subject.inputs[stochastic.seed])
-        probability = stochastic.probability(subject.inputs) if stochastic.probability else 0.5
-        self.law = Law(stochastic.law, float(probability))
         self.resolution = float(torch.finfo(subject.dtype).eps)
+
+    @cached_property
+    def first_seed(self) -> int:
+        return int(self.subject.inputs[self.stochastic.seed])
+
+    @cached_property
+    def law(self) -> Law:
+        probability = self.stochastic.probability
+        return Law(self.stochastic.law, float(probability(self.subject.inputs)) if probability else 0.5)
 
     @cached_property
     def draws(self) -> Draws:

@@ -55,6 +55,7 @@ def compare(run_a: str, run_b: str, command: str) -> Outcome:
         command=command,
         environment=after.environment,
         git=after.git,
+        confidence=statistics.CONFIDENCE,
         before=before,
         after=after,
         ratio=ratio,

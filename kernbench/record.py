@@ -115,7 +115,7 @@ class Steps(Struct, frozen=True, kw_only=True):
 
 
 class Throughput(Struct, frozen=True, kw_only=True):
-    """Median rate with its bootstrap interval (95 %) over steps."""
+    """Median rate with its bootstrap interval over steps."""
 
     units_per_second: float
     interval: tuple[float, float]
@@ -302,7 +302,7 @@ class ParityResult(Struct, frozen=True, kw_only=True):
 
 
 class Ratio(Struct, frozen=True, kw_only=True):
-    """Step time before over step time after (above 1 is faster): paired median over rounds, 95 % bootstrap interval.
+    """Step time before over step time after (above 1 is faster): paired median over rounds, bootstrap interval.
 
     ``noise_floor`` is the half-width around 1 that identical arms (A/A) showed in the same run.
     """
@@ -433,7 +433,10 @@ class SanitizerResult(Struct, frozen=True, kw_only=True):
 
 
 class Header(Struct, kw_only=True, tag_field="kind"):
-    """What every record begins with. ``status`` is "running" until the last stage is done."""
+    """What every record begins with. ``status`` is "running" until the last stage is done.
+
+    ``confidence`` is the level of every interval in the record; records that do not say hold 95 % intervals.
+    """
 
     run_id: str
     created_utc: str
@@ -441,6 +444,7 @@ class Header(Struct, kw_only=True, tag_field="kind"):
     environment: Environment
     schema: int = SCHEMA
     git: Git | None = None
+    confidence: float = 0.95
     status: Literal["running", "complete", "failed", "interrupted"] = "running"
     stages: list[Stage] = []
     warnings: list[str] = []

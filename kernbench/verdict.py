@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kernbench.record import ParityResult, Ratio, SiteHit, Verdict
+from kernbench.statistics import CONFIDENCE
 
 REASONS_SHOWN = 3
 
@@ -63,14 +64,14 @@ def _missing_evidence(
 
 def _on_speed(ratio: Ratio, reasons: list[str]) -> Verdict:
     evidence = f"n = {ratio.rounds} rounds, A/A floor {ratio.noise_floor * 100:.1f} %"
-    interval = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
+    interval = f"{CONFIDENCE * 100:.0f} % interval {ratio.low:.2f} to {ratio.high:.2f}"
     effect = ratio.median - 1
     if ratio.low > 1 and effect > ratio.noise_floor:
         return Verdict(
             decision="keep", sentence=f"keep: {ratio.median:.2f}x faster ({interval}, {evidence})", reasons=reasons
         )
     if ratio.high < 1 and -effect > ratio.noise_floor:
-        slower = f"95 % interval {1 / ratio.high:.2f} to {1 / ratio.low:.2f}"
+        slower = f"{CONFIDENCE * 100:.0f} % interval {1 / ratio.high:.2f} to {1 / ratio.low:.2f}"
         return Verdict(
             decision="reject",
             sentence=f"reject: {1 / ratio.median:.2f}x slower ({slower}, {evidence})",

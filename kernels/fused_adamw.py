@@ -246,10 +246,15 @@ def _launch(
             launch = part.launch
             _update_kernel[(len(part.chunks),)](
                 part.chunks, table.rows, table.scratch, ok, 1 - beta1, beta2, 1 - beta2, eps,
-                _pointer_table.TENSOR_BITS, TRITON_DTYPES[part.dtype], launch.block, 32 * launch.warps,
+                _pointer_table.TENSOR_BITS, TRITON_DTYPES[part.dtype], launch.block, _turn(launch),
                 INTERPRETED, num_warps=launch.warps,
             )  # fmt: skip
     torch.autograd.graph.increment_version(params)
+
+
+def _turn(launch: Launch) -> int:
+    """Elements that a block which is not whole handles at a time; in the interpreter two turns are less to wait for."""
+    return launch.block // 2 if INTERPRETED else 32 * launch.warps
 
 
 def _launch_for(elements: int) -> Launch:
@@ -338,31 +343,54 @@ def cost(case: Case, dtype: torch.dtype) -> Cost:
 
 
 def _peer(*, fused: bool) -> Callable[..., None]:
-    """torch's functional AdamW on the same lists: one learning rate for all, the first, and it does not see ``ok``."""
+    """torch's functional AdamW, called once for each learning rate as its optimizer does; it does not see ``ok``."""
 
     @torch.no_grad()
     def update(**inputs: Any) -> None:
-        steps, lrs, params, exp_avgs = (inputs[name] for name in ("steps", "lrs", "params", "exp_avgs"))
+        lists = [inputs[name] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")]
+        params, _, exp_avgs, _ = lists
         _refuse_mixed(params, exp_avgs)
-        adamw(
-            params, inputs["grads"], exp_avgs, inputs["exp_avg_sqs"], [], list(steps.unbind()),
-            fused=fused, foreach=not fused,
-            capturable=steps.is_cuda, amsgrad=False, beta1=inputs["beta1"], beta2=inputs["beta2"], eps=inputs["eps"],
-            lr=lrs[0] if steps.is_cuda else lrs[0].item(), weight_decay=inputs["weight_decay"], maximize=False,
-        )  # fmt: skip
+        steps, lrs = inputs["steps"], inputs["lrs"]
+        counters = steps.unbind()
+        for group in _groups(params, lrs):
+            ours, grads, firsts, seconds = ([values[index] for index in group] for values in lists)
+            adamw(
+                ours, grads, firsts, seconds, [], [counters[index] for index in group],
+                fused=fused, foreach=not fused,
+                capturable=steps.is_cuda, amsgrad=False, beta1=inputs["beta1"], beta2=inputs["beta2"],
+                eps=inputs["eps"], lr=lrs[group[0]] if steps.is_cuda else lrs[group[0]].item(),
+                weight_decay=inputs["weight_decay"], maximize=False,
+            )  # fmt: skip
 
     return update
 
 
+def _groups(params: list[Tensor], lrs: Tensor) -> list[list[int]]:
+    """Which tensors share a learning rate; read from the device once and kept with the tensors."""
+    groups: list[list[int]] | None = getattr(params[0], "groups", None)
+    if groups is None:
+        by_rate: dict[float, list[int]] = {}
+        for index, rate in enumerate(lrs.tolist()):
+            by_rate.setdefault(rate, []).append(index)
+        groups = list(by_rate.values())
+        params[0].groups = groups  # type: ignore[attr-defined]
+    return groups
+
+
 def _torch_optimizer(params: list[Tensor], grads: list[Tensor], **inputs: Any) -> None:
-    """``torch.optim.AdamW(fused=True).step()`` as a program calls it; limits as of :func:`_peer`."""
+    """``torch.optim.AdamW(fused=True).step()`` as a program calls it, with a parameter group for each learning rate."""
     # Kept with the tensors that it steps, so that it goes when they go.
     optimizer = getattr(params[0], "stepped_by", None)
     if optimizer is None:
         _refuse_mixed(params, inputs["exp_avgs"])
+        lrs = inputs["lrs"]
         optimizer = torch.optim.AdamW(
-            params, lr=inputs["lrs"][0].item(), betas=(inputs["beta1"], inputs["beta2"]), eps=inputs["eps"],
-            weight_decay=inputs["weight_decay"], fused=True,
+            [
+                {"params": [params[index] for index in group], "lr": lrs[group[0]].item()}
+                for group in _groups(params, lrs)
+            ],
+            betas=(inputs["beta1"], inputs["beta2"]), eps=inputs["eps"], weight_decay=inputs["weight_decay"],
+            fused=True,
         )  # fmt: skip
         states = zip(params, grads, inputs["steps"], inputs["exp_avgs"], inputs["exp_avg_sqs"], strict=True)
         for param, grad, step, exp_avg, exp_avg_sq in states:
@@ -399,7 +427,8 @@ SPEC = KernelSpec(
         "edges": Sizes(most=1),
         "squares": Sizes(most=2),
         "vectors": Sizes(most=3),
-        "side": Sizes(least=1, most=1100, block=CACHED.block),
+        # Squares of 31 to 33 and vectors of 1 to 45 end around a block of 1024 and inside of one.
+        "side": Sizes(least=1, most=45, block=math.isqrt(CACHED.block)),
         "rows": Sizes(most=40),
         "skip": Sizes(most=1),
     },

@@ -78,7 +78,7 @@ def test_a_change_needs_interval_and_floor(figures: tuple[float, ...], words: st
 
 def test_an_unshown_change_still_names_its_ratio() -> None:
     ratio = Ratio(median=1.01, low=0.99, high=1.03, noise_floor=0.02, rounds=30, steps_per_round=1)
-    assert sentences.ratio_evidence(ratio).startswith("before/after 1.01x, 95 % interval 0.990–1.03")
+    assert sentences.ratio_evidence(ratio, 0.95).startswith("before/after 1.01x, 95 % interval 0.990–1.03")
 
 
 def test_parity_counts_failures_and_planted_errors() -> None:

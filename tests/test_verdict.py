@@ -33,14 +33,14 @@ def judge(parity=(GREEN,), figures=None, receipt=RAN, measured=True, **others):
 def test_faster_beyond_interval_and_floor_is_kept():
     verdict = judge(figures=ratio(1.31, 1.28, 1.34), syncs_before=6.0, syncs_after=0.0)
     assert verdict.decision == "keep"
-    assert verdict.sentence == "keep: 1.31x faster (95 % interval 1.28 to 1.34, n = 30 rounds, A/A floor 1.2 %)"
+    assert verdict.sentence == "keep: 1.31x faster (99 % interval 1.28 to 1.34, n = 30 rounds, A/A floor 1.2 %)"
     assert verdict.reasons == ["1 of 1 parity checks passed", "host syncs per step: 6 before, 0 after"]
 
 
 def test_slower_beyond_interval_and_floor_is_rejected():
     verdict = judge(figures=ratio(0.8, 0.75, 0.9))
     assert verdict.decision == "reject"
-    assert verdict.sentence.startswith("reject: 1.25x slower (95 % interval 1.11 to 1.33,")
+    assert verdict.sentence.startswith("reject: 1.25x slower (99 % interval 1.11 to 1.33,")
 
 
 @pytest.mark.parametrize(

@@ -378,7 +378,13 @@ def _bench(record: BenchRecord) -> list[RenderableType]:
     for name, rows in sentences.bench_groups(record.results).items():
         own = (">launches", ">host reads") if record.workload else (">of roof",)
         table = _table(
-            "implementation", ">time", ">95 % interval", f"against {rows[0].implementation}", ">rate", *own, "label"
+            "implementation",
+            ">time",
+            f">{units.interval_name(record.confidence)}",
+            f"against {rows[0].implementation}",
+            ">rate",
+            *own,
+            "label",
         )
         title = _text(name, "bold")
         best = sentences.fastest(rows)

@@ -238,7 +238,7 @@ def _templates() -> jinja2.Environment:
         name: getattr(units, name)
         for name in (
             "number", "seconds", "size", "bytes_rate", "flops_rate", "count", "share", "times", "scientific", "moment",
-            "floor", "faster",
+            "floor", "faster", "interval_name",
         )
     }  # fmt: skip
     environment.globals |= {

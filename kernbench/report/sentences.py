@@ -67,7 +67,7 @@ KINDS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step: median over ``count`` unprofiled steps, and its 95 % interval where the record has one."""
+    """Seconds of a step: median over ``count`` unprofiled steps, and its interval where the record has one."""
 
     seconds: float
     interval: tuple[float, float] | None
@@ -126,7 +126,9 @@ def profile_headline(record: ProfileRecord) -> str:
     time = step_time(record)
     if time is None:
         return unfinished(record, "No step was timed")
-    interval = f", 95 % interval {units.seconds_range(*time.interval)}" if time.interval else ""
+    interval = (
+        f", {units.interval_name(record.confidence)} {units.seconds_range(*time.interval)}" if time.interval else ""
+    )
     steps = "1 step" if time.count == 1 else f"median of {time.count:,} steps"
     return f"A step takes {units.seconds(time.seconds)} ({steps}{interval}); {stall_clause(record)}."
 
@@ -165,7 +167,8 @@ def swap_headline(record: SwapRecord) -> str:
         return f"{decision}: {title}. {capitalized(_sentence(why))}"
     sides = before_after_seconds(record)
     step = f"a step goes from {units.seconds(sides[0])} to {units.seconds(sides[1])}, " if sides else ""
-    return f"{decision}: {title}. {capitalized(step + change(record.ratio))} ({ratio_evidence(record.ratio)})."
+    evidence = ratio_evidence(record.ratio, record.confidence)
+    return f"{decision}: {title}. {capitalized(step + change(record.ratio))} ({evidence})."
 
 
 def before_after_seconds(record: SwapRecord) -> tuple[float, float] | None:
@@ -213,11 +216,12 @@ def ratio_tone(ratio: Ratio) -> Tone:
     return "good" if ratio.median > 1 else "bad"
 
 
-def ratio_evidence(ratio: Ratio) -> str:
+def ratio_evidence(ratio: Ratio, confidence: float) -> str:
     """Interval, rounds and floor of a ratio, for brackets; the ratio itself where ``change`` does not name it."""
     median_ratio = "" if changed(ratio) and ratio.median > 1 else f"before/after {units.times(ratio.median)}, "
     floor = f", A/A floor {units.floor(ratio.noise_floor)}" if ratio.noise_floor else ""
-    return f"{median_ratio}95 % interval {units.times_range(ratio.low, ratio.high)}, n = {ratio.rounds}{floor}"
+    interval = f"{units.interval_name(confidence)} {units.times_range(ratio.low, ratio.high)}"
+    return f"{median_ratio}{interval}, n = {ratio.rounds}{floor}"
 
 
 def parity_headline(results: Sequence[ParityResult], record: Header | None = None) -> str:
@@ -337,7 +341,7 @@ def compare_headline(record: CompareRecord) -> str:
         return "One of the two runs timed no step, so they cannot be compared."
     text = f"A step goes from {units.seconds(before.seconds)} to {units.seconds(after.seconds)}"
     if record.ratio is not None:
-        text += f", {change(record.ratio)} ({ratio_evidence(record.ratio)})"
+        text += f", {change(record.ratio)} ({ratio_evidence(record.ratio, record.confidence)})"
     reads = record.before.syncs_per_step, record.after.syncs_per_step
     if reads[0] is not None and reads[1] is not None and reads[0] != reads[1]:
         text += f"; host reads go from {units.count(reads[0])} to {units.count(reads[1])} a step"

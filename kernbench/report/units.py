@@ -114,6 +114,11 @@ def faster(ratio: float) -> str:
     return f"{_three_decimals(ratio)}x faster" if ratio > 1 else f"{_three_decimals(1 / ratio)}x slower"
 
 
+def interval_name(confidence: float) -> str:
+    """What an interval of a level is called: "99 % interval"."""
+    return f"{share(confidence)} interval"
+
+
 def floor(value: float) -> str:
     """A noise floor, the half-width around a ratio of 1: "±0.8 %"."""
     return f"±{share(value)}"
