@@ -45,6 +45,7 @@ QUEUE_SECONDS = 2.5e-3
 GRAPH_SECONDS = 2e-4
 GRAPH_CALLS = (10, 200)
 REPLAYS = 5
+PAIRS = 100
 CALIBRATION_CYCLES = 10_000_000
 
 
@@ -173,6 +174,10 @@ class ColdCalls:
     device time only. Clearing writes, as triton.testing.do_bench does: a call pays for the dirty lines it finds in the
     cache and leaves its own behind, so for kernels that read and write alike the two cancel.
 
+    An event pair holds some microseconds that are not the call's: the device records the first, starts the work anew,
+    and records the second. They are measured on a call that does next to nothing, as what its pair shows beyond its
+    time in a replayed graph, and taken off.
+
     With ``queued`` off nothing is queued ahead, as in a program that calls and waits for nothing else: an event pair
     then holds what the host needs to launch, where that is longer than the work.
     """
@@ -185,6 +190,7 @@ class ColdCalls:
         size = max(LEAST_CLEAR_BYTES, 2 * cache_bytes(device))
         self.scratch = torch.empty(size // 4, dtype=torch.int32, device=device)
         self.cycles_per_second = self._calibrate()
+        self.pair_seconds = self._calibrate_pair() if queued else 0.0
 
     def prepare(self, call: Callable[..., Any]) -> Callable[[int], float]:
         self.inputs.witness.reset()
@@ -254,7 +260,7 @@ class ColdCalls:
                     inputs = self.inputs.witness.load() if index == place else self.inputs[index]
                     got = self._queue(call, inputs, marks[index], check=index == place) or got
                 synchronize(self.device)
-        return [seconds_between(begin, end) for begin, end in marks], got
+        return [max(seconds_between(begin, end) - self.pair_seconds, 0.0) for begin, end in marks], got
 
     def _occupy(self, seconds: float) -> None:
         _spin(int(seconds * self.cycles_per_second))
@@ -267,6 +273,31 @@ class ColdCalls:
         mark(end)
         synchronize(self.device)
         return CALIBRATION_CYCLES / seconds_between(begin, end)
+
+    def _calibrate_pair(self) -> float:
+        """What an event pair adds to the time of the work between its events."""
+        least = torch.zeros(1, device=self.device)
+        marks = [(event(), event()) for _ in range(PAIRS)]
+        self._occupy(QUEUE_SECONDS)
+        for begin, end in marks:
+            self.scratch[:1024].zero_()
+            mark(begin)
+            least.add_(1)
+            mark(end)
+        synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(PAIRS):
+                least.add_(1)
+        graph.replay()
+        begin, end = event(), event()
+        mark(begin)
+        for _ in range(REPLAYS):
+            graph.replay()
+        mark(end)
+        synchronize(self.device)
+        alone = seconds_between(begin, end) / (REPLAYS * PAIRS)
+        return max(0.0, median(seconds_between(begin, end) for begin, end in marks) - alone)
 
 
 class GraphCalls:

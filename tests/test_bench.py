@@ -266,9 +266,13 @@ def test_gradients_are_not_asked_for() -> None:
     assert not sets[0]["out"][0].requires_grad
 
 
+def doubled(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return torch.add(x, x, out=out)
+
+
 def gpu_calls(rows: int) -> tuple[calls.InputSets, torch.device]:
     chosen = torch.device("cuda", 0)
-    return calls.InputSets(toy(), Case("c", rows=rows), torch.float32, chosen), chosen
+    return calls.InputSets(toy(reference=doubled), Case("c", rows=rows), torch.float32, chosen), chosen
 
 
 @pytest.mark.gpu
@@ -276,11 +280,8 @@ def test_event_times_agree_with_graph_replay() -> None:
     # 4 GB, so that replaying over the same data finds next to none of it in the cache.
     inputs, chosen = gpu_calls(rows=1 << 23)
 
-    def call(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return torch.add(x, x, out=out)
-
-    cold = calls.ColdCalls(inputs, chosen).prepare(call)
-    replayed = calls.GraphCalls(inputs, chosen, 1e-3).prepare(call)
+    cold = calls.ColdCalls(inputs, chosen).prepare(doubled)
+    replayed = calls.GraphCalls(inputs, chosen, 1e-3).prepare(doubled)
     pairs = [(cold(number), replayed(number)) for number in range(10)]
     by_events, by_graph = (statistics.median(column) for column in zip(*pairs, strict=True))
     print(f"events {by_events * 1e6:.2f} us, graph {by_graph * 1e6:.2f} us")
@@ -293,11 +294,8 @@ def test_clearing_the_cache_makes_small_data_cold() -> None:
     inputs, chosen = gpu_calls(rows=40_000)
     assert inputs.bytes_per_set < ceilings.cache_bytes(chosen)
 
-    def call(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return torch.add(x, x, out=out)
-
-    cold = statistics.median(calls.ColdCalls(inputs, chosen).prepare(call)(r) for r in range(5))
-    hot = statistics.median(calls.GraphCalls(inputs, chosen, cold).prepare(call)(r) for r in range(5))
+    cold = statistics.median(calls.ColdCalls(inputs, chosen).prepare(doubled)(r) for r in range(5))
+    hot = statistics.median(calls.GraphCalls(inputs, chosen, cold).prepare(doubled)(r) for r in range(5))
     print(f"cold {cold * 1e6:.2f} us, hot {hot * 1e6:.2f} us")
     assert cold > 1.2 * hot
 
