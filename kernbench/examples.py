@@ -23,8 +23,10 @@ CONTIGUOUS = "contiguous"
 FAMILIAR = frozenset({CONTIGUOUS, "offset"})
 """Layouts that a kernel may not refuse: what is contiguous may begin anywhere."""
 PRIMES = (3, 7, 17, 61, 127, 257, 521, 1021, 2053, 4099, 8209)
-ELEMENTS = {"cpu": 2**16, "cuda": 2**24}
-"""Elements moved by one call at most; the interpreter takes about a second for 2^20."""
+ELEMENTS = {"cpu": 2**15, "cuda": 2**24}
+"""Elements moved by one call at most, so that the interpreter takes tenths of a second for it."""
+SMALLER = 1 / 8
+"""Share of those elements for examples that are not about sizes, so that more of them are tried."""
 LARGER_ON_A_GPU = 8
 MANY = 32
 """A largest size from here on is a length, which may be exceeded on a GPU; below it may be a switch or a rank."""
@@ -168,6 +170,7 @@ class Domain:
         self.seed = seed
         self.on_gpu = device.type == "cuda"
         self.sizes = {name: self._candidates(name) for name in self._names()}
+        self._usual = {name: self._not_empty(name) for name in self.sizes}
         self.room = max(ELEMENTS[device.type if self.on_gpu else "cpu"], self._work(self._smallest()))
         example = spec.make_inputs(self._prototype(), dtype, device, seed)
         self.lists = {name for name, value in example.items() if not isinstance(value, Tensor)}
@@ -229,12 +232,18 @@ class Domain:
             )
         return tuple(found)
 
+    def _not_empty(self, name: str) -> tuple[int, ...]:
+        """Sizes with something in them; what is no size but a switch stands as the cases have it, as often."""
+        if self.sizes[name][-1] > 1:
+            return tuple(filter(None, self.sizes[name]))
+        return tuple(sorted(case[name] for case in self._ordinary() if name in case.sizes)) or self.sizes[name]
+
     def _work(self, sizes: Mapping[str, int]) -> float:
         return self.spec.cost(case_of(sizes), self.dtype).bytes_moved / self.dtype.itemsize
 
-    def fitting(self, sizes: dict[str, int]) -> dict[str, int]:
-        """The sizes, the largest of them lowered step by step until a call is quick enough."""
-        while self._work(sizes) > self.room:
+    def fitting(self, sizes: dict[str, int], share: float = 1.0) -> dict[str, int]:
+        """The sizes, the largest of them lowered step by step until a call takes this share of what one may."""
+        while self._work(sizes) > self.room * share:
             lower = {name: [size for size in self.sizes[name] if size < sizes[name]] for name in sizes}
             reducible = [name for name in sizes if lower[name]]
             if not reducible:
@@ -244,7 +253,10 @@ class Domain:
         return sizes
 
     def themes(self) -> list[Theme]:
-        """All kinds of example, in an order in which every few of them differ."""
+        """All kinds of example, in an order in which every few of them differ.
+
+        It is a ring, and every dtype and seed begins elsewhere: where time is short, the dtypes go round together.
+        """
         empty = [Theme("empty")] if any(options[0] == 0 for options in self.sizes.values()) else []
         sizes = [*empty, Theme("small"), *(Theme("size", name) for name in self.sizes)]
         names = dict.fromkeys(name for options in self.patterns.values() for name in options[1:])
@@ -254,7 +266,11 @@ class Domain:
         groups = [sizes, values, stored, [Theme("mixed")]]
         position = [(index / len(group), place, theme) for place, group in enumerate(groups)
                     for index, theme in enumerate(group)]  # fmt: skip
-        return [theme for _, _, theme in sorted(position, key=lambda item: item[:2])]
+        ring = [theme for _, _, theme in sorted(position, key=lambda item: item[:2])]
+        dtypes = list(self.spec.tolerance)
+        part = dtypes.index(str(self.dtype).removeprefix("torch.")) / len(dtypes)
+        start = (self.seed + round(part * len(ring))) % len(ring)
+        return ring[start:] + ring[:start]
 
     def examples(self, theme: Theme, turn: int) -> strategies.SearchStrategy[Example]:
         """The examples of one theme; the simplest, the same in all, has the least sizes and nothing else.
@@ -264,16 +280,16 @@ class Domain:
         concerned = self._concerned(theme)
         focus = concerned[turn % len(concerned)]
 
-        @strategies.composite
-        def example(draw: Draw) -> Example:
-            if not often(draw):
-                return Example(tuple(self._smallest().items()), (), self.seed)
-            sizes = self.fitting(self._drawn_sizes(draw, theme))
-            drawn = {name: self._drawn_filling(draw, theme, name, name == focus) for name in self.patterns}
-            fillings = tuple((name, filling) for name, filling in drawn.items() if not filling.plain)
-            return Example(tuple(sizes.items()), fillings, self.seed + pick(draw, range(8)))
+        return _example(self, theme, focus)
 
-        return example()
+    def example(self, draw: Draw, theme: Theme, focus: str) -> Example:
+        """One example, as drawn."""
+        if not often(draw):
+            return Example(tuple(self._smallest().items()), (), self.seed)
+        sizes = self.fitting(self._drawn_sizes(draw, theme), 1.0 if theme.kind == "size" else SMALLER)
+        drawn = {name: self._drawn_filling(draw, theme, name, name == focus) for name in self.patterns}
+        fillings = tuple((name, filling) for name, filling in drawn.items() if not filling.plain)
+        return Example(tuple(sizes.items()), fillings, self.seed + pick(draw, range(8)))
 
     def _concerned(self, theme: Theme) -> list[str]:
         """The arguments that a theme is about."""
@@ -283,12 +299,13 @@ class Domain:
     def _drawn_sizes(self, draw: Draw, theme: Theme) -> dict[str, int]:
         sizes = {}
         for name, options in self.sizes.items():
-            if theme.kind == "small" or (theme.kind == "size" and theme.what != name):
+            if theme.kind == "small":
                 options = options[:4]
             elif theme.kind == "size":
-                options = _from(options, self.bounds(name).block or 16)
+                block = self.bounds(name).block or 16
+                options = _from(options, block) if theme.what == name else self._usual[name][:4]
             elif theme.kind in ("values", "layout"):
-                options = tuple(filter(None, options)) or options
+                options = self._usual[name]
             sizes[name] = pick(draw, options)
         if theme.kind == "empty":
             sizes[pick(draw, [name for name, options in self.sizes.items() if options[0] == 0])] = 0
@@ -330,6 +347,11 @@ class Domain:
                 yield replace(example, sizes=tuple((dict(example.sizes) | {name: smaller}).items()))
         if example.seed != self.seed:
             yield replace(example, seed=self.seed)
+
+
+@strategies.composite
+def _example(draw: Draw, domain: Domain, theme: Theme, focus: str) -> Example:
+    return domain.example(draw, theme, focus)
 
 
 def _before(chosen: T, options: Sequence[T]) -> Sequence[T]:

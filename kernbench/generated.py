@@ -61,7 +61,7 @@ def check(subject: Subject, *, seconds: float, examples: int, begin: Callable[[s
     """Holds a kernel against its reference on generated inputs.
 
     Args:
-        subject: gives kernel, dtype, device and seed; its case only if inputs must have a case's sizes.
+        subject: gives kernel, dtype, device and seed; its case does not matter.
         seconds: when to stop; a failing example is still made smaller for a moment.
         examples: how many to try.
         begin: called with each example in words before the kernel sees it, so that a crash can be attributed.

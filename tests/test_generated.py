@@ -351,6 +351,14 @@ def test_sizes_and_values_stay_inside_the_declaration():
     assert any(float(x.max()) == 2.0 for _, x in seen)
 
 
+def test_a_switch_among_the_sizes_stands_mostly_as_in_the_cases():
+    words = []
+    found(replace(ADAMW, optimized=lambda **inputs: ADAMW.reference(**inputs)), count=100, begin=words.append)
+    patterned = [said for said in words if "grads" in said]
+    skipped = sum("skip=1" in said for said in patterned)
+    assert 0 < skipped < len(patterned) / 2
+
+
 def test_sizes_that_no_one_declared_are_those_that_small_cases_span():
     spec = declared(softmax, softmax_in_base_two, sizes={}, cases=(
         Case("ragged", rows=5, dim=37), Case("empty", rows=0, dim=64), Case("big", large=True, rows=10**6, dim=4096),
