@@ -90,15 +90,20 @@ def _command() -> str:
     return shlex.join(["kernbench", *sys.argv[1:]])
 
 
-def _pipeline(device: str, in_process: bool) -> Any:
-    """The measuring side. Its imports take seconds, and the children's are started beside them."""
+def _measuring(device: str, in_process: bool) -> tuple[Any, Any]:
+    """The pipeline, and the request it takes. Their imports take seconds; the children's are started beside them."""
     if not in_process:
         from kernbench import isolation
 
         isolation.prepare(device)
-    from kernbench import pipeline
+    # Triton's own functions are interpreted or not by how it is first imported, and the pipeline imports it.
+    from kernbench.device import resolve
 
-    return pipeline
+    resolve(device)
+    from kernbench import pipeline
+    from kernbench.request import Request
+
+    return pipeline, Request
 
 
 def _progress(quiet: bool) -> Any:
@@ -156,13 +161,12 @@ def profile(
     quiet: Quiet = False,
 ) -> int:
     """Run steps of a workload, rank hotspots and stalls by source line, and write a report."""
-    from kernbench.request import Request
-
+    pipeline, Request = _measuring(device, in_process)
     request = Request(
         command=_command(), workload=workload, preset=preset, device=device, dtype=dtype, seed=seed, data=data,
         steps=steps, phases=phases, use=use, nvtx=nvtx, time_limit=time_limit, in_process=in_process,
     )  # fmt: skip
-    _show(_pipeline(device, in_process).profile(request, _progress(quiet)), as_json)
+    _show(pipeline.profile(request, _progress(quiet)), as_json)
     return OK
 
 
@@ -188,20 +192,19 @@ def swap(
     quiet: Quiet = False,
 ) -> int:
     """Try a phase: parity first, then interleaved timing, then the verdict; it stays only if that says so."""
-    from kernbench.request import Request
-
     if (phase is not None) + revert + walk != 1:
         raise KernbenchError("say which: --phase N, --all, or --revert")
+    pipeline, Request = _measuring(device, in_process or revert)
     request = Request(
         command=_command(), workload=workload, preset=preset, device=device, dtype=dtype, seed=seed, data=data,
         steps=steps, rounds=rounds, phases=phases, use=use, time_limit=time_limit, in_process=in_process,
     )  # fmt: skip
     if revert:
-        reverted = _pipeline(device, in_process=True).revert(request)
+        reverted = pipeline.revert(request)
         print(json.dumps(reverted) if as_json else reverted["sentence"])
         return OK
     code = OK
-    for outcome in _pipeline(device, in_process).swaps(request, phase, _progress(quiet)):
+    for outcome in pipeline.swaps(request, phase, _progress(quiet)):
         _show(outcome, as_json)
         code = max(code, NEGATIVE if outcome.negative else OK)
     return code
@@ -226,13 +229,12 @@ def parity(
     quiet: Quiet = False,
 ) -> int:
     """Check kernels against the float64 oracle, or a workload's phases on real steps."""
-    from kernbench.request import Request
-
+    pipeline, Request = _measuring(device, in_process)
     request = Request(
         command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, time_limit=time_limit,
         in_process=in_process,
     )  # fmt: skip
-    outcome = _pipeline(device, in_process).check(request, names or [], case, _progress(quiet), sanitize=sanitize)
+    outcome = pipeline.check(request, names or [], case, _progress(quiet), sanitize=sanitize)
     _show(outcome, as_json)
     return NEGATIVE if outcome.negative else OK
 
@@ -261,15 +263,13 @@ def bench(
     quiet: Quiet = False,
 ) -> int:
     """Time eager, torch.compile, Triton and library peers on the measured roofline, or a workload with its phases."""
-    from kernbench.request import Request
-
+    if arch and not compile_only:
+        raise KernbenchError("--arch goes with --compile-only; a timed kernel is built for the device that runs it")
+    pipeline, Request = _measuring(device, in_process)
     request = Request(
         command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, rounds=rounds, use=use,
         time_limit=time_limit, in_process=in_process,
     )  # fmt: skip
-    if arch and not compile_only:
-        raise KernbenchError("--arch goes with --compile-only; a timed kernel is built for the device that runs it")
-    pipeline = _pipeline(device, in_process)
     if compile_only:
         outcome = pipeline.build(request, names or [], case, arch, _progress(quiet))
     else:

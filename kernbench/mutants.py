@@ -51,13 +51,16 @@ class Survey:
 
 
 def survey(mutants: Iterator[Mutant], passes: Callable[[Leaves], bool]) -> Survey:
-    """Put every mutant before the gate; ``passes`` judges its changed leaves."""
+    """Put every mutant before the gate; ``passes`` judges its changed leaves.
+
+    One that passes counts only where there are numbers enough: a few may be right by chance, or hold rounding alone.
+    """
     killed, survivors = 0, []
     for mutant in mutants:
-        if passes(mutant.changed):
-            survivors.append(mutant.name)
-        else:
+        if not passes(mutant.changed):
             killed += 1
+        elif sum(leaf.numel() for leaf in mutant.changed.values() if isinstance(leaf, Tensor)) >= ENOUGH_TO_TELL:
+            survivors.append(mutant.name)
     return Survey(killed, killed + len(survivors), tuple(survivors))
 
 
