@@ -28,7 +28,7 @@ UPDATES = (10, 100)
 LAYOUTS = ("strided", "transposed", "expanded")
 """What a kernel may refuse."""
 EXAMPLES = 300
-GENERATED_SECONDS = {"cpu": 2.0, "cuda": 8.0}
+GENERATED_SECONDS = {"cpu": 2.0, "cuda": 4.0}
 """How long generated inputs are tried; the interpreter does not come to all examples."""
 ADDRESSES = "addresses"
 ADDRESS_SECONDS = 3.0
