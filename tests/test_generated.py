@@ -529,6 +529,15 @@ def test_patterns_are_what_they_are_called():
     assert math.isnan(float(of("with a NaN", Values(least=0.0)).sum()))
 
 
+def test_without_a_gpu_no_bfloat16_number_is_subnormal():
+    """Triton's interpreter casts them wrongly, and a right kernel would be blamed for it."""
+    drawn = torch.randn(64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    for name in ("tiny", "subnormal"):
+        filled = patterns.fill(drawn, name, Values(), torch.Generator())
+        assert not ((filled != 0) & (filled.abs() < torch.finfo(torch.bfloat16).tiny)).any()
+        assert bool(filled.any()) == (name == "tiny")
+
+
 def test_a_pattern_may_stand_in_one_tensor_of_a_list():
     inputs = {"grads": [torch.randn(3), torch.arange(3), torch.randn(3)], "scale": 2.0}
     example = examples.Example((("rows", 1),), (("grads", Filling("zero", only=3)),), 0)

@@ -115,7 +115,7 @@ def test_clean_reports_of_a_kernel_that_ran_pass(fake: Path) -> None:
         assert (result.kernel, result.passed, result.errors) == ("fused_adamw", True, 0)
         assert result.findings == [] and result.reason == ""
     options = (fake / "memcheck.called").read_text()
-    job = '{"kernel":"fused_adamw","cases":["one","ragged","aligned"],"dtypes":["float32"]}'
+    job = '{"kernel":"fused_adamw","cases":["one","ragged","aligned","skipped"],"dtypes":["float32"]}'
     assert f"'-m', 'kernbench.sanitized', '{job}'], '1')" in options
     assert "'--padding', '512'" in options
     assert "--padding" not in (fake / "racecheck.called").read_text()
