@@ -184,7 +184,7 @@ class Trial:
             for factor in SCALES:
 
                 def scale(tensor: Tensor, values: Values, factor: float = factor) -> Tensor:
-                    return _bounded((tensor.double() * factor).to(tensor.dtype), values)
+                    return _bounded(tensor.double() * factor, values).to(tensor.dtype)
 
                 eager, oracle = self._run(scale, only), self._run(scale, only, dtype=torch.float64)
                 found += [Truth(eager, oracle)] if eager is not None and oracle is not None else []

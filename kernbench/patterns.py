@@ -135,7 +135,8 @@ def fill(tensor: Tensor, name: str, values: Values, generator: torch.Generator) 
     if values.fixed or drawn.numel() == 0:
         return drawn.clone()
     filled = PATTERNS[name](drawn.contiguous(), generator)
-    bounded = filled.clamp(min=values.least, max=values.most)
+    # In float64, because a bound may be beyond a short dtype.
+    bounded = _fitting(filled.double().clamp(min=values.least, max=values.most), drawn.dtype)
     if drawn.dtype == torch.bfloat16 and not drawn.is_cuda:
         # The interpreter of Triton 3.9 casts subnormal bfloat16 numbers to quite other ones.
         bounded = torch.where(bounded.abs() < torch.finfo(drawn.dtype).tiny, 0.0, bounded)
