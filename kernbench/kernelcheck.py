@@ -218,6 +218,8 @@ def _for_layouts(cases: Sequence[Case]) -> Case | None:
 class _Modes:
     """Which ways of checking a case gets. What takes an interpreter long is done in one case there, on a GPU in all.
 
+    Large cases get neither layouts nor the most updates: what those show, they show in small ones.
+
     Attributes:
         smallest: of all cases, for the most updates.
         for_layouts: of those that are checked.
@@ -230,7 +232,7 @@ class _Modes:
     def of(self, check: CaseCheck) -> Iterator[tuple[str, Body]]:
         """The modes of a case with their bodies; the first is the first call of the kernel."""
         spec, case, on_gpu = check.spec, check.case, self.device.type == "cuda"
-        all_layouts = case.ragged and (on_gpu or case is self.for_layouts)
+        all_layouts = case.ragged and not case.large and (on_gpu or case is self.for_layouts)
         yield "plain", check.plain
         if not case.large:
             yield "rewritten", check.rewritten
@@ -246,8 +248,9 @@ class _Modes:
                 yield from ((f"gradient {layout}", check.gradient_laid_out(layout)) for layout in LAYOUTS[:2])
                 yield "gradient offset", check.gradient_offset
         if spec.stateful:
-            few = UPDATES[:1] if case is self.for_layouts else ()
-            counts = UPDATES if on_gpu or case is self.smallest else few
+            many = on_gpu and not case.large or case is self.smallest
+            few = UPDATES[:1] if on_gpu or case is self.for_layouts else ()
+            counts = UPDATES if many else few
             yield from ((f"{count} updates", check.updates(count)) for count in counts)
         if on_gpu:
             yield from _gpu_modes(check)
