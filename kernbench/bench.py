@@ -18,7 +18,7 @@ from kernbench.arms import reason, speedup
 from kernbench.calls import AS_CALLED, ColdCalls, GraphCalls, HostCalls, InputSets
 from kernbench.ceilings import cache_bytes, measure_ceilings
 from kernbench.errors import KernbenchError
-from kernbench.integrity import Watch, watched
+from kernbench.parity.integrity import Watch, watched
 from kernbench.progress import Advance, Progress, Silent
 from kernbench.record import BenchResult, Ceilings, Clocks
 from kernbench.roofline import Held, place

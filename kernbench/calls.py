@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kernbench.ceilings import cache_bytes, free_bytes
-from kernbench.compare import Leaves
+from kernbench.parity.compare import Leaves
 from kernbench.spec import Case, Inputs, KernelSpec
 from kernbench.timing import collector_off, event, mark, now, seconds_between, synchronize
 from kernbench.witness import (

@@ -11,8 +11,9 @@ from typing import Generic
 import msgspec
 import torch
 
-from kernbench import bench, device, measure, parity, race, ranges, record, registry, swap
+from kernbench import bench, device, measure, race, ranges, record, registry, swap
 from kernbench import request as asked
+from kernbench.parity import kernelcheck, phasecheck
 from kernbench.request import Request
 from kernbench.runfolder import AnyRecord, Run
 from kernbench.worker import Tell
@@ -58,7 +59,7 @@ class KernelParity:
 
     def run(self, tell: Tell) -> bool:
         chosen = device.resolve(self.device)
-        rows = parity.check_kernel(
+        rows = kernelcheck.check_kernel(
             registry.kernel(self.kernel).declaration,
             device=chosen,
             dtypes=self.dtypes,
@@ -180,7 +181,7 @@ class PhaseParity:
 
     def run(self, tell: Tell) -> None:
         settings = _settings(self.request)
-        rows = parity.check_phase(
+        rows = phasecheck.check_phase(
             settings.workload,
             asked.plan(settings.workload, self.before),
             asked.plan(settings.workload, self.after),

@@ -11,7 +11,6 @@ import torch
 
 import kernbench
 from kernbench import (
-    builds,
     device,
     experiment,
     journal,
@@ -20,14 +19,15 @@ from kernbench import (
     record,
     registry,
     runfolder,
-    sanitizer,
     state,
     statistics,
     supervised,
 )
 from kernbench import request as asked
+from kernbench.compilation import builds
 from kernbench.errors import KernbenchError
 from kernbench.jobs import interpreted
+from kernbench.parity import sanitizer
 from kernbench.progress import Progress
 from kernbench.publish import Outcome, publish
 from kernbench.registry import Workspace

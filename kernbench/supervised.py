@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from kernbench import bench, isolation, jobs, measure, phasecheck, race, record, swap, trajectory
+from kernbench import bench, isolation, jobs, measure, race, record, swap
 from kernbench.errors import WorkloadFailed
 from kernbench.isolation import Died, Terms
 from kernbench.jobs import Filled, StageBegan, StageEnded, Warned
+from kernbench.parity import phasecheck, trajectory
 from kernbench.progress import Progress
 from kernbench.request import Request
 from kernbench.runfolder import Run

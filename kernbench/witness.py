@@ -27,10 +27,10 @@ import numpy
 import torch
 from torch import Tensor
 
-from kernbench import compare, modes
-from kernbench.compare import Leaves, Rule
+from kernbench.parity import compare, modes
+from kernbench.parity.compare import Leaves, Rule
+from kernbench.parity.subject import Truth, judge_fairly
 from kernbench.spec import Inputs, KernelSpec, Tolerance
-from kernbench.subject import Truth, judge_fairly
 from kernbench.timing import synchronize
 
 FRESH_SEED = 1_000_003

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from kernbench import addresses, device, interpreted, registry, sparse
+from kernbench import device, registry
 from kernbench.errors import KernbenchError
-from kernbench.finding import Finding
+from kernbench.parity import addresses, interpreted, sparse
+from kernbench.parity.finding import Finding
 
 DEVICE = device.resolve("auto")
 import address_kernels  # noqa: E402 - Triton must know before the import whether it interprets
@@ -155,7 +156,8 @@ MEASURED = """
 import re
 from pathlib import Path
 import torch
-from kernbench import addresses, device, registry
+from kernbench import device, registry
+from kernbench.parity import addresses
 device.resolve("cpu")
 import address_kernels
 torch.set_num_threads(1)

@@ -13,11 +13,11 @@ from gate_specs import AVERAGE, GATHERED, LIBRARY, LINEAR, NORM, spec
 from torch import Tensor
 from torch.nn import functional
 
-from kernbench import compare, kernelcheck, mistakes, trials
-from kernbench.alterations import Alteration, Detached, Reseeded, Tape, reseeded
+from kernbench.parity import compare, kernelcheck, mistakes, trials
+from kernbench.parity.alterations import Alteration, Detached, Reseeded, Tape, reseeded
+from kernbench.parity.trials import Trial
 from kernbench.record import ParityResult
 from kernbench.spec import Case, Inputs, KernelSpec, Values
-from kernbench.trials import Trial
 
 CPU = torch.device("cpu")
 FLOAT32 = torch.float32

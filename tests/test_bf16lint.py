@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import triton
 
-from kernbench import bf16lint
 from kernbench.errors import KernbenchError
+from kernbench.parity import bf16lint
 
 ADVICE = "Triton's interpreter computes with their bits: cast with .to(tl.float32) first"
 LOADED = "bfloat16 numbers as they were loaded"
@@ -104,7 +104,8 @@ def atomic(x, y, out):
 CHILD = """
 import importlib.util, json, sys
 import torch
-from kernbench import bf16lint, registry
+from kernbench import registry
+from kernbench.parity import bf16lint
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 

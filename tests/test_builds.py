@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernbench import builds, registry
+from kernbench import registry
+from kernbench.compilation import builds
+from kernbench.compilation.uncomputed import Uncomputed
 from kernbench.errors import KernbenchError, WorkloadFailed
 from kernbench.record import Build
 from kernbench.spec import KernelSpec
-from kernbench.uncomputed import Uncomputed
 
 HEAD = """
 import os
@@ -313,7 +314,7 @@ def test_the_exemplars_pass_too(monkeypatch: pytest.MonkeyPatch) -> None:
 COUNTED = """
 import pathlib, subprocess, sys, tempfile
 import triton
-from kernbench import binaries
+from kernbench.compilation import binaries
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernbench import registry

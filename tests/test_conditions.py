@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, empty
 
-from kernbench import compare, conditions, integrity, layouts
+from kernbench.parity import compare, conditions, integrity, layouts
 
 LIBRARY = torch.library.Library("kernbench_conditions", "FRAGMENT")  # type: ignore[no-untyped-call]
 LIBRARY.define("fill(Tensor x, Tensor(a!)[] outs) -> Tensor")  # type: ignore[no-untyped-call]
@@ -242,11 +242,11 @@ def loosen() -> None:
         (lambda: setattr(torch, "equal", lambda *_: True), "torch.equal"),
         (lambda: setattr(torch, "allclose", lambda *_: True), "torch.allclose"),
         (replace_method, "torch.Tensor.isfinite"),
-        (replace_code, "kernbench.compare.judge"),
-        (replace_ours, "kernbench.compare.judge"),
-        (hide_builtin, "kernbench.compare.max"),
-        (loosen, "kernbench.compare.CHUNK"),
-        (lambda: setattr(compare.Judged, "excess", 0.0), "kernbench.compare.Judged.excess"),
+        (replace_code, "kernbench.parity.compare.judge"),
+        (replace_ours, "kernbench.parity.compare.judge"),
+        (hide_builtin, "kernbench.parity.compare.max"),
+        (loosen, "kernbench.parity.compare.CHUNK"),
+        (lambda: setattr(compare.Judged, "excess", 0.0), "kernbench.parity.compare.Judged.excess"),
     ],
 )
 def test_a_replaced_function_is_named_and_put_back(tamper: Callable[[], None], name: str) -> None:
@@ -360,4 +360,4 @@ def test_layouts_are_what_their_names_say() -> None:
 def test_the_watch_names_functions_of_ours_that_exist() -> None:
     """A rename must not leave a hole: what the comparisons are made of is a plain function of a watched module."""
     assert isinstance(compare.judge, FunctionType)
-    assert "judge" in integrity._members("kernbench.compare", compare)
+    assert "judge" in integrity._members("kernbench.parity.compare", compare)

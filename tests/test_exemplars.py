@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from kernbench import device, parity, randomness, registry
-from kernbench.casecheck import CaseCheck
+from kernbench import device, registry
 from kernbench.errors import KernbenchError
+from kernbench.parity import kernelcheck, randomness
+from kernbench.parity.casecheck import CaseCheck
+from kernbench.parity.subject import Subject
 from kernbench.record import ParityResult
 from kernbench.spec import Case, KernelSpec
-from kernbench.subject import Subject
 
 DEVICE = device.resolve("auto")
 EXEMPLARS = Path(__file__).parent / "exemplars"
@@ -62,7 +63,7 @@ def test_each_exemplar_is_one_declaration_of_its_file() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_parity_passes_in_the_interpreter(name: str, dtype: str) -> None:
     cases = [case for case in specs()[name].cases if not case.large]
-    rows = list(parity.check_kernel(specs()[name], device=DEVICE, dtypes=[dtype], cases=cases))
+    rows = list(kernelcheck.check_kernel(specs()[name], device=DEVICE, dtypes=[dtype], cases=cases))
     assert len(rows) >= len(cases)
     assert wrong(iter(rows)) == []
 
@@ -70,7 +71,7 @@ def test_parity_passes_in_the_interpreter(name: str, dtype: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_parity_passes_on_a_gpu(name: str) -> None:
-    rows = list(parity.check_kernel(specs()[name], device=DEVICE, cases=specs()[name].cases))
+    rows = list(kernelcheck.check_kernel(specs()[name], device=DEVICE, cases=specs()[name].cases))
     assert {"plain", "compile", "graph"} <= {row.mode for row in rows}
     assert wrong(iter(rows)) == []
 

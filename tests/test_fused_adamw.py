@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernbench import builds, device, registry
+from kernbench import device, registry
+from kernbench.compilation import builds
 from kernbench.spec import Case, Inputs
 
 DEVICE = device.resolve("auto")

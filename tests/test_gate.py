@@ -13,8 +13,9 @@ import pytest
 import torch
 from gate_specs import AVERAGE, GATED, LIBRARY, NORM, gated_inputs, norm_inputs
 
-from kernbench import compare, gate, hostile, kernelcheck, registry
-from kernbench.finding import Finding
+from kernbench import registry
+from kernbench.parity import compare, gate, hostile, kernelcheck
+from kernbench.parity.finding import Finding
 from kernbench.record import MutantResult, ParityResult
 from kernbench.spec import Case, Inputs, KernelSpec, Tolerance, Values
 
@@ -56,7 +57,7 @@ HOSTILE = {
     "replaces torch.testing.assert_close": "replaces torch.testing.assert_close while it runs",
     "replaces torch.equal": "replaces torch.equal while it runs",
     "replaces torch.allclose": "replaces torch.allclose while it runs",
-    "replaces kernbench.compare.judge": "replaces kernbench.compare.judge while it runs",
+    "replaces kernbench.parity.compare.judge": "replaces kernbench.parity.compare.judge while it runs",
     "allows tf32 for everyone": "leaves the float32 matmul precision changed",
     "changes the default dtype": "leaves the default dtype changed",
     "seeds the random generator": "leaves the state of the random generator changed",

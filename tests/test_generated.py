@@ -13,12 +13,13 @@ import torch
 from hypothesis import strategies
 from torch.nn import functional
 
-from kernbench import device, examples, generated, patterns, registry
+from kernbench import device, registry
 from kernbench.errors import KernbenchError
-from kernbench.examples import Domain, Filling, Theme
-from kernbench.roundoff import Roundoff
+from kernbench.parity import examples, generated, patterns
+from kernbench.parity.examples import Domain, Filling, Theme
+from kernbench.parity.roundoff import Roundoff
+from kernbench.parity.subject import Subject
 from kernbench.spec import Case, Cost, KernelSpec, Sizes, Tolerance, Values
-from kernbench.subject import Subject
 
 device.resolve("auto")
 CPU = torch.device("cpu")

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernbench import compare, parity, registry, swap
+from kernbench import registry, swap
 from kernbench.errors import KernbenchError, WorkloadFailed
+from kernbench.parity import compare, kernelcheck, phasecheck
 from kernbench.spec import Case, Cost, KernelSpec, Tolerance
 from kernbench.workload import Fault, Phase, Swap, Workload
 
@@ -91,11 +92,11 @@ AVERAGE = KernelSpec(
 def rows_of(spec, optimized=None, **options):
     chosen = spec if optimized is None else replace(spec, optimized=optimized)
     options = {"device": CPU, "dtypes": ["float32"], "cases": ["ragged"]} | options
-    return {row.mode: row for row in parity.check_kernel(chosen, **options)}
+    return {row.mode: row for row in kernelcheck.check_kernel(chosen, **options)}
 
 
 def test_a_right_kernel_passes_in_every_mode_with_all_mutants_killed():
-    rows = list(parity.check_kernel(NORM, device=CPU))
+    rows = list(kernelcheck.check_kernel(NORM, device=CPU))
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]
     assert {row.dtype for row in rows} == {"float32", "bfloat16"}
     whole = {(row.case, row.mode) for row in rows if row.case not in ("one", "ragged")}
@@ -111,7 +112,7 @@ def test_a_right_kernel_passes_in_every_mode_with_all_mutants_killed():
 
 
 def test_a_right_stateful_kernel_passes_after_many_updates():
-    rows = list(parity.check_kernel(AVERAGE, device=CPU))
+    rows = list(kernelcheck.check_kernel(AVERAGE, device=CPU))
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]
     layouts = ["offset", "strided", "transposed", "expanded"]
     ragged = ["plain", "rewritten", *layouts, "10 updates", "100 updates"]
@@ -512,18 +513,20 @@ def test_rows_answered_before_are_left_out_and_each_row_is_announced():
     rows = rows_of(NORM, begin=lambda *row: begun.append(row))
     assert begun == [("ragged", "float32", mode) for mode in rows]
     skip = frozenset(begun[:3])
-    rest = list(parity.check_kernel(NORM, device=CPU, dtypes=["float32"], cases=["ragged"], skip=skip))
+    rest = list(kernelcheck.check_kernel(NORM, device=CPU, dtypes=["float32"], cases=["ragged"], skip=skip))
     assert [("ragged", row.dtype, row.mode) for row in rest] == begun[3:]
-    assert not list(parity.check_kernel(NORM, device=CPU, dtypes=["float32"], cases=["ragged"], skip=frozenset(begun)))
+    assert not list(
+        kernelcheck.check_kernel(NORM, device=CPU, dtypes=["float32"], cases=["ragged"], skip=frozenset(begun))
+    )
 
     def broken(x, weight):
         raise OSError("gone")
 
     spec = replace(NORM, reference=broken)
-    (row,) = parity.check_kernel(spec, device=CPU, dtypes=["float32"], cases=["ragged"], begin=lambda *_: None)
+    (row,) = kernelcheck.check_kernel(spec, device=CPU, dtypes=["float32"], cases=["ragged"], begin=lambda *_: None)
     assert (row.mode, row.reason) == ("plain", "raised OSError: gone")
     answered = frozenset({("ragged", "float32", "plain")})
-    assert not list(parity.check_kernel(spec, device=CPU, dtypes=["float32"], cases=["ragged"], skip=answered))
+    assert not list(kernelcheck.check_kernel(spec, device=CPU, dtypes=["float32"], cases=["ragged"], skip=answered))
 
 
 def test_a_kernel_that_raises_is_a_result_and_the_other_cases_go_on():
@@ -532,7 +535,7 @@ def test_a_kernel_that_raises_is_a_result_and_the_other_cases_go_on():
             raise RuntimeError("out of resource: shared memory\nRequired: 300000")
         return rms_norm(x, weight)
 
-    rows = list(parity.check_kernel(replace(NORM, optimized=fails_on_one), device=CPU, dtypes=["float32"]))
+    rows = list(kernelcheck.check_kernel(replace(NORM, optimized=fails_on_one), device=CPU, dtypes=["float32"]))
     failed = [row for row in rows if not row.passed]
     assert {row.case for row in failed} == {"one", "generated"}
     why = "raised RuntimeError: out of resource: shared memory"
@@ -545,7 +548,7 @@ def test_a_reference_that_raises_gives_one_row_per_case():
     def broken(case, dtype, device, seed):
         raise KeyError("rows")
 
-    rows = list(parity.check_kernel(replace(NORM, make_inputs=broken), device=CPU, dtypes=["float32"]))
+    rows = list(kernelcheck.check_kernel(replace(NORM, make_inputs=broken), device=CPU, dtypes=["float32"]))
     assert [row.case for row in rows] == ["one", "ragged", "generated", "beyond 2^31", "all"]
     assert not any(row.passed for row in rows if row.mode != "addresses")
     assert {row.reason for row in rows if row.mode != "addresses"} == {"raised KeyError: 'rows'"}
@@ -557,7 +560,7 @@ def test_an_interrupt_is_no_result():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(parity.check_kernel(replace(NORM, optimized=interrupted), device=CPU))
+        list(kernelcheck.check_kernel(replace(NORM, optimized=interrupted), device=CPU))
 
 
 def test_refusing_a_strided_layout_is_fine_and_refusing_a_contiguous_one_is_not():
@@ -757,7 +760,7 @@ def not_waited_for(x, weight):
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_right_kernel_passes_on_a_side_stream_compiled_and_captured_backward_too(gpu):
-    rows = {row.mode: row for row in parity.check_kernel(NORM, device=gpu, dtypes=["float32"], cases=["ragged"])}
+    rows = {row.mode: row for row in kernelcheck.check_kernel(NORM, device=gpu, dtypes=["float32"], cases=["ragged"])}
     assert all(row.passed for row in rows.values()), [row for row in rows.values() if not row.passed]
     assert {"stream", "compile", "graph", "gradient compile", "gradient graph"} <= rows.keys()
 
@@ -791,9 +794,9 @@ def test_on_a_gpu_guard_bands_and_poison_are_as_on_the_cpu(gpu):
 
 def test_unknown_dtypes_and_cases_are_errors():
     with pytest.raises(KernbenchError, match="no tolerance for float16; it is checked in float32, bfloat16"):
-        list(parity.check_kernel(NORM, device=CPU, dtypes=["float16"]))
+        list(kernelcheck.check_kernel(NORM, device=CPU, dtypes=["float16"]))
     with pytest.raises(KernbenchError, match="did you mean 'ragged'"):
-        list(parity.check_kernel(NORM, device=CPU, cases=["raged"]))
+        list(kernelcheck.check_kernel(NORM, device=CPU, cases=["raged"]))
 
 
 class Training:
@@ -870,7 +873,7 @@ def workload(*uses, **changes):
 def steps_of(declared, numbers=(0,), **options):
     plans = [swap.plan(declared, chosen, use={}, kernels={}.__getitem__) for chosen in ((), numbers)]
     options = {"preset": "tiny", "device": CPU, "seed": 3, "data": None} | options
-    return {row.case: row for row in parity.check_phase(declared, *plans, **options)}
+    return {row.case: row for row in phasecheck.check_phase(declared, *plans, **options)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -989,7 +992,7 @@ def test_the_random_generator_is_put_back_and_dropout_agrees():
     expected = torch.rand(1)
     torch.manual_seed(5)
     plans = [swap.plan(declared, [number], use={}, kernels={}.__getitem__) for number in (0, 1)]
-    rows = list(parity.check_phase(declared, *plans, preset="tiny", device=CPU, seed=3, data=None))
+    rows = list(phasecheck.check_phase(declared, *plans, preset="tiny", device=CPU, seed=3, data=None))
     assert torch.equal(torch.rand(1), expected)
     assert all(row.passed for row in rows), rows
 

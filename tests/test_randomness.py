@@ -13,11 +13,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from kernbench import laws, parity, philox, randomness
-from kernbench.laws import Law
+from kernbench import philox
+from kernbench.parity import kernelcheck, laws, randomness
+from kernbench.parity.laws import Law
+from kernbench.parity.subject import Subject
 from kernbench.record import ParityResult
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Stochastic, Tolerance
-from kernbench.subject import Subject
 
 CPU = torch.device("cpu:0")
 Name = Literal["uniform", "normal", "bernoulli"]
@@ -244,7 +245,7 @@ def test_another_stream_is_random_and_fails_the_plain_comparison(law: Name, stre
 
 
 def plain(spec: KernelSpec) -> ParityResult:
-    return next(row for row in parity.check_kernel(spec, device=CPU, cases=["ragged"]) if row.mode == "plain")
+    return next(row for row in kernelcheck.check_kernel(spec, device=CPU, cases=["ragged"]) if row.mode == "plain")
 
 
 def test_a_kernel_may_refuse_a_strange_seed() -> None:

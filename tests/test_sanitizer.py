@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernbench import device, sanitizer
+from kernbench import device
 from kernbench.errors import KernbenchError
+from kernbench.parity import sanitizer
 from kernbench.record import SanitizerResult
 
 DEVICE = device.resolve("auto")
@@ -116,7 +117,7 @@ def test_clean_reports_of_a_kernel_that_ran_pass(fake: Path) -> None:
         assert result.findings == [] and result.reason == ""
     options = (fake / "memcheck.called").read_text()
     job = '{"kernel":"fused_adamw","cases":["one","ragged","aligned","skipped"],"dtypes":["float32"]}'
-    assert f"'-m', 'kernbench.sanitized', '{job}'], '1')" in options
+    assert f"'-m', 'kernbench.parity.sanitized', '{job}'], '1')" in options
     assert "'--padding', '512'" in options
     assert "--padding" not in (fake / "racecheck.called").read_text()
 

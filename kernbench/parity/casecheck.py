@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench import compare, conditions, integrity, modes, mutants
-from kernbench.compare import Judged, Leaves
-from kernbench.finding import Finding
-from kernbench.layouts import LAYOUTS
-from kernbench.modes import Backward
+from kernbench.parity import compare, conditions, integrity, modes, mutants
+from kernbench.parity.compare import Judged, Leaves
+from kernbench.parity.finding import Finding
+from kernbench.parity.layouts import LAYOUTS
+from kernbench.parity.modes import Backward
+from kernbench.parity.subject import Observed, Subject, Truth, is_noise, judge_all, judge_fairly, passes
 from kernbench.spec import Inputs
-from kernbench.subject import Observed, Subject, Truth, is_noise, judge_all, judge_fairly, passes
 
 Body = Callable[[], Finding]
 

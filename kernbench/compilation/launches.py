@@ -1,6 +1,6 @@
 """Records what Triton would compile for a kernel's launches on a GPU that need not be here.
 
-For a process of its own, :mod:`kernbench.buildworker`: what is replaced in Triton stays replaced.
+For a process of its own, :mod:`kernbench.compilation.buildworker`: what is replaced in Triton stays replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from kernbench.builds import SHARED_LIMIT_BYTES
+from kernbench.compilation.builds import SHARED_LIMIT_BYTES
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 """Of the A100, H100 SXM and B200, for kernels that choose their grid by it. Source: NVIDIA's architecture papers."""

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench import compare
-from kernbench.compare import Judged, Leaves, Rule
+from kernbench.parity import compare
+from kernbench.parity.compare import Judged, Leaves, Rule
+from kernbench.parity.roundoff import Roundoff
+from kernbench.parity.subject import Truth, judge_all
 from kernbench.record import Errors
-from kernbench.roundoff import Roundoff
 from kernbench.spec import Inputs, Values
-from kernbench.subject import Truth, judge_all
 
 ACCUMULATION = 2.0**-23
 """Sums are taken in float32, also of shorter dtypes."""

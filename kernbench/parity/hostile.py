@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernbench import compare
+from kernbench.parity import compare
 from kernbench.spec import Inputs, KernelSpec
 
 RIGHT_CALLS = 3

@@ -16,7 +16,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler.compiler import compile as compile_source
 
 if TYPE_CHECKING:
-    from kernbench.launches import Launch
+    from kernbench.compilation.launches import Launch
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TENSOR_MEMORY_COLUMNS = 512

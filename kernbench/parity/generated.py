@@ -18,13 +18,13 @@ import hypothesis
 import torch
 from torch import Tensor
 
-from kernbench import compare, layouts, modes, patterns
-from kernbench.compare import Judged, Leaves
-from kernbench.examples import UPSTREAM, Domain, Example, Theme
-from kernbench.fairness import Trial
-from kernbench.finding import Finding, raised
+from kernbench.parity import compare, layouts, modes, patterns
+from kernbench.parity.compare import Judged, Leaves
+from kernbench.parity.examples import UPSTREAM, Domain, Example, Theme
+from kernbench.parity.fairness import Trial
+from kernbench.parity.finding import Finding, raised
+from kernbench.parity.subject import Subject
 from kernbench.spec import Inputs
-from kernbench.subject import Subject
 
 SHRINKING = 2.0
 """Seconds for making a failing example simpler, even where it was found as time ran out."""

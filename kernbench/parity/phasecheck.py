@@ -26,15 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench import compare, mutants, trajectory
-from kernbench.compare import Judged, Leaves, Rule
 from kernbench.errors import KernbenchError, WorkloadFailed
-from kernbench.finding import Finding, raised
-from kernbench.modes import nudge
+from kernbench.parity import compare, mutants, trajectory
+from kernbench.parity.compare import Judged, Leaves, Rule
+from kernbench.parity.finding import Finding, raised
+from kernbench.parity.modes import nudge
+from kernbench.parity.trajectory import LOSS, NotSettableError, Trajectory
 from kernbench.progress import Progress, Silent
 from kernbench.record import Errors, ParityResult
 from kernbench.swap import Plan
-from kernbench.trajectory import LOSS, NotSettableError, Trajectory
 from kernbench.workload import Built, Fault, Workload
 
 BEFORE, AFTER = "before", "after"

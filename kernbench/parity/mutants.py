@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench.compare import Leaves, root_mean_square, same_leaf
+from kernbench.parity.compare import Leaves, root_mean_square, same_leaf
 from kernbench.record import Errors
 
 ENOUGH_TO_TELL = 16

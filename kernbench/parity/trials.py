@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench import compare, modes, mutants
-from kernbench.alterations import Caller, Tape, Wrong
-from kernbench.compare import Leaves, Rule
+from kernbench.parity import compare, modes, mutants
+from kernbench.parity.alterations import Caller, Tape, Wrong
+from kernbench.parity.compare import Leaves, Rule
+from kernbench.parity.subject import Subject, Truth, judge_all, passes
 from kernbench.record import Errors
 from kernbench.spec import Case, Inputs, KernelSpec, Tolerance, Values
-from kernbench.subject import Subject, Truth, judge_all, passes
 
 SCALES = (1e-4, 1e-8, 1e3, 0.0)
 """Factors on the floating inputs: an epsilon shows where numbers are tiny, a bound where they are large."""

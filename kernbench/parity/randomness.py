@@ -33,11 +33,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernbench import compare, laws
-from kernbench.finding import Finding, raised
-from kernbench.laws import Draws, Evidence, Law, Repeat
+from kernbench.parity import compare, laws
+from kernbench.parity.finding import Finding, raised
+from kernbench.parity.laws import Draws, Evidence, Law, Repeat
+from kernbench.parity.subject import Subject
 from kernbench.spec import Case, Inputs, Stochastic
-from kernbench.subject import Subject
 
 FALSE_ALARM_RATE = 1e-6
 """Of a whole row."""

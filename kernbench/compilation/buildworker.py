@@ -1,6 +1,6 @@
 """The process in which kernels are compiled: records their launches, compiles each once, and reports line by line.
 
-It runs without TRITON_INTERPRET, and with nothing left of Triton's own launcher. ``kernbench.builds`` starts it.
+It runs without TRITON_INTERPRET, and with nothing left of Triton's own launcher. ``builds`` starts it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from typing import Any
 import msgspec
 import torch
 
-from kernbench import binaries, compare, launches, modes, registry
-from kernbench.builds import Event, Request
-from kernbench.launches import Launch, Recorder
+from kernbench import registry
+from kernbench.compilation import binaries, launches
+from kernbench.compilation.builds import Event, Request
+from kernbench.compilation.launches import Launch, Recorder
+from kernbench.compilation.uncomputed import Uncomputed
+from kernbench.parity import compare, modes
 from kernbench.record import Build
 from kernbench.spec import Case, Inputs, KernelSpec
-from kernbench.uncomputed import Uncomputed
 
 SEED = 0
 

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernbench import compare, layouts
+from kernbench.parity import compare, layouts
 
 BAND_BYTES = 4096
 """On both sides of what a kernel allocates: a multiple of 512, so that it keeps the alignment it may count on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kernbench.compare import Judged
+from kernbench.parity.compare import Judged
 from kernbench.record import MutantResult, ParityResult
 
 REASONS_SHOWN = 3

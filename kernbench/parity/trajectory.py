@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench import compare
-from kernbench.compare import Leaves
+from kernbench.parity import compare
+from kernbench.parity.compare import Leaves
 from kernbench.swap import Plan
 from kernbench.workload import Built, Fault
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench import compare, conditions, integrity, modes, mutants
-from kernbench.compare import Judged, Leaves, Rule
+from kernbench.parity import compare, conditions, integrity, modes, mutants
+from kernbench.parity.compare import Judged, Leaves, Rule
 from kernbench.record import Errors
 from kernbench.spec import Case, Inputs, KernelSpec, Tolerance
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from kernbench.errors import KernbenchError
-from kernbench.sparse import Memory, Region
+from kernbench.parity.sparse import Memory, Region
 
 Program = tuple[int, int, int]
 ENOUGH = 10

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench.operators import ATTENTION, Call
+from kernbench.parity.operators import ATTENTION, Call
 
 SMALL = 1e-2
 """A constant below this is taken for an epsilon: wrong by a factor of ten, or left out."""

@@ -20,9 +20,10 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernbench import compare, mistakes, modes, philox, subject
-from kernbench.compare import Leaves
-from kernbench.operators import Call, alterable, operator_of
+from kernbench import philox
+from kernbench.parity import compare, mistakes, modes, subject
+from kernbench.parity.compare import Leaves
+from kernbench.parity.operators import Call, alterable, operator_of
 
 PER_KIND = 24
 """Alterations of one kind at most: a reference may loop over hundreds of tensors."""

@@ -12,9 +12,9 @@ import torch
 from hypothesis import strategies
 from torch import Tensor
 
-from kernbench import compare, layouts, patterns
 from kernbench.errors import KernbenchError
-from kernbench.layouts import LAYOUTS
+from kernbench.parity import compare, layouts, patterns
+from kernbench.parity.layouts import LAYOUTS
 from kernbench.spec import Case, Inputs, KernelSpec, Sizes, Values
 
 UPSTREAM = "incoming gradient"

@@ -1,6 +1,6 @@
 """The compile matrix: every kernel built for several architectures without a GPU, and what ptxas made of it.
 
-The work is done by :mod:`kernbench.buildworker` in a process of its own, because a kernel that was imported for
+The work is done by :mod:`.buildworker` in a process of its own, because a kernel that was imported for
 Triton's interpreter cannot be compiled, and because a compiler that aborts must not take the others' results along.
 """
 
@@ -166,7 +166,7 @@ class _Process:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         environment.pop("TRITON_INTERPRET", None)
         with tempfile.TemporaryFile() as errors:
-            command = [sys.executable, "-m", "kernbench.buildworker"]
+            command = [sys.executable, "-m", "kernbench.compilation.buildworker"]
             with subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
             ) as process:

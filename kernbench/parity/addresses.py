@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernbench import compare, modes
-from kernbench.finding import Finding, raised
-from kernbench.interpreted import WRAP, Program, Stopped, Watch, watched
-from kernbench.sparse import VAST_BYTES, Memory, SparseTorch, Unreal
+from kernbench.parity import compare, modes
+from kernbench.parity.finding import Finding, raised
+from kernbench.parity.interpreted import WRAP, Program, Stopped, Watch, watched
+from kernbench.parity.sparse import VAST_BYTES, Memory, SparseTorch, Unreal
 from kernbench.spec import Case, Inputs, KernelSpec
 
 TARGET = WRAP + WRAP // 16

@@ -1,7 +1,7 @@
 """Checks one kernel spec against its reference: which rows there are, in which order, on which device.
 
 Per case and dtype the reference runs twice on the same inputs, in the working dtype (eager) and on float64 copies (the
-oracle); :mod:`kernbench.casecheck` has the ways of checking. Rows about the kernel as a whole follow.
+oracle); :mod:`kernbench.parity.casecheck` has the ways of checking. Rows about the kernel as a whole follow.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import NamedTuple
 
 import torch
 
-from kernbench import addresses, bf16lint, gate, generated, randomness, registry
-from kernbench.casecheck import Body, CaseCheck
+from kernbench import registry
 from kernbench.errors import KernbenchError
-from kernbench.finding import Finding, raised
+from kernbench.parity import addresses, bf16lint, gate, generated, randomness
+from kernbench.parity.casecheck import Body, CaseCheck
+from kernbench.parity.finding import Finding, raised
+from kernbench.parity.subject import Subject
 from kernbench.progress import Progress, Silent
 from kernbench.record import ParityResult
 from kernbench.spec import Case, KernelSpec
-from kernbench.subject import Subject
 
 UPDATES = (10, 100)
 LAYOUTS = ("strided", "transposed", "expanded")

@@ -1,6 +1,6 @@
 """NVIDIA's compute-sanitizer around kernels: memcheck for wrong addresses, racecheck for races in shared memory.
 
-Each kernel runs in a process of its own under each tool (``kernbench.sanitized``), on fresh inputs of its small cases.
+Each kernel runs in a process of its own under each tool (``sanitized``), on fresh inputs of its small cases.
 A clean summary alone is no pass: the kernel must say that it ran, because the tool also counts no errors in a program
 that never started.
 
@@ -43,11 +43,11 @@ TIME_LIMIT_SECONDS = 600
 SHOWN = 10
 LENGTH = 300
 RAN = "kernbench ran"
-"""What ``kernbench.sanitized`` prints when all calls are done."""
+"""What ``kernbench.parity.sanitized`` prints when all calls are done."""
 
 
 class Job(msgspec.Struct, frozen=True):
-    """What ``kernbench.sanitized`` calls: one kernel on some cases in some dtypes."""
+    """What ``kernbench.parity.sanitized`` calls: one kernel on some cases in some dtypes."""
 
     kernel: str
     cases: list[str]
@@ -134,7 +134,7 @@ def _run(executable: Path, tool: str, job: Job, seconds: float) -> SanitizerResu
         command = [
             str(executable), "--tool", tool, "--log-file", str(log), "--show-backtrace", "no", "--print-limit", "200",
             "--target-processes", "application-only", *OPTIONS[tool],
-            sys.executable, "-m", "kernbench.sanitized", msgspec.json.encode(job).decode(),
+            sys.executable, "-m", "kernbench.parity.sanitized", msgspec.json.encode(job).decode(),
         ]  # fmt: skip
         # Without torch's own cache every tensor is an allocation of the driver's, whose bounds the tool knows.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -1,6 +1,6 @@
 """Calls one kernel on a GPU and nothing else: the program that compute-sanitizer watches.
 
-    python -m kernbench.sanitized '{"kernel": "fused_adamw", "cases": ["ragged"], "dtypes": ["float32"]}'
+    python -m kernbench.parity.sanitized '{"kernel": "fused_adamw", "cases": ["ragged"], "dtypes": ["float32"]}'
 
 Parity itself would be watched for hours, and its hostile kernels access wrongly on purpose.
 """
@@ -12,8 +12,9 @@ import sys
 import msgspec
 import torch
 
-from kernbench import compare, device, modes, registry
-from kernbench.sanitizer import RAN, Job
+from kernbench import device, registry
+from kernbench.parity import compare, modes
+from kernbench.parity.sanitizer import RAN, Job
 from kernbench.spec import Inputs, KernelSpec
 
 SEED = 0

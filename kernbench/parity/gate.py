@@ -14,15 +14,15 @@ from typing import Literal
 
 import torch
 
-from kernbench import compare, hostile, mutants, trials
-from kernbench.alterations import Detached, Wrong, reseeded
-from kernbench.compare import Judged, Leaves
-from kernbench.finding import Finding
-from kernbench.hostile import Setting
+from kernbench.parity import compare, hostile, mutants, trials
+from kernbench.parity.alterations import Detached, Wrong, reseeded
+from kernbench.parity.compare import Judged, Leaves
+from kernbench.parity.finding import Finding
+from kernbench.parity.hostile import Setting
+from kernbench.parity.subject import is_noise, judge_all
+from kernbench.parity.trials import Difference, Trial
 from kernbench.record import MutantResult, ParityResult
 from kernbench.spec import Case, KernelSpec
-from kernbench.subject import is_noise, judge_all
-from kernbench.trials import Difference, Trial
 
 Check = Callable[[KernelSpec], Iterator[ParityResult]]
 Outcome = Literal["killed", "survived", "equivalent", "needs a GPU"]

@@ -1,0 +1,1 @@
+"""The compile matrix: every kernel built for several architectures, without a GPU."""
