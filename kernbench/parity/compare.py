@@ -134,6 +134,9 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 def _bits(tensor: Tensor) -> Tensor:
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if flat.numel() == 1:
+        # One element counts as contiguous whatever its stride, and a view in bytes asks for a stride of one.
+        flat = flat.as_strided((1,), (1,))
     return flat if flat.dtype == torch.bool else flat.view(torch.uint8)
 
 
