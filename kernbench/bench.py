@@ -21,21 +21,22 @@ from kernbench.errors import KernbenchError
 from kernbench.parity.integrity import Watch, watched
 from kernbench.progress import Advance, Progress, Silent
 from kernbench.record import BenchResult, Ceilings, Clocks
-from kernbench.roofline import Held, place
-from kernbench.spec import Case, Cost, KernelSpec
+from kernbench.roofline import Held, higher, place
+from kernbench.spec import Case, Cost, KernelSpec, Peer
 from kernbench.statistics import bootstrap_median
 from kernbench.timing import Interleaved as Interleaved
 from kernbench.timing import interleave as interleave
 from kernbench.timing import time_steps as time_steps
 from kernbench.timing import timed_block as timed_block
 from kernbench.timing import warm_up as warm_up
-from kernbench.witness import WrongResult
+from kernbench.witness import Allowance, WrongResult
 
 Implementations = Mapping[str, Callable[..., object]]
 
 ROUNDS = 20
 LAUNCH_BOUND = "launch-bound"
 IMPOSSIBLE = "impossible"
+LESS_EXACT = "less exact"
 NOT_MEASURED = "not measured here"
 INTERPRETED = "on the CPU a Triton kernel runs in its interpreter, whose speed says nothing of the kernel's"
 
@@ -135,6 +136,7 @@ class _Timed:
 
     ``host_seconds`` is what launching a call costs the host, None where that is not in the way. ``label`` and ``note``
     say why there are no rounds, ``note`` alone what else there is to say. ``held`` is what a call's tensors hold.
+    ``less_exact`` is how far off a peer is that is so by declaration; empty if it is as exact as the others.
     """
 
     implementation: str
@@ -148,6 +150,7 @@ class _Timed:
     in_cache: bool = False
     label: str = ""
     note: str = ""
+    less_exact: str = ""
 
 
 class _KernelBench:
@@ -181,7 +184,8 @@ class _KernelBench:
         implementations = {"eager": self.spec.reference, "compile": torch.compile(self.spec.reference)}
         if self.device.type != "cpu":
             implementations["triton"] = self.spec.optimized
-        implementations |= self.spec.peers
+        peers = self.spec.peers.items()
+        implementations |= {name: peer.call if isinstance(peer, Peer) else peer for name, peer in peers}
         implementations = {name: call for name, call in implementations.items() if name not in self.without}
         try:
             cost = self.spec.cost(case, getattr(torch, dtype))
@@ -193,7 +197,7 @@ class _KernelBench:
             return [self.unmeasured(case, dtype, name, FAILED, why) for name in implementations]
         rows = [self._row(case, dtype, cost, entry) for entry in timed]
         if any(row.label == IMPOSSIBLE for row in rows):
-            self.ceilings = _higher(self.ceilings, measure_ceilings(self.device))
+            self.ceilings = higher(self.ceilings, measure_ceilings(self.device))
             rows = [self._row(case, dtype, cost, entry) for entry in timed]
         if self.device.type == "cpu" and "triton" not in self.without:
             rows.insert(
@@ -257,10 +261,15 @@ class _KernelBench:
         hosts: dict[str, float | None] = {}
         failed: dict[str, str] = {}
         wrong: set[str] = set()
+        allowances = {
+            name: Allowance(peer.tolerance, peer.because)
+            for name, peer in self.spec.peers.items()
+            if isinstance(peer, Peer)
+        }
         for name, call in implementations.items():
             self.begin(name)
             try:
-                blocks[name] = self._telling(name, self._prepared(calls, name, call))
+                blocks[name] = self._telling(name, self._prepared(calls, name, call, allowances.get(name)))
                 hosts[name] = calls.host_seconds(call)
             except Exception as error:  # noqa: BLE001 - an implementation that fails is a result; the others go on
                 failed[name] = reason(error)
@@ -283,12 +292,17 @@ class _KernelBench:
                 in_cache=in_cache,
                 label=ran.label(name),
                 note=ran.failed.get(name, remarks),
+                less_exact=allowances[name].found if name in allowances else "",
             )
             for name in implementations
         ]
 
     def _prepared(
-        self, calls: HostCalls | ColdCalls | GraphCalls, name: str, call: Callable[..., object]
+        self,
+        calls: HostCalls | ColdCalls | GraphCalls,
+        name: str,
+        call: Callable[..., object],
+        allowance: Allowance | None,
     ) -> Callable[[int], float]:
         """The block of an implementation, warm and right so far.
 
@@ -300,7 +314,7 @@ class _KernelBench:
         watch = Watch()
         try:
             with watched() as watch:
-                return calls.prepare(call)
+                return calls.prepare(call, allowance)
         finally:
             # What it leaves changed besides is for parity to say: a library may draw random numbers.
             if watch.replaced:
@@ -331,6 +345,8 @@ class _KernelBench:
             label = IMPOSSIBLE
         elif why := self._launch_bound(middle, timed):
             label, note = LAUNCH_BOUND, why
+        if timed.less_exact and label != IMPOSSIBLE:
+            label = LESS_EXACT
         return BenchResult(
             kernel=self.spec.name,
             case=case.name,
@@ -348,7 +364,7 @@ class _KernelBench:
             clocks=timed.clocks,
             cache=timed.cache,
             label=label,
-            note="; ".join(filter(None, (note, timed.note))),
+            note="; ".join(filter(None, (timed.less_exact, note, timed.note))),
         )
 
     def _launch_bound(self, seconds: float, timed: _Timed) -> str:
@@ -372,22 +388,3 @@ def _held_up_by_host(timed: _Timed) -> bool:
     if timed.seconds is None or timed.host_seconds is None:
         return False
     return timed.host_seconds > HOST_SHARE * median(timed.seconds)
-
-
-def _higher(first: Ceilings, second: Ceilings) -> Ceilings:
-    """The higher of two measurements of each roof; the launch floor is the lower."""
-
-    def pick(one: float | None, other: float | None, best: Callable[..., float]) -> float | None:
-        known = [figure for figure in (one, other) if figure is not None]
-        return best(known) if known else None
-
-    products = {
-        name: max(rates.get(name, 0.0) for rates in (first.matmul_flops_per_second, second.matmul_flops_per_second))
-        for name in {**first.matmul_flops_per_second, **second.matmul_flops_per_second}
-    }
-    return Ceilings(
-        copy_bytes_per_second=pick(first.copy_bytes_per_second, second.copy_bytes_per_second, max),
-        triad_bytes_per_second=pick(first.triad_bytes_per_second, second.triad_bytes_per_second, max),
-        matmul_flops_per_second=products,
-        launch_seconds=pick(first.launch_seconds, second.launch_seconds, min),
-    )

@@ -20,6 +20,7 @@ from kernbench.parity.compare import Leaves
 from kernbench.spec import Case, Inputs, KernelSpec
 from kernbench.timing import collector_off, event, mark, now, seconds_between, synchronize
 from kernbench.witness import (
+    Allowance,
     Witness,
     WrongResult,
     checked_call,
@@ -107,17 +108,25 @@ class Block:
     ``time`` takes the place of the call to check, -1 for none; it returns the seconds of each call, and its result.
     """
 
-    def __init__(self, witness: Witness, count: int, time: Callable[[int], tuple[list[float], Leaves]]) -> None:
+    def __init__(
+        self,
+        witness: Witness,
+        count: int,
+        time: Callable[[int], tuple[list[float], Leaves]],
+        allowance: Allowance | None,
+    ) -> None:
         self.witness = witness
         self.count = count
         self.time = time
+        self.allowance = allowance
         self.pairs: deque[tuple[float, float]] = deque(maxlen=MOST_PAIRS)
 
     def __call__(self, number: int) -> float:
         place = self.witness.place(self.count)
         seconds, got = self.time(place)
         if place >= 0:
-            self.witness.check(got, f"in timed call {place + 1} of round {number + 1}")
+            where = f"in timed call {place + 1} of round {number + 1}"
+            self.witness.check(got, where, allowance=self.allowance)
             # Not the median: the fresh values stay in their set, which may be half of all calls.
             self.pairs.append((seconds[place], sorted(seconds)[len(seconds) // 4]))
             if reason := slower_when_checked(self.pairs):
@@ -132,11 +141,11 @@ class HostCalls:
         self.inputs = inputs
         self.cache = "cold" if inputs.exceeds_cache else "warm"
 
-    def prepare(self, call: Callable[..., Any]) -> Callable[[int], float]:
+    def prepare(self, call: Callable[..., Any], allowance: Allowance | None = None) -> Callable[[int], float]:
         self.inputs.witness.reset()
         for index in range(max(WARM_UP_CALLS, len(self.inputs.sets))):
             self.inputs.witness.poison(call(**self.inputs[index]))
-        checked_call(self.inputs.witness, call, "after warm-up")
+        checked_call(self.inputs.witness, call, "after warm-up", allowance=allowance)
         estimate = median(self._seconds(call, 1, -1)[0])
         count = int(min(MOST_CALLS, max(LEAST_CALLS, BLOCK_SECONDS / estimate)))
 
@@ -144,7 +153,7 @@ class HostCalls:
             self.inputs.restore()
             return self._seconds(call, count, place)
 
-        return Block(self.inputs.witness, count, time)
+        return Block(self.inputs.witness, count, time, allowance)
 
     def host_seconds(self, call: Callable[..., Any]) -> float | None:
         """None: on the CPU the host does the work itself."""
@@ -192,11 +201,11 @@ class ColdCalls:
         self.cycles_per_second = self._calibrate()
         self.pair_seconds = self._calibrate_pair() if queued else 0.0
 
-    def prepare(self, call: Callable[..., Any]) -> Callable[[int], float]:
+    def prepare(self, call: Callable[..., Any], allowance: Allowance | None = None) -> Callable[[int], float]:
         self.inputs.witness.reset()
         for index in range(max(WARM_UP_CALLS, len(self.inputs.sets))):
             self.inputs.witness.poison(call(**self.inputs[index]))
-        checked_call(self.inputs.witness, call, "after warm-up")
+        checked_call(self.inputs.witness, call, "after warm-up", allowance=allowance)
         synchronize(self.device)
         pace = self._pace(call)
         estimate = median(self._seconds(call, LEAST_CALLS, pace, -1)[0])
@@ -206,7 +215,7 @@ class ColdCalls:
             self.inputs.restore()
             return self._seconds(call, count, pace, place)
 
-        return Block(self.inputs.witness, count, time)
+        return Block(self.inputs.witness, count, time, allowance)
 
     def host_seconds(self, call: Callable[..., Any]) -> float:
         """What the host needs to launch one call, not waiting for it."""
@@ -314,10 +323,10 @@ class GraphCalls:
         least, most = GRAPH_CALLS
         self.count = int(min(most, max(least, GRAPH_SECONDS / seconds)))
 
-    def prepare(self, call: Callable[..., Any]) -> Callable[[int], float]:
+    def prepare(self, call: Callable[..., Any], allowance: Allowance | None = None) -> Callable[[int], float]:
         witness = self.inputs.witness
         witness.reset()
-        checked_call(witness, call, "before it was captured in a graph")
+        checked_call(witness, call, "before it was captured in a graph", allowance=allowance)
         synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         output = None
@@ -340,7 +349,8 @@ class GraphCalls:
                 witness.load()
                 witness.poison(output)
                 graph.replay()
-                witness.check(witness.take(output), f"replayed in round {number + 1}", calls=self.count)
+                got = witness.take(output)
+                witness.check(got, f"replayed in round {number + 1}", calls=self.count, allowance=allowance)
             return seconds
 
         block(0)

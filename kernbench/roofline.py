@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kernbench.record import Ceilings
@@ -128,4 +129,23 @@ def _compute_reason(dtype: str) -> str:
     return (
         f"above the measured {dtype} matrix-product roof: flops are counted that were never done, the arithmetic is "
         "of a lower precision, or the clock is wrong"
+    )
+
+
+def higher(first: Ceilings, second: Ceilings) -> Ceilings:
+    """The higher of two measurements of each roof; the launch floor is the lower."""
+
+    def pick(one: float | None, other: float | None, best: Callable[..., float]) -> float | None:
+        known = [figure for figure in (one, other) if figure is not None]
+        return best(known) if known else None
+
+    products = {
+        name: max(rates.get(name, 0.0) for rates in (first.matmul_flops_per_second, second.matmul_flops_per_second))
+        for name in {**first.matmul_flops_per_second, **second.matmul_flops_per_second}
+    }
+    return Ceilings(
+        copy_bytes_per_second=pick(first.copy_bytes_per_second, second.copy_bytes_per_second, max),
+        triad_bytes_per_second=pick(first.triad_bytes_per_second, second.triad_bytes_per_second, max),
+        matmul_flops_per_second=products,
+        launch_seconds=pick(first.launch_seconds, second.launch_seconds, min),
     )

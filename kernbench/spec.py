@@ -127,6 +127,29 @@ class Stochastic:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A library implementation that is less exact than eager by declaration; called as the reference is.
+
+    Bench holds its results to ``tolerance`` where they miss the kernel's own, and says by how much and ``because`` of
+    what. A peer that is as exact as eager needs no declaration: its function stands among the peers as it is.
+
+    Raises:
+        ValueError: no reason is given.
+    """
+
+    call: Callable[..., Any]
+    tolerance: Tolerance
+    because: str
+
+    def __post_init__(self) -> None:
+        if not self.because.strip():
+            raise ValueError("say because of what a peer is less exact, for example because='float32 accumulation'")
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.call(**inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelSpec:
     """A kernel with everything needed to check it, time it and place it on the roofline.
 
@@ -148,7 +171,8 @@ class KernelSpec:
             kernel that adds atomically states its bound here.
         allowed: what the compile matrix may find and let pass, "spills" or "shared memory", each with the reason.
         differentiable: parity compares gradients of all floating inputs that require them.
-        peers: library implementations to time beside ours, by name; each has the reference's signature.
+        peers: library implementations to time beside ours, by name; each has the reference's signature. One that is
+            less exact than eager is a :class:`Peer`, with the tolerance that it is held to.
         source: paper and equation, or the file the formula came from.
 
     Raises:
@@ -172,7 +196,7 @@ class KernelSpec:
     run_to_run_ulp: float = 0.0
     allowed: Mapping[str, str] = field(default_factory=dict)
     differentiable: bool = False
-    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    peers: Mapping[str, Callable[..., Any] | Peer] = field(default_factory=dict)
     source: str = ""
 
     def __post_init__(self) -> None:

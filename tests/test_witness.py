@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from kernbench import bench, calls, timing
 from kernbench.record import BenchResult, Ceilings
-from kernbench.spec import Case, Cost, Inputs, KernelSpec, Tolerance
+from kernbench.spec import Case, Cost, Inputs, KernelSpec, Peer, Tolerance
 from kernbench.witness import Witness, WrongResult, slower_when_checked
 
 CPU = torch.device("cpu", 0)
@@ -118,6 +119,56 @@ def test_a_wrong_result_has_no_time() -> None:
         return reference(x, total) * 1.001
 
     assert wrong(off).startswith("after warm-up, output max error ")
+
+
+def slightly_off(x: Tensor, total: Tensor) -> Tensor:
+    return reference(x, total) * 1.0001
+
+
+def declared(call: Callable[..., Any], ulp: float) -> Peer:
+    return Peer(call=call, tolerance=Tolerance(floor_ulp=ulp), because="a narrow accumulator")
+
+
+def test_less_exact_by_declaration_has_a_time_and_says_how_far_off() -> None:
+    assert "output max error" in wrong(slightly_off)
+    row = row_of(declared(slightly_off, ulp=4000))
+    assert row.label == "less exact"
+    assert row.seconds is not None
+    off, why = row.note.split(": ")
+    assert re.fullmatch(r"output has a max error of 0\.0001 where eager's own is \d\S*e-0[78]", off), off
+    assert why == "a narrow accumulator"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_declaration_that_was_not_needed_says_nothing(dtype: str) -> None:
+    row = row_of(declared(reference_twin, ulp=4000), dtype=dtype)
+    assert (row.label, row.note) == ("", "")
+
+
+def test_further_off_than_declared_is_wrong() -> None:
+    assert wrong(declared(slightly_off, ulp=100)).startswith("after warm-up, output ")
+    lost = wrong(declared(lambda x, total: reference(x, total).to(torch.bfloat16), ulp=1e9))
+    assert "output has dtype torch.bfloat16" in lost
+
+
+def test_what_a_declared_peer_may_miss_no_other_may() -> None:
+    rows = {
+        row.implementation: row
+        for row in bench.bench_kernel(
+            spec_of(reference_twin, peers={"declared": declared(slightly_off, ulp=4000), "not": slightly_off}),
+            device=CPU,
+            dtypes=["float32"],
+            rounds=ROUNDS,
+            ceilings=ROOFS,
+            without=frozenset({"compile", "triton"}),
+        )
+    }
+    assert [rows[name].label for name in ("eager", "declared", "not")] == ["", "less exact", "wrong"]
+
+
+def test_being_less_exact_needs_a_reason() -> None:
+    with pytest.raises(ValueError, match="because of what"):
+        Peer(call=reference, tolerance=Tolerance(), because=" ")
 
 
 def test_an_argument_that_should_have_been_written_counts() -> None:
