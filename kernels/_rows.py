@@ -1,0 +1,78 @@
+"""What kernels over the last dimension share: tensors as rows, rounding, and the short way to a launch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from . import _shared
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED_MULTIPROCESSORS = 2
+"""Few programs are less to wait for, and two of them show whether each has a place of its own."""
+_HERE: AbstractContextManager[Any] = nullcontext()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def narrow(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x, float32, rounded to the nearest of dtype, even on ties; the interpreter's cast to bfloat16 cuts bits off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        x = _shared.nearest_bfloat16(x)
+    return x.to(dtype)
+
+
+def watched() -> bool:
+    """Whether a compiler, a tracing mode or a profiler has to see an operator; else a launch need not be one.
+
+    A registered operator costs 6 us of Python without gradients and 20 us with them, more than the launch it wraps.
+    """
+    return (
+        torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
+    )
+
+
+def row_stride(tensor: Tensor) -> int:
+    """Elements between rows of the last dimension; 0 where rows are not equally far apart or have gaps inside."""
+    *sizes, dim = tensor.shape
+    if tensor.is_contiguous():
+        return dim
+    *strides, inner = tensor.stride()
+    if dim > 1 and inner != 1:
+        return 0
+    outer = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size > 1]
+    apart = all(stride == size * step for (_, stride), (size, step) in zip(outer, outer[1:], strict=False))
+    return outer[-1][1] if apart else 0
+
+
+def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor with its row stride, copied where it has none."""
+    if stride := row_stride(tensor):
+        return tensor, stride
+    return tensor.contiguous(), tensor.shape[-1]
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """The context of a launch: Triton launches on the current device, whatever the tensors are on."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
+
+
+def multiprocessors() -> int:
+    """Of the device that Triton launches on."""
+    if INTERPRETED.value:
+        return INTERPRETED_MULTIPROCESSORS
+    return _multiprocessors(triton.runtime.driver.active.get_current_device())
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return int(triton.runtime.driver.active.utils.get_device_properties(device)["multiprocessor_count"])
