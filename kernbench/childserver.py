@@ -1,9 +1,9 @@
 """The process that children are forked from. It has done the heavy imports, and it runs nothing of the user's.
 
 A child costs milliseconds this way, and starts as fresh as a new program: no user module, no CUDA context, no thread
-that holds a lock. One packet on the control socket asks for a child and brings its files; packets back say which
-children began and which ended, and how. When the parent is gone the socket ends, this process ends, and its children,
-whatever they hang in, are killed by the kernel (see ``worker.live``).
+that holds a lock. One packet on the control socket asks for a child, and names what is to be imported for it and for
+those after it; packets back say which children began and which ended, and how. When the parent is gone the socket ends,
+this process ends, and its children, whatever they hang in, are killed by the kernel (see ``worker.live``).
 
 Python's own forkserver will not do: its children import the parent's main module again, hold the pipe that keeps the
 server alive (so that a hanging child outlives a killed parent), and may not have children themselves.
@@ -24,6 +24,8 @@ from kernbench import worker
 
 PACKET = struct.Struct("=cii")
 """What happened (one of the three below), to which process, and its wait status."""
+REQUEST_BYTES = 1024
+"""A plus sign, and names of modules that the child needs."""
 FILES = 3
 """Connection, dump and unit; see ``worker.live``."""
 READY, BEGAN, ENDED = b"R", b"B", b"E"
@@ -52,9 +54,11 @@ def serve(control_fd: int, modules: Sequence[str]) -> None:
                 os.read(wake, 4096)
                 _report_ended(control)
             if control.fileno() in ready:
-                asked, files, _, _ = socket.recv_fds(control, 1, FILES)
+                asked, files, _, _ = socket.recv_fds(control, REQUEST_BYTES, FILES)
                 if not asked:
                     return
+                for name in asked.decode().split()[1:]:
+                    importlib.import_module(name)
                 pid = os.fork()
                 if not pid:
                     signal.set_wakeup_fd(-1)

@@ -85,9 +85,13 @@ def _check(
     run: Run[record.SwapRecord], request: Request, settings: Settings, before: swap.Plan, name: str, plan: swap.Plan
 ) -> list[record.ParityResult]:
     rows: list[record.ParityResult] = []
+
+    def keep(found: list[record.ParityResult]) -> None:
+        rows[:] = found
+
     if name == "triton":
-        for spec in plan.kernels:
-            supervised.check_kernel(spec, request, settings.device, run.progress, rows.append)
+        kernels = [(spec, None) for spec in plan.kernels]
+        supervised.check_kernels(kernels, request, settings.device, run.progress, keep)
     return rows + supervised.check_phase(request, settings, before, plan, run.progress)
 
 

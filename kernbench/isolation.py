@@ -15,8 +15,9 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import connection as channel
@@ -57,26 +58,40 @@ class ChildBroke(Exception):  # noqa: N818 - as above
     """A job raised what it should have made a result of; the message is its traceback."""
 
 
+class Stopped(Exception):  # noqa: N818 - as above
+    """Whoever runs several jobs at once wants no more of them."""
+
+
 @dataclass(frozen=True)
 class Terms:
-    """How jobs are run: seconds per unit of work, or in this process without any limit."""
+    """How jobs are run: seconds per unit of work, or in this process without any limit.
+
+    ``threads`` is how many torch computes with in a child (None: as many as here). ``stop``, once set, ends the child.
+    """
 
     seconds: float
     in_process: bool = False
+    threads: int | None = None
+    stop: threading.Event | None = None
 
 
 def run(job: Job, take: Callable[[Any], None], terms: Terms, progress: Progress) -> Any:
     """Run a job, hand what it finds to ``take`` as it comes, and return what it returns.
 
+    Several threads may each run a job at once.
+
     Raises:
         Died: the child ended before the job did, or was stopped because of time or memory.
-        KernbenchError: the job raised it. KeyboardInterrupt: the job, or the user.
+        Stopped: ``terms.stop`` was set. KernbenchError: the job raised it. KeyboardInterrupt: the job, or the user.
     """
     if terms.in_process:
         return job.run(Here(take, progress))
-    with contextlib.closing(_Child(_current_server())) as child, contextlib.closing(_Shown(progress)) as shown:
-        child.connection.send((Setting(), job))
-        for word, value in child.messages(terms.seconds):
+    with (
+        contextlib.closing(_Child(_current_server(), job.imports)) as child,
+        contextlib.closing(_Shown(progress)) as shown,
+    ):
+        child.connection.send((Setting(threads=terms.threads) if terms.threads else Setting(), job))
+        for word, value in child.messages(terms):
             match word:
                 case "payload":
                     take(value)
@@ -134,23 +149,24 @@ class _Shown:
 class _Child:
     """One process from its fork to its end, which :meth:`close` makes sure of."""
 
-    def __init__(self, server: _Server) -> None:
+    def __init__(self, server: _Server, imports: Sequence[str]) -> None:
         self.server = server
         self.kills = hostmemory.kills()
         self.began = time.monotonic()
         self.dump = os.memfd_create("kernbench-dump")
         self.unit = os.memfd_create("kernbench-unit")
         ours, theirs = socket.socketpair()
-        self.pid = server.fork([theirs.fileno(), self.dump, self.unit])
+        self.pid = server.fork([theirs.fileno(), self.dump, self.unit], imports)
         theirs.close()
         self.connection: channel.Connection = channel.Connection(ours.detach())
         self.most = hostmemory.budget()
 
-    def messages(self, seconds: float) -> Iterator[tuple[str, Any]]:
+    def messages(self, terms: Terms) -> Iterator[tuple[str, Any]]:
         """What the child says, until it has said how its job ended.
 
         Raises:
-            Died: it ended first, or a unit took longer than ``seconds``, or it took more memory than there is.
+            Died: it ended first, or a unit took longer than it may, or it took more memory than there is.
+            Stopped: nobody wants its result any more.
         """
         looked = 0.0
         while True:
@@ -167,7 +183,9 @@ class _Child:
             elif self.pid in self.server.ended:
                 raise self._death()
             if time.monotonic() >= looked + LOOK_SECONDS:
-                self._look(seconds)
+                if terms.stop is not None and terms.stop.is_set():
+                    raise Stopped
+                self._look(terms.seconds)
                 looked = time.monotonic()
 
     def _look(self, seconds: float) -> None:
@@ -270,7 +288,7 @@ def _shortened(file: str) -> str:
 
 
 class _Server:
-    """The process that children are forked from, and the news of them."""
+    """The process that children are forked from, and the news of them, which any of several threads may take."""
 
     def __init__(self, interpreted: str | None) -> None:
         self.interpreted = interpreted
@@ -278,6 +296,7 @@ class _Server:
         self.began: list[int] = []
         self.ended: dict[int, int] = {}
         self.is_ready = False
+        self.forking, self.reading = threading.Lock(), threading.Lock()
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {name: value for name, value in os.environ.items() if name != TRITON_INTERPRET}
         if interpreted is not None:
@@ -298,21 +317,27 @@ class _Server:
         while not self.is_ready:
             self.read()
 
-    def fork(self, files: list[int]) -> int:
-        """A new child with these files; its process id."""
-        self.wait_until_ready()
-        socket.send_fds(self.control, [b"+"], files)
-        while not self.began:
-            self.read()
-        return self.began.pop()
+    def fork(self, files: list[int], imports: Sequence[str]) -> int:
+        """A new child with these files and these modules; its process id."""
+        # One at a time, since the news of a beginning does not say whose child it is.
+        with self.forking:
+            self.wait_until_ready()
+            socket.send_fds(self.control, [" ".join(["+", *imports]).encode()], files)
+            while not self.began:
+                self.read()
+            return self.began.pop()
 
     def read(self) -> None:
-        """Take one piece of news.
+        """Take one piece of news, or none if it does not come soon: another thread may have taken it.
 
         Raises:
             ChildBroke: there is no server any more.
         """
-        packet = self.control.recv(PACKET.size)
+        with self.reading:
+            if channel.wait([self.control], LOOK_SECONDS):
+                self._take(self.control.recv(PACKET.size))
+
+    def _take(self, packet: bytes) -> None:
         if not packet:
             raise ChildBroke(f"the process that starts kernels ended with exit code {self.process.wait()}")
         what, pid, status = PACKET.unpack(packet)
@@ -327,9 +352,10 @@ class _Server:
         """The wait status of a child, or None if it is still there after ``seconds``."""
         deadline = time.monotonic() + seconds
         while pid not in self.ended:
-            if not channel.wait([self.control], max(0.0, deadline - time.monotonic())):
+            if channel.wait([self.control], min(LOOK_SECONDS, max(0.0, deadline - time.monotonic()))):
+                self.read()
+            elif time.monotonic() >= deadline:
                 return None
-            self.read()
         return self.ended[pid]
 
     @property
@@ -344,6 +370,7 @@ class _Server:
 
 
 _server: _Server | None = None
+_starting = threading.Lock()
 
 
 def _current_server() -> _Server:
@@ -352,6 +379,11 @@ def _current_server() -> _Server:
 
 
 def _start_server(interpreted: str | None) -> _Server:
+    with _starting:
+        return _started(interpreted)
+
+
+def _started(interpreted: str | None) -> _Server:
     global _server
     if _server is None or _server.interpreted != interpreted or not _server.usable:
         if _server is None:

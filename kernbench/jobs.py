@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic
+from typing import ClassVar, Generic
 
 import msgspec
 import torch
@@ -19,6 +19,8 @@ from kernbench.runfolder import AnyRecord, Run
 from kernbench.worker import Tell
 
 Phases = Mapping[int, str]
+COMPILER = ("torch._dynamo",)
+"""Its optimizers and torch.compile import it. What takes neither is spared a second."""
 """Numbers of phases in place, each with its implementation."""
 
 
@@ -26,6 +28,7 @@ Phases = Mapping[int, str]
 class Survey:
     """What the device is and can do, with why it could not be asked something."""
 
+    imports: ClassVar[tuple[str, ...]] = ()
     device: str
 
     def run(self, tell: Tell) -> tuple[record.Environment, list[str]]:
@@ -40,6 +43,7 @@ class Survey:
 class Answers:
     """Raises what the device raises, if it cannot add two numbers any more."""
 
+    imports: ClassVar[tuple[str, ...]] = ()
     device: str
 
     def run(self, tell: Tell) -> float:
@@ -50,12 +54,14 @@ class Answers:
 class KernelParity:
     """Parity of one kernel; sends each row. Returns whether all rows are answered: if not, go on in a new process."""
 
+    imports: ClassVar[tuple[str, ...]] = ()
     kernel: str
     device: str
     dtypes: tuple[str, ...] | None = None
     cases: tuple[str, ...] | None = None
     seed: int = 0
     skip: frozenset[tuple[str, str, str]] = frozenset()
+    parts: tuple[kernelcheck.Part, ...] = kernelcheck.PARTS
 
     def run(self, tell: Tell) -> bool:
         chosen = device.resolve(self.device)
@@ -68,6 +74,7 @@ class KernelParity:
             progress=tell.progress,
             skip=self.skip,
             begin=tell.begin,
+            parts=self.parts,
         )
         for row in rows:
             broken = _broken(chosen)
@@ -134,6 +141,7 @@ class KernelTimes:
     ``without`` leaves implementations out of the first of the units.
     """
 
+    imports: ClassVar[tuple[str, ...]] = COMPILER
     kernel: str
     device: str
     units: tuple[tuple[str, str], ...]
@@ -174,6 +182,7 @@ class KernelTimes:
 class PhaseParity:
     """Parity of a phase on real steps; sends each row. Its units are the sides, "before" and "after"."""
 
+    imports: ClassVar[tuple[str, ...]] = COMPILER
     request: Request
     before: Phases
     after: Phases
@@ -202,6 +211,7 @@ class PhaseParity:
 class Measure:
     """One side of a workload measured; sends its stages, see :class:`Relayed`."""
 
+    imports: ClassVar[tuple[str, ...]] = COMPILER
     request: Request
     phases: Phases
     folder: Path
@@ -220,6 +230,7 @@ class Measure:
 class Race:
     """The side before against the candidates, interleaved. Its units are the arms."""
 
+    imports: ClassVar[tuple[str, ...]] = COMPILER
     request: Request
     before: Phases
     candidates: Mapping[str, Phases]
@@ -240,6 +251,7 @@ class Race:
 class Receipt:
     """How often each replacement of a plan runs in a step."""
 
+    imports: ClassVar[tuple[str, ...]] = COMPILER
     request: Request
     phases: Phases
 
@@ -257,6 +269,7 @@ class WorkloadTimes:
     ``failed`` says why variants are left out that took an earlier process down.
     """
 
+    imports: ClassVar[tuple[str, ...]] = COMPILER
     request: Request
     folder: Path
     result: record.BenchRecord

@@ -138,17 +138,14 @@ def check(
         _check_sanitizable(subjects)
     run = _start(record.ParityRecord, request, "parity", subjects.group, subjects.device, progress)
     result = run.record
-    for spec, cases in subjects.kernels:
-        with run.stage(spec.name):
-            supervised.check_kernel(
-                spec,
-                request,
-                subjects.device,
-                progress,
-                result.results.append,
-                dtypes=subjects.dtypes,
-                cases=cases,
-            )
+
+    def keep(rows: list[record.ParityResult]) -> None:
+        result.results[:] = rows
+        run.write()
+
+    if subjects.kernels:
+        with run.stage("kernels"):
+            supervised.check_kernels(subjects.kernels, request, subjects.device, progress, keep, dtypes=subjects.dtypes)
     if sanitize:
         with run.stage("compute-sanitizer"):
             kernels = [spec.name for spec, _ in subjects.kernels]
@@ -258,6 +255,8 @@ def _subjects(request: Request, names: Sequence[str], case: str | None) -> _Subj
     known = registry.kernels()
     kernels = [known[name].declaration for name in names or known if name in known]
     others = [name for name in names if name not in known]
+    if request.weights is not None and not others:
+        raise KernbenchError("--weights goes with a workload; kernels are checked and timed on inputs of their own")
     for name in others:
         if ".py" not in name:
             registry.nearest(name, [*known, *registry.workloads()], "kernel or workload")
@@ -330,7 +329,8 @@ def _remember_profile(workspace: Workspace, request: Request, settings: measure.
     if reference.partition(":")[0].endswith(".py"):
         file, _, name = reference.partition(":")
         reference = f"{Path(file).resolve()}:{name}".rstrip(":")
-    state.update(workspace.root, lambda now: now.profiled(reference, settings.preset, request.device))
+    weights = str(Path(settings.weights).resolve()) if settings.weights else ""
+    state.update(workspace.root, lambda now: now.profiled(reference, settings.preset, request.device, weights))
 
 
 def _keep(workspace: Workspace, result: record.SwapRecord) -> None:

@@ -5,10 +5,13 @@ Each function does what its namesake in ``parity``, ``bench``, ``measure`` or ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +20,8 @@ from kernbench.errors import WorkloadFailed
 from kernbench.isolation import Died, Terms
 from kernbench.jobs import Filled, StageBegan, StageEnded, Warned
 from kernbench.parity import phasecheck, trajectory
-from kernbench.progress import Progress
+from kernbench.parity.kernelcheck import PARTS, Part
+from kernbench.progress import Advance, Progress
 from kernbench.request import Request
 from kernbench.runfolder import Run
 from kernbench.spec import Case, KernelSpec
@@ -47,27 +51,93 @@ def survey(request: Request, device: torch.device, progress: Progress) -> tuple[
     return found
 
 
-def check_kernel(
-    spec: KernelSpec,
+def check_kernels(
+    kernels: Sequence[tuple[KernelSpec, Sequence[Case] | None]],
     request: Request,
     device: torch.device,
     progress: Progress,
-    take: Callable[[record.ParityResult], None],
+    keep: Callable[[list[record.ParityResult]], None],
     *,
     dtypes: Sequence[str] | None = None,
-    cases: Sequence[Case] | None = None,
 ) -> None:
-    """Hand over one result per case, dtype and way of calling. One that takes the process down is a failed result.
+    """Hand over all results so far, one per case, dtype and way of calling, whenever there is a new one. A row that
+    takes the process down is a failed result.
+
+    On the CPU a kernel's rows are shared out to a process for each processor; where they stand does not depend on when
+    they came.
+
+    Args:
+        kernels: each with the cases that were asked for, None for all.
 
     Raises:
         WorkloadFailed: the device does not answer any more.
     """
+    split = device.type == "cpu"
+    shares = [share for spec, cases in kernels for share in _shares(spec, cases, dtypes or list(spec.tolerance), split)]
+    lanes = min(len(shares), len(os.sched_getaffinity(0)) if split and not request.in_process else 1)
+    found: list[list[record.ParityResult]] = [[] for _ in shares]
+    shared = _Shared(progress)
+    stop = threading.Event()
+    terms = replace(_terms(request), stop=stop, threads=max(1, torch.get_num_threads() // lanes) if lanes > 1 else None)
+
+    def answer(number: int) -> None:
+        def take(row: record.ParityResult) -> None:
+            with shared.lock:
+                found[number].append(row)
+                # What kills every process before it begins with a row is one result.
+                rows = [one for rows in found for one in rows]
+                keep(list({(one.kernel, one.case, one.dtype, one.mode): one for one in rows}.values()))
+
+        _check(shares[number], request, device, shared, take, terms)
+
+    if lanes <= 1:
+        for number in range(len(shares)):
+            answer(number)
+        return
+    with ThreadPoolExecutor(lanes) as pool:
+        running = [pool.submit(answer, number) for number in range(len(shares))]
+        try:
+            for one in as_completed(running):
+                one.result()
+        except BaseException:
+            # Whatever ended this one ends the others, too, so that an interrupted run does not go on in the dark.
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _Share(NamedTuple):
+    """Rows of one kernel that one process answers."""
+
+    spec: KernelSpec
+    cases: tuple[str, ...] | None
+    dtypes: tuple[str, ...]
+    parts: tuple[Part, ...] = PARTS
+
+
+def _shares(spec: KernelSpec, cases: Sequence[Case] | None, dtypes: Sequence[str], split: bool) -> list[_Share]:
+    names = tuple(case.name for case in cases) if cases is not None else None
+    if not split:
+        return [_Share(spec, names, tuple(dtypes))]
+    whole = [_Share(spec, names, tuple(dtypes), ("kernel",))] if cases is None else []
+    return [*(_Share(spec, names, (dtype,), ("inputs",)) for dtype in dtypes), *whole]
+
+
+def _check(
+    share: _Share,
+    request: Request,
+    device: torch.device,
+    progress: Progress,
+    take: Callable[[record.ParityResult], None],
+    terms: Terms,
+) -> None:
     job = jobs.KernelParity(
-        kernel=spec.name,
+        kernel=share.spec.name,
         device=str(device),
-        dtypes=tuple(dtypes) if dtypes is not None else None,
-        cases=tuple(case.name for case in cases) if cases is not None else None,
+        dtypes=share.dtypes,
+        cases=share.cases,
         seed=request.seed,
+        parts=share.parts,
     )
     answered: set[tuple[str, str, str]] = set()
 
@@ -75,18 +145,19 @@ def check_kernel(
         answered.add((row.case, row.dtype, row.mode))
         take(row)
 
-    progress = _Once(progress)
     finished = False
     while not finished:
         before = len(answered)
         try:
-            finished = isolation.run(replace(job, skip=frozenset(answered)), answer, _terms(request), progress)
+            finished = isolation.run(replace(job, skip=frozenset(answered)), answer, terms, progress)
         except Died as death:
             case, dtype, mode = death.unit or ("", "", OUTSIDE)
             late = (case, dtype, mode) in answered
             reason = f"after this row was done, the process {_as_verb(death.reason)}" if late else death.reason
             answer(
-                record.ParityResult(kernel=spec.name, case=case, dtype=dtype, mode=mode, passed=False, reason=reason)
+                record.ParityResult(
+                    kernel=share.spec.name, case=case, dtype=dtype, mode=mode, passed=False, reason=reason
+                )
             )
             # Where nothing new was answered, the same would happen again.
             finished = len(answered) == before or not death.unit
@@ -288,18 +359,35 @@ def _follow(run: Run[Any], result: record.Header, job: Job, terms: Terms) -> Non
         _not_poisoned(isolation.run(job, take, terms, run.progress))
 
 
-class _Once:
-    """Progress that says nothing twice: a job that goes on in a new process begins with the same notes."""
+class _Shared:
+    """Progress for several threads at once. It says nothing twice: jobs of one kernel begin with the same notes."""
 
     def __init__(self, progress: Progress) -> None:
-        self.stage = progress.stage
-        self._note = progress.note
+        self.lock = threading.RLock()
+        self._progress = progress
         self._said: set[str] = set()
 
+    @contextmanager
+    def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
+        with self.lock:
+            stage = self._progress.stage(title, total)
+            inner = stage.__enter__()
+
+        def advance(units: int) -> None:
+            with self.lock:
+                inner(units)
+
+        try:
+            yield advance
+        finally:
+            with self.lock:
+                stage.__exit__(None, None, None)
+
     def note(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self._note(text)
+        with self.lock:
+            if text not in self._said:
+                self._said.add(text)
+                self._progress.note(text)
 
 
 def _not_poisoned(result: jobs.Poisoned | None) -> None:

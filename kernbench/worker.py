@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 from kernbench.errors import KernbenchError, WorkloadFailed
 from kernbench.progress import Advance, Progress
@@ -49,7 +49,12 @@ class Tell(Protocol):
 
 
 class Job(Protocol):
-    """Work for a child: a picklable value that finds what it needs by name."""
+    """Work for a child: a picklable value that finds what it needs by name.
+
+    ``imports`` names modules that take long and that it will need; children of one server share them.
+    """
+
+    imports: ClassVar[tuple[str, ...]]
 
     def run(self, tell: Tell) -> Any:
         """Do it; what it returns goes to the parent."""

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -74,6 +75,7 @@ HARMS = {
 class Harm:
     """The same as a job of its own."""
 
+    imports: ClassVar = ()
     kind: str
 
     def run(self, tell):

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from deadly_kernel import Harm
 from terminal import run
 
 from kernbench import hostmemory, isolation, jobs, record, registry, supervised
+from kernbench.errors import KernbenchError
 from kernbench.progress import Silent
 from kernbench.registry import Found
 from kernbench.request import Request
@@ -232,6 +234,8 @@ def wait_for(condition, seconds=60):
 class Say(msgspec.Struct, frozen=True):
     """A job that says what a child sees of its surroundings."""
 
+    imports: ClassVar = ()
+
     def run(self, tell):
         kernels = [name for name in sys.modules if name.startswith("kernbench_workspace")]
         threads = len(list(Path("/proc/self/task").iterdir()))
@@ -291,7 +295,10 @@ def lost_gpu(deadly, monkeypatch):
 def test_rows_after_a_lost_gpu_are_judged_in_a_new_process(lost_gpu):
     rows = []
     request = Request(command="", in_process=True)
-    supervised.check_kernel(lost_gpu, request, torch.device("cpu", 0), Silent(), rows.append)
+    cpu = torch.device("cpu", 0)
+    supervised.check_kernels(
+        [(lost_gpu, None)], request, cpu, Silent(), lambda found: rows.__setitem__(slice(None), found)
+    )
     assert [(row.case, row.mode) for row in rows if not row.passed] == [("ragged", "plain")]
     assert "illegal memory access" in next(row.reason for row in rows if not row.passed)
     assert {row.case for row in rows} >= {"even", "ragged", "large"}
@@ -357,3 +364,20 @@ def test_memory_of_a_control_group_counts(tmp_path, monkeypatch):
     assert hostmemory.resident(1 << 30) == 0
     monkeypatch.setattr(hostmemory, "_groups", lambda: iter([3 << 30]))
     assert 1 << 30 < hostmemory.budget() < 3 << 30
+
+
+def test_what_ends_one_share_of_the_rows_ends_the_others(lost_gpu, monkeypatch):
+    ended = []
+
+    def run(job, take, terms, progress):
+        if job.parts == ("kernel",):
+            raise KernbenchError("no more")
+        ended.append(terms.stop.wait(60))
+        raise isolation.Stopped
+
+    monkeypatch.setattr(isolation, "run", run)
+    monkeypatch.setattr(supervised.os, "sched_getaffinity", lambda pid: range(8))
+    request, cpu = Request(command=""), torch.device("cpu", 0)
+    with pytest.raises(KernbenchError, match="no more"):
+        supervised.check_kernels([(lost_gpu, None)], request, cpu, Silent(), lambda rows: None)
+    assert ended == [True] * len(lost_gpu.tolerance)

@@ -198,13 +198,14 @@ def _filling_below() -> Iterator[None]:
         deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
     )
     try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # torch.use_deterministic_algorithms would import its compiler, to tell it too; that takes a second.
+        torch._C._set_deterministic_algorithms(True, warn_only=True)
         deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*deterministic")
             yield
     finally:
-        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        torch._C._set_deterministic_algorithms(was[0], warn_only=was[1])
         deterministic.fill_uninitialized_memory = was[2]  # type: ignore[attr-defined]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -29,7 +29,7 @@ UPDATES = (10, 100)
 LAYOUTS = ("strided", "transposed", "expanded")
 """What a kernel may refuse."""
 EXAMPLES = 300
-GENERATED_SECONDS = {"cpu": 2.0, "cuda": 4.0}
+GENERATED_SECONDS = {"cpu": 1.5, "cuda": 4.0}
 """How long generated inputs are tried; the interpreter does not come to all examples."""
 ADDRESSES = "addresses"
 ADDRESS_SECONDS = 3.0
@@ -37,6 +37,9 @@ COPIES = 5
 """Memory that a check takes at its peak, over the bytes that one call moves: inputs, copies, float64 and mutants."""
 Skip = frozenset[tuple[str, str, str]]
 Begin = Callable[[str, str, str], None]
+Part = Literal["inputs", "kernel"]
+"""Rows of each dtype (its cases, generated inputs, randomness), or those of the kernel in its strictest dtype."""
+PARTS: tuple[Part, ...] = ("inputs", "kernel")
 
 
 class Row(NamedTuple):
@@ -58,20 +61,23 @@ def check_kernel(
     progress: Progress | None = None,
     skip: Skip = frozenset(),
     begin: Begin | None = None,
+    parts: Sequence[Part] = PARTS,
 ) -> Iterator[ParityResult]:
     """All rows of a kernel: those of its cases, then, unless ``cases`` chooses some, those about it as a whole.
 
-    Args and errors as of :func:`check_cases`.
+    Args and errors as of :func:`check_cases`; ``parts`` leaves rows to another process.
     """
     begin, progress = begin or _say_nothing, progress or Silent()
-    yield from check_cases(
-        spec, device=device, dtypes=dtypes, cases=cases, seed=seed, progress=progress, skip=skip, begin=begin
-    )
+    if "inputs" in parts:
+        yield from check_cases(
+            spec, device=device, dtypes=dtypes, cases=cases, seed=seed, progress=progress, skip=skip, begin=begin
+        )
     if cases is not None:
         return
-    rows = list(kernel_rows(spec, device=device, dtypes=_dtypes(spec, dtypes), seed=seed))
+    rows = list(kernel_rows(spec, device=device, dtypes=_dtypes(spec, dtypes), seed=seed, parts=parts))
     left = [row for row in rows if row[:3] not in skip]
-    with progress.stage(f"checking {spec.name} as a whole", len(left)) as advance:
+    title = f"checking {spec.name} as a whole" if "kernel" in parts else f"{_title(spec, dtypes)} on generated inputs"
+    with progress.stage(title, len(left)) as advance:
         for row in left:
             begin(*row[:3])
             started = time.perf_counter()
@@ -79,8 +85,17 @@ def check_kernel(
             advance(1)
 
 
-def kernel_rows(spec: KernelSpec, *, device: torch.device, dtypes: Sequence[str], seed: int) -> Iterator[Row]:
+def kernel_rows(
+    spec: KernelSpec, *, device: torch.device, dtypes: Sequence[str], seed: int, parts: Sequence[Part] = PARTS
+) -> Iterator[Row]:
     """The rows about a kernel as a whole: generated inputs, far addresses, randomness, and the gate's own grade."""
+    if "inputs" in parts:
+        yield from _rows_of_dtypes(spec, device, dtypes, seed)
+    if "kernel" in parts:
+        yield from _rows_of_the_kernel(spec, device, "float32" if "float32" in dtypes else dtypes[0], seed)
+
+
+def _rows_of_dtypes(spec: KernelSpec, device: torch.device, dtypes: Sequence[str], seed: int) -> Iterator[Row]:
     cases = [case for case in spec.cases if not case.large] or list(spec.cases)
     ragged = next((case for case in cases if case.ragged), cases[0])
     for name in dtypes:
@@ -90,7 +105,8 @@ def kernel_rows(spec: KernelSpec, *, device: torch.device, dtypes: Sequence[str]
         yield Row("generated", name, "generated", examples)
         yield from (Row(ragged.name, name, mode, body) for mode, body in randomness.bodies(subject))
 
-    strictest = "float32" if "float32" in dtypes else dtypes[0]
+
+def _rows_of_the_kernel(spec: KernelSpec, device: torch.device, strictest: str, seed: int) -> Iterator[Row]:
     if device.type == "cpu":
         # Offsets count elements, whatever their dtype. A GPU runs large cases for real.
         far = partial(addresses.check, spec, getattr(torch, strictest), seed=seed, seconds=ADDRESS_SECONDS)
@@ -132,7 +148,7 @@ def check_cases(
     chosen = _cases(spec, cases, device, progress)
     small = [case for case in spec.cases if not case.large]
     modes = _Modes(device, min(small, key=_size, default=None), _for_layouts(chosen))
-    with progress.stage(f"checking {spec.name}", len(names) * len(chosen)) as advance:
+    with progress.stage(_title(spec, dtypes), len(names) * len(chosen)) as advance:
         for name in names:
             for case in chosen:
                 if lacking := _lacking_memory(spec, case, getattr(torch, name), device):
@@ -156,6 +172,11 @@ def _case_rows(check: CaseCheck, modes: _Modes, skip: Skip, begin: Begin) -> Ite
                 yield finding.row(kernel, case, dtype, rows[0].mode, time.perf_counter() - started)
             return
         yield _run(row, check.device).row(kernel, case, dtype, row.mode, time.perf_counter() - started)
+
+
+def _title(spec: KernelSpec, dtypes: Sequence[str | torch.dtype] | None) -> str:
+    names = [str(name).removeprefix("torch.") for name in dtypes or ()]
+    return f"checking {spec.name}{' in ' if names else ''}{' and '.join(names)}"
 
 
 def _say_nothing(case: str, dtype: str, mode: str) -> None:
