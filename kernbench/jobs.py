@@ -13,15 +13,16 @@ import torch
 
 from kernbench import bench, device, measure, race, ranges, record, registry, swap
 from kernbench import request as asked
-from kernbench.parity import kernelcheck, phasecheck
+from kernbench.errors import KernbenchError
+from kernbench.parity import integrity, kernelcheck, phasecheck
 from kernbench.request import Request
 from kernbench.runfolder import AnyRecord, Run
 from kernbench.worker import Tell
 
 Phases = Mapping[int, str]
+"""Numbers of phases in place, each with its implementation."""
 COMPILER = ("torch._dynamo",)
 """Its optimizers and torch.compile import it. What takes neither is spared a second."""
-"""Numbers of phases in place, each with its implementation."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,25 @@ class Survey:
         with tell.progress.stage("measuring this device's ceilings"):
             ceilings = device.measure_ceilings(chosen)
         return device.fingerprint(chosen, ceilings=ceilings), device.WARNINGS
+
+
+@dataclass(frozen=True)
+class Declarations:
+    """Imports all kernel files. Its units are the files.
+
+    Raises:
+        KernbenchError: one replaces functions or leaves settings changed, in which no other kernel could be judged.
+    """
+
+    imports: ClassVar[tuple[str, ...]] = ()
+
+    def run(self, tell: Tell) -> None:
+        for file, import_it in registry.kernel_imports():
+            tell.begin(str(file))
+            with integrity.watched() as watch:
+                import_it()
+            if watch.reason:
+                raise KernbenchError(f"{file} is not used: when it is imported, it {watch.reason}; take that out")
 
 
 @dataclass(frozen=True)

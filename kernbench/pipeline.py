@@ -69,6 +69,7 @@ def swaps(request: Request, number: int | None, progress: Progress) -> Iterator[
     """
     workspace = registry.current()
     reference, request = asked.workload_or_last(request, workspace)
+    supervised.check_declarations(request, progress)
     with state.swap_lock(workspace.root):
         settings = asked.settings(request, reference)
         if number is not None:
@@ -133,6 +134,7 @@ def check(
         KernbenchError: a name that is neither a kernel nor a workload, a case or dtype that a kernel does not have, or
             no kernel, GPU or compute-sanitizer to sanitize with.
     """
+    supervised.check_declarations(request, progress)
     subjects = _subjects(request, names, case)
     if sanitize:
         _check_sanitizable(subjects)
@@ -168,6 +170,7 @@ def time(request: Request, names: Sequence[str], case: str | None, progress: Pro
     Raises:
         KernbenchError: as for :func:`check`, or kernels and workloads, or several workloads, at once.
     """
+    supervised.check_declarations(request, progress)
     subjects = _subjects(request, names, case)
     if len(subjects.workloads) + bool(subjects.kernels) > 1:
         raise KernbenchError("bench times either kernels or one workload; name them in separate commands")
@@ -204,6 +207,7 @@ def build(
         KernbenchError: as for :func:`check`, a workload, or an unknown architecture.
         WorkloadFailed: a kernel's file cannot be imported without Triton's interpreter.
     """
+    supervised.check_declarations(request, progress)
     subjects = _subjects(request, names, case)
     if subjects.workloads:
         raise KernbenchError("--compile-only builds kernels; name kernels, or nothing for all of them")

@@ -8,12 +8,13 @@ top-level import name (the PyPI package ``kernels`` must keep working beside us)
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -105,6 +106,13 @@ def kernels() -> dict[str, Found[KernelSpec]]:
 def workloads() -> dict[str, Found[Workload]]:
     """All workloads by name, over all workspaces; raises as :func:`kernels` does."""
     return _collect("workloads", Workload)
+
+
+def kernel_imports() -> Iterator[tuple[Path, Callable[[], ModuleType]]]:
+    """The file of every kernel, each with the call that imports it."""
+    for workspace in workspaces():
+        for name, file in _public_files(workspace, "kernels"):
+            yield file, functools.partial(_import_file, file, name)
 
 
 def kernel(name: str) -> Found[KernelSpec]:

@@ -51,6 +51,21 @@ def survey(request: Request, device: torch.device, progress: Progress) -> tuple[
     return found
 
 
+def check_declarations(request: Request, progress: Progress) -> None:
+    """Import all kernel files in a child first, so that what one does then is done to nobody.
+
+    Raises:
+        KernbenchError: one tampers with what checks and times kernels.
+        WorkloadFailed: one raises, does not end, or takes the process down.
+    """
+    try:
+        isolation.run(jobs.Declarations(), _unexpected, _terms(request), progress)
+    except Died as death:
+        raise WorkloadFailed(
+            f"{''.join(death.unit)}, when it is imported, {_as_verb(death.reason)}", death.traceback_text
+        ) from None
+
+
 def check_kernels(
     kernels: Sequence[tuple[KernelSpec, Sequence[Case] | None]],
     request: Request,
@@ -151,9 +166,10 @@ def _check(
         try:
             finished = isolation.run(replace(job, skip=frozenset(answered)), answer, terms, progress)
         except Died as death:
-            case, dtype, mode = death.unit or ("", "", OUTSIDE)
+            case, dtype, mode, *example = death.unit or ("", "", OUTSIDE)
             late = (case, dtype, mode) in answered
             reason = f"after this row was done, the process {_as_verb(death.reason)}" if late else death.reason
+            reason = ": ".join([*example, reason])
             answer(
                 record.ParityResult(
                     kernel=share.spec.name, case=case, dtype=dtype, mode=mode, passed=False, reason=reason
@@ -396,12 +412,13 @@ def _not_poisoned(result: jobs.Poisoned | None) -> None:
         raise Died(result.reason, (result.unit,))
 
 
-def _or_fail(job: Job, request: Request, progress: Progress, what: str) -> Any:
-    def unexpected(said: object) -> None:
-        raise AssertionError(f"a job said {said!r}")
+def _unexpected(said: object) -> None:
+    raise AssertionError(f"a job said {said!r}")
 
+
+def _or_fail(job: Job, request: Request, progress: Progress, what: str) -> Any:
     try:
-        return isolation.run(job, unexpected, _terms(request, STAGE_SECONDS), progress)
+        return isolation.run(job, _unexpected, _terms(request, STAGE_SECONDS), progress)
     except Died as death:
         raise WorkloadFailed(_sentence(what, death), death.traceback_text) from None
 

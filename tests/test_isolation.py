@@ -90,6 +90,8 @@ def test_a_kernel_that_always_ends_the_process_is_given_up_row_by_row(deadly):
     red = [row for row in found["results"] if not row["passed"]]
     assert len(red) > 1
     assert {row["reason"] for row in red if row["case"] == "ragged"} == {"ended the process with exit code 3"}
+    generated = next(row["reason"] for row in red if row["mode"] == "generated")
+    assert re.fullmatch(r"rows=17\b.*: ended the process with exit code 3", generated)
     rows = [(row["case"], row["dtype"], row["mode"]) for row in found["results"]]
     assert len(set(rows)) == len(rows)
 
@@ -364,6 +366,27 @@ def test_memory_of_a_control_group_counts(tmp_path, monkeypatch):
     assert hostmemory.resident(1 << 30) == 0
     monkeypatch.setattr(hostmemory, "_groups", lambda: iter([3 << 30]))
     assert 1 << 30 < hostmemory.budget() < 3 << 30
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("import os; os.abort()", 3, r".*nasty.py, when it is imported, was killed by signal 6 \(aborted\).*"),
+        (
+            "import torch; torch.equal = len",
+            2,
+            r".*nasty.py is not used: .* it replaces torch.equal.*",
+        ),
+    ],
+)
+def test_a_file_that_is_harmful_to_import_harms_a_child(workspace, line, code, words):
+    (workspace / "kernels").mkdir()
+    (workspace / "kernels" / "nasty.py").write_text(line + "\n", encoding="utf-8")
+    result = run("parity", "fused_adamw", "--quiet")
+    assert result.exit_code == code
+    assert re.match(words, result.stderr.splitlines()[-1].removeprefix("kernbench: "))
+    assert torch.equal is not len
+    assert not list((workspace / "reports").glob("*/*"))
 
 
 def test_what_ends_one_share_of_the_rows_ends_the_others(lost_gpu, monkeypatch):

@@ -31,12 +31,14 @@ LAYOUTS = ("strided", "transposed", "expanded")
 EXAMPLES = 300
 GENERATED_SECONDS = {"cpu": 1.5, "cuda": 4.0}
 """How long generated inputs are tried; the interpreter does not come to all examples."""
+GENERATED = "generated"
 ADDRESSES = "addresses"
 ADDRESS_SECONDS = 3.0
 COPIES = 5
 """Memory that a check takes at its peak, over the bytes that one call moves: inputs, copies, float64 and mutants."""
 Skip = frozenset[tuple[str, str, str]]
-Begin = Callable[[str, str, str], None]
+Begin = Callable[..., None]
+"""Told case, dtype and mode of a row before it runs, and in generated rows each example in words."""
 Part = Literal["inputs", "kernel"]
 """Rows of each dtype (its cases, generated inputs, randomness), or those of the kernel in its strictest dtype."""
 PARTS: tuple[Part, ...] = ("inputs", "kernel")
@@ -74,7 +76,7 @@ def check_kernel(
         )
     if cases is not None:
         return
-    rows = list(kernel_rows(spec, device=device, dtypes=_dtypes(spec, dtypes), seed=seed, parts=parts))
+    rows = list(kernel_rows(spec, device=device, dtypes=_dtypes(spec, dtypes), seed=seed, parts=parts, begin=begin))
     left = [row for row in rows if row[:3] not in skip]
     title = f"checking {spec.name} as a whole" if "kernel" in parts else f"{_title(spec, dtypes)} on generated inputs"
     with progress.stage(title, len(left)) as advance:
@@ -86,23 +88,37 @@ def check_kernel(
 
 
 def kernel_rows(
-    spec: KernelSpec, *, device: torch.device, dtypes: Sequence[str], seed: int, parts: Sequence[Part] = PARTS
+    spec: KernelSpec,
+    *,
+    device: torch.device,
+    dtypes: Sequence[str],
+    seed: int,
+    parts: Sequence[Part] = PARTS,
+    begin: Begin | None = None,
 ) -> Iterator[Row]:
     """The rows about a kernel as a whole: generated inputs, far addresses, randomness, and the gate's own grade."""
     if "inputs" in parts:
-        yield from _rows_of_dtypes(spec, device, dtypes, seed)
+        yield from _rows_of_dtypes(spec, device, dtypes, seed, begin or _say_nothing)
     if "kernel" in parts:
         yield from _rows_of_the_kernel(spec, device, "float32" if "float32" in dtypes else dtypes[0], seed)
 
 
-def _rows_of_dtypes(spec: KernelSpec, device: torch.device, dtypes: Sequence[str], seed: int) -> Iterator[Row]:
+def _rows_of_dtypes(
+    spec: KernelSpec, device: torch.device, dtypes: Sequence[str], seed: int, begin: Begin
+) -> Iterator[Row]:
     cases = [case for case in spec.cases if not case.large] or list(spec.cases)
     ragged = next((case for case in cases if case.ragged), cases[0])
     for name in dtypes:
         dtype = getattr(torch, name)
         subject = Subject(spec, ragged, dtype, device, seed)
-        examples = partial(generated.check, subject, seconds=GENERATED_SECONDS[device.type], examples=EXAMPLES)
-        yield Row("generated", name, "generated", examples)
+        examples = partial(
+            generated.check,
+            subject,
+            seconds=GENERATED_SECONDS[device.type],
+            examples=EXAMPLES,
+            begin=partial(begin, GENERATED, name, GENERATED),
+        )
+        yield Row(GENERATED, name, GENERATED, examples)
         yield from (Row(ragged.name, name, mode, body) for mode, body in randomness.bodies(subject))
 
 
@@ -179,7 +195,7 @@ def _title(spec: KernelSpec, dtypes: Sequence[str | torch.dtype] | None) -> str:
     return f"checking {spec.name}{' in ' if names else ''}{' and '.join(names)}"
 
 
-def _say_nothing(case: str, dtype: str, mode: str) -> None:
+def _say_nothing(*unit: str) -> None:
     """What begins is told to nobody."""
 
 
