@@ -1,0 +1,253 @@
+"""What the kernels for one row share: tiles and their tables, rows of weights kept in flight, launches that overlap.
+
+One row makes every product a matrix-vector product, so a frame takes as long as its weights take to arrive, if nothing
+else makes the memory wait. A program multiplies whole rows of the weight. It asks for its tiles of weights, which no
+kernel of a frame changes, before it waits for the kernel in front, whose result it multiplies them with: weights of one
+kernel arrive while the one in front still computes. Source: CUDA programming guide, programmatic dependent launch.
+
+Cast order, that of an unfused model: the normalised value is rounded, multiplied by the norm's weight and rounded; a
+product is summed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernbench.spec import Tolerance
+
+from . import _shared
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {str(dtype).removeprefix("torch."): Tolerance() for dtype in DTYPES}
+PLAIN, LATE, EARLY = 0, 1, 2
+"""When the next kernel may start: once this one has ended, all its programs wait no more, or all have started."""
+LARGEST_INNER = 2**16
+"""Columns of a weight: a program keeps the row that it multiplies with in registers."""
+
+
+class Tiles(NamedTuple):
+    """How a matrix-vector product is cut into programs; numbers only, so that an operator can take it.
+
+    Attributes:
+        rows: of the weight, or pairs of them, that a tile has; a power of two.
+        columns: of a tile, a power of two; 256 times ``warps`` makes each thread load 16 bytes of bfloat16 a row.
+        warps: of a program.
+        steps: tiles of rows that a program does one after another.
+        ahead: tiles asked for before the first is used; those of the first ``ahead`` arrive before the wait.
+        overlap: ``PLAIN``, ``LATE`` or ``EARLY``; less than an H100 launches plainly in any case.
+        evict: weights leave the L2 cache before anything else does.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    steps: int = 1
+    ahead: int = 8
+    overlap: int = EARLY
+    evict: int = 1
+
+    def fitted(self, inner: int) -> Tiles:
+        """The same for a weight with ``inner`` columns, which may be fewer than those of a tile.
+
+        Raises:
+            ValueError: there are more columns than registers can hold.
+        """
+        if inner > LARGEST_INNER:
+            raise ValueError(f"one row of at most {LARGEST_INNER} numbers can be multiplied, and this one has {inner}")
+        columns = min(self.columns, triton.next_power_of_2(inner))
+        columns = max(columns, triton.next_power_of_2(-(-inner // MOST_CHUNKS)))
+        return self._replace(columns=columns, ahead=min(self.ahead, self.steps * -(-inner // columns)))
+
+
+MOST_CHUNKS = 16
+TILE_BYTES = 2**14
+"""Of weights in a program: 132 multiprocessors with four programs each ask for 8.6 MB at once."""
+CONFIGURATIONS = tuple(
+    Tiles(rows, 256 * warps, warps, steps, ahead)
+    for warps in (2, 4, 8)
+    for rows in (1, 2, 4, 8, 16)
+    for steps, ahead in ((1, 8), (2, 1), (2, 2), (4, 1), (4, 2))
+    # 128 bytes a thread in flight are 32 registers, twice as many are too many beside what they become.
+    if 16 * rows * ahead <= 256 or ahead == 8
+)
+"""What is worth measuring on a GPU, for any weight; ``overlap`` and ``evict`` are to be varied on the best of them."""
+
+
+def linear_tiles(rows: int, inner: int, itemsize: int, table: Mapping[tuple[int, int], Tiles], pair: int = 1) -> Tiles:
+    """Tiles of the table for a weight [pair * rows, inner] of 2-byte numbers, else by rule, that fit ``inner``."""
+    found = table.get((rows, inner)) if itemsize == 2 else None
+    if found is None:
+        warps = 4 if inner <= 1024 or itemsize > 2 else 8
+        columns = min(triton.next_power_of_2(inner), 256 * warps)
+        chunks = min(8, -(-inner // columns))
+        fitting = max(1, TILE_BYTES // (pair * columns * chunks * itemsize))
+        found = Tiles(min(8, 2 ** (fitting.bit_length() - 1)), columns, warps)
+    return found.fitted(inner)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., H] over its root mean square, rounded to its dtype, times weight [H]: plain PyTorch."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def started(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """At a program's start: the next kernel may start as well, if it may so early."""
+    if OVERLAP == 2:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def wait(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """All kernels in front have ended below this line: what they wrote is read there, and nothing is written above."""
+    if OVERLAP > 0:
+        tl.extra.cuda.gdc_wait()
+    if OVERLAP == 1:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def round_to(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x, float32, rounded to DTYPE and float32 again."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        # Of these values a cast to bfloat16 is exact, in the interpreter too.
+        return _shared.nearest_bfloat16(x)
+    return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def vectors(x, inner, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x [inner] as CHUNKS vectors [COLUMNS] of float32, zero beyond the end."""
+    found = ()
+    for chunk in tl.static_range(CHUNKS):
+        column = chunk * COLUMNS + tl.arange(0, COLUMNS)
+        found = found + (tl.load(x + column, mask=column < inner, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+    return found
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def normalised(values, factors, inner, eps, CHUNKS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Vectors over their common root mean square, times factors, rounded to DTYPE after each."""
+    squares = values[0] * values[0]
+    for chunk in tl.static_range(1, CHUNKS):
+        squares += values[chunk] * values[chunk]
+    scale = 1.0 / tl.sqrt(tl.sum(squares) / inner + eps)
+    found = ()
+    for chunk in tl.static_range(CHUNKS):
+        found = found + (round_to(round_to(values[chunk] * scale, DTYPE) * factors[chunk], DTYPE),)  # type: ignore[assignment]
+    return found
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def weight_tile(  # type: ignore[no-untyped-def]
+    weight, row, count, inner, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr
+):
+    """Chunk CHUNK of the rows row [ROWS], those below count, of weight [count, inner]; zero beyond."""
+    column = CHUNK * COLUMNS + tl.arange(0, COLUMNS)
+    pointer = weight + row[:, None].to(tl.int64) * inner + column[None, :]
+    mask = (row < count)[:, None]
+    if not EVEN:
+        mask = mask & (column < inner)[None, :]
+    POLICY: tl.constexpr = "evict_first" if EVICT else ""
+    return tl.load(pointer, mask=mask, other=0.0, eviction_policy=POLICY)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def asked_for(  # type: ignore[no-untyped-def]
+    weight, row, count, inner, STRIDE: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr,
+    EVEN: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """The first AHEAD tiles of a program in the order of their use: chunks of a step, whose rows are STRIDE apart."""
+    queue = ()
+    for place in tl.static_range(AHEAD):
+        rows = row + (place // CHUNKS) * STRIDE
+        queue = queue + (weight_tile(weight, rows, count, inner, COLUMNS, place % CHUNKS, EVEN, EVICT),)  # type: ignore[assignment]
+    return queue
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def products(  # type: ignore[no-untyped-def]
+    queue, x, weight, row, count, inner, STEP: tl.constexpr, STRIDE: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """Rows of step STEP times the vectors x, float32, and the queue with what was asked for instead of its tiles."""
+    total = tl.zeros([row.shape[0], COLUMNS], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        total += queue[0].to(tl.float32) * x[chunk][None, :]
+        place: tl.constexpr = STEP * CHUNKS + chunk + AHEAD
+        queue = queue[1:]
+        if place < STEPS * CHUNKS:
+            rows = row + (place // CHUNKS) * STRIDE
+            queue = queue + (weight_tile(weight, rows, count, inner, COLUMNS, place % CHUNKS, EVEN, EVICT),)
+    return tl.sum(total, 1), queue
+
+
+def compiled_in(tiles: Tiles, inner: int) -> tuple[int | bool, ...]:
+    """What a kernel is compiled for, in its order: ROWS, COLUMNS, CHUNKS, STEPS, AHEAD, EVEN and EVICT."""
+    chunks = -(-inner // tiles.columns)
+    even = inner == chunks * tiles.columns
+    return tiles.rows, tiles.columns, chunks, tiles.steps, tiles.ahead, even, bool(tiles.evict)
+
+
+def launch(
+    kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], warps: int, overlap: int
+) -> None:
+    """Launches ``programs`` programs; ``overlap`` is handed on as the last argument, after what the device can do."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, programs, torch.device("cuda", torch.cuda.current_device()), arguments, warps, overlap)
+        return
+    if overlap and overlaps():
+        kernel[(programs,)](*arguments, overlap, num_warps=warps, launch_pdl=True)
+    else:
+        kernel[(programs,)](*arguments, PLAIN, num_warps=warps)
+
+
+def overlaps() -> bool:
+    """Whether a kernel can start here before the one in front has ended: on an H100 and later, not interpreted."""
+    return not INTERPRETED.value and _dependent_launch(triton.runtime.driver.active.get_current_device())
+
+
+@cache
+def _dependent_launch(_device: int) -> bool:
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and int(target.arch) >= 90
+
+
+def check(kernel: str, first: Tensor, shapes: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    """Contiguous tensors of these shapes, of one dtype and on one device with ``first``.
+
+    Raises:
+        ValueError: one is not, or has no elements.
+    """
+    dtype, device = first.dtype, first.device
+    for name, (tensor, shape) in shapes.items():
+        if tensor.dtype == dtype and tensor.shape == shape and tensor.device == device and tensor.is_contiguous():
+            continue
+        raise ValueError(
+            f"{kernel} takes {name} contiguous, {list(shape)}, {dtype}, on {device}; it is {list(tensor.shape)} with "
+            f"strides {list(tensor.stride())}, {tensor.dtype}, on {tensor.device}"
+        )
+    if dtype not in DTYPES or not all(tensor.numel() for tensor, _ in shapes.values()):
+        raise ValueError(f"{kernel} takes float32, bfloat16 and float16, at least one number of each; it got {dtype}")
+
+
+_LIBRARY = torch.library.Library("kernbench", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The operator ``kernbench::`` of a schema, without what ``custom_op`` adds, which takes longer than a launch."""
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
+    name = schema.partition("(")[0]
+    for key, function in {"CPU": implementation, "CUDA": implementation, "Meta": fake}.items():
+        _LIBRARY.impl(name, function, key)  # type: ignore[no-untyped-call]
+    return getattr(torch.ops.kernbench, name).default
