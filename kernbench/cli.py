@@ -40,6 +40,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str | None, typer.Option(help="Working dtype, for example float32 or bfloat16.")]
 Seed = Annotated[int, typer.Option(help="Seed of parameters and data.")]
 Data = Annotated[str | None, typer.Option(metavar="FILE", help="Text to train on instead of the built-in one.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Checkpoint to run instead of random weights, if the workload takes one."),
+]
 Steps = Annotated[int, typer.Option(min=1, help="Timed steps.")]
 Rounds = Annotated[int, typer.Option(min=3, help="Interleaved rounds of before and after.")]
 Nvtx = Annotated[bool, typer.Option("--nvtx", help="Emit NVTX ranges for steps, phases, modules and kernels.")]
@@ -151,6 +155,7 @@ def profile(
     dtype: Dtype = None,
     seed: Seed = 0,
     data: Data = None,
+    weights: Weights = None,
     steps: Steps = 20,
     phases: Phases = None,
     use: Use = "triton",
@@ -164,7 +169,7 @@ def profile(
     pipeline, Request = _measuring(device, in_process)
     request = Request(
         command=_command(), workload=workload, preset=preset, device=device, dtype=dtype, seed=seed, data=data,
-        steps=steps, phases=phases, use=use, nvtx=nvtx, time_limit=time_limit, in_process=in_process,
+        weights=weights, steps=steps, phases=phases, use=use, nvtx=nvtx, time_limit=time_limit, in_process=in_process,
     )  # fmt: skip
     _show(pipeline.profile(request, _progress(quiet)), as_json)
     return OK
@@ -183,6 +188,7 @@ def swap(
     dtype: Dtype = None,
     seed: Seed = 0,
     data: Data = None,
+    weights: Weights = None,
     steps: Steps = 20,
     rounds: Rounds = 30,
     phases: Phases = None,
@@ -197,7 +203,8 @@ def swap(
     pipeline, Request = _measuring(device, in_process or revert)
     request = Request(
         command=_command(), workload=workload, preset=preset, device=device, dtype=dtype, seed=seed, data=data,
-        steps=steps, rounds=rounds, phases=phases, use=use, time_limit=time_limit, in_process=in_process,
+        weights=weights, steps=steps, rounds=rounds, phases=phases, use=use, time_limit=time_limit,
+        in_process=in_process,
     )  # fmt: skip
     if revert:
         reverted = pipeline.revert(request)
@@ -223,6 +230,7 @@ def parity(
     preset: Preset = None,
     seed: Seed = 0,
     data: Data = None,
+    weights: Weights = None,
     time_limit: TimeLimit = None,
     in_process: InProcess = False,
     as_json: Json = False,
@@ -231,8 +239,8 @@ def parity(
     """Check kernels against the float64 oracle, or a workload's phases on real steps."""
     pipeline, Request = _measuring(device, in_process)
     request = Request(
-        command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, time_limit=time_limit,
-        in_process=in_process,
+        command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, weights=weights,
+        time_limit=time_limit, in_process=in_process,
     )  # fmt: skip
     outcome = pipeline.check(request, names or [], case, _progress(quiet), sanitize=sanitize)
     _show(outcome, as_json)
@@ -249,6 +257,7 @@ def bench(
     preset: Preset = None,
     seed: Seed = 0,
     data: Data = None,
+    weights: Weights = None,
     rounds: Rounds = 30,
     use: Use = "triton",
     compile_only: Annotated[
@@ -267,8 +276,8 @@ def bench(
         raise KernbenchError("--arch goes with --compile-only; a timed kernel is built for the device that runs it")
     pipeline, Request = _measuring(device, in_process)
     request = Request(
-        command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, rounds=rounds, use=use,
-        time_limit=time_limit, in_process=in_process,
+        command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, weights=weights,
+        rounds=rounds, use=use, time_limit=time_limit, in_process=in_process,
     )  # fmt: skip
     if compile_only:
         outcome = pipeline.build(request, names or [], case, arch, _progress(quiet))

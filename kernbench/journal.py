@@ -274,7 +274,8 @@ def _parity(swap: SwapRecord) -> str:
 def _workload(swap: SwapRecord) -> str:
     workload = swap.workload
     data = f", data {workload.data}" if workload.data else ""
-    return f"{workload.name}, preset {workload.preset}, {workload.dtype}, seed {workload.seed}{data}"
+    weights = f", weights {workload.weights}" if workload.weights else ""
+    return f"{workload.name}, preset {workload.preset}, {workload.dtype}, seed {workload.seed}{data}{weights}"
 
 
 def _device(swap: SwapRecord) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kernbench import bench, capture, device, ranges, record, statistics, swap, trace
+from kernbench import bench, capture, device, figures, ranges, record, statistics, swap, trace
 from kernbench.analysis import breakdown, hotspots, idle, launches, stalls, timeline
 from kernbench.errors import KernbenchError, WorkloadFailed
 from kernbench.runfolder import Run
@@ -36,6 +36,7 @@ class Settings:
     data: str | None
     steps: int
     nvtx: bool = False
+    weights: str | None = None
 
     def build(self) -> Built:
         """Build the workload afresh.
@@ -58,6 +59,7 @@ class Settings:
             phases=list(plan.numbers),
             implementations={str(number): name for number, name in plan.implementations.items()},
             data=self.data or "",
+            weights=self.weights or "",
             parameters=sum(p.numel() for p in model.parameters()) if isinstance(model, torch.nn.Module) else 0,
         )
 
@@ -111,6 +113,18 @@ class Side:
     def state_dict(self) -> Mapping[str, Any]:
         return self.built.state_dict()
 
+    def figures(self, seconds: float) -> list[record.Figure]:
+        """What the workload makes of the time of a step."""
+        name = self.settings.workload.name
+        with workload_errors(f"figures of {name} failed"):
+            return figures.figures_of(self.built, seconds, name)
+
+    def floor(self, seconds: float, ceilings: record.Ceilings | None) -> record.Floor | None:
+        """How close a step of that time is to moving its bytes and nothing else."""
+        name = self.settings.workload.name
+        with workload_errors(f"bytes_per_step of {name} failed"):
+            return figures.floor_of(self.built, seconds, ceilings, self.settings.device, name)
+
     def check_losses(self) -> list[float]:
         """The losses so far, read now and not during the steps.
 
@@ -149,6 +163,9 @@ def measure(
             seconds=seconds, units_per_step=side.units_per_step, warmup=first, losses=side.check_losses()
         )
         result.throughput = _throughput(result.steps)
+        step = side.units_per_step / result.throughput.units_per_second
+        result.figures = side.figures(step)
+        result.floor = side.floor(step, result.environment.ceilings)
         result.memory_peak_bytes = _peak_memory(settings.device)
         result.clocks = device.read_clocks(settings.device)
     first += settings.steps

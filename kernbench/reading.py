@@ -67,6 +67,9 @@ def compare(run_a: str, run_b: str, command: str) -> Outcome:
         )
     if before.workload.preset != after.workload.preset:
         result.warnings.append(f"the presets differ: {before.workload.preset} and {after.workload.preset}")
+    if before.workload.weights != after.workload.weights:
+        one, other = (side.workload.weights or "random ones" for side in (before, after))
+        result.warnings.append(f"the weights differ: {one} and {other}")
     folder = runfolder.make_folder(workspace, "compare", run_id)
     result.status = "complete"
     record.write(result, folder / "record.json")

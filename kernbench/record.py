@@ -82,6 +82,7 @@ class WorkloadInfo(Struct, frozen=True, kw_only=True):
     implementations: dict[str, str] = {}
     data: str = ""
     parameters: int = 0
+    weights: str = ""
 
 
 class Stage(Struct, frozen=True, kw_only=True):
@@ -119,6 +120,26 @@ class Throughput(Struct, frozen=True, kw_only=True):
 
     units_per_second: float
     interval: tuple[float, float]
+
+
+class Figure(Struct, frozen=True, kw_only=True):
+    """What a workload makes of the time of its step, in its own words: "audio seconds per wall second"."""
+
+    name: str
+    value: float
+    unit: str = ""
+
+
+class Floor(Struct, frozen=True, kw_only=True):
+    """The bytes that a step has to move, and how long the measured copy bandwidth takes for them.
+
+    ``share`` is that time over the step's; None where memory does not bind or was not measured, which ``note`` says.
+    """
+
+    bytes_per_step: float
+    seconds: Seconds | None = None
+    share: float | None = None
+    note: str = ""
 
 
 class Part(Struct, frozen=True, kw_only=True):
@@ -390,6 +411,8 @@ class BenchResult(Struct, frozen=True, kw_only=True):
     noise_floor: float | None = None
     launches_per_step: float | None = None
     syncs_per_step: float | None = None
+    figures: list[Figure] = []
+    floor: Floor | None = None
     clocks: Clocks | None = None
     cache: str = ""
     label: str = ""
@@ -454,6 +477,8 @@ class ProfileRecord(Header, kw_only=True, tag="profile"):
     workload: WorkloadInfo
     steps: Steps | None = None
     throughput: Throughput | None = None
+    figures: list[Figure] = []
+    floor: Floor | None = None
     breakdown: list[Part] = []
     hotspots: list[Hotspot] = []
     stalls: list[Stall] = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ class Request:
     dtype: str | None = None
     seed: int = 0
     data: str | None = None
+    weights: str | None = None
     steps: int = 20
     rounds: int = 30
     phases: str | None = None
@@ -45,7 +48,8 @@ def settings(request: Request, reference: str) -> Settings:
     """Everything a measurement needs, checked.
 
     Raises:
-        KernbenchError: unknown workload, preset, dtype or device, no such data file, or a senseless number of steps.
+        KernbenchError: unknown workload, preset, dtype or device, no such data file or folder of weights, weights for a
+            workload that takes none, or a senseless number of steps.
         WorkloadFailed: the workload's file raised.
     """
     chosen = device.resolve(request.device)
@@ -57,6 +61,8 @@ def settings(request: Request, reference: str) -> Settings:
         raise KernbenchError(f"there is no dtype {dtype!r}; use float32, bfloat16, float16 or float64")
     if request.data is not None and not Path(request.data).is_file():
         raise KernbenchError(f"--data {request.data}: there is no such file")
+    if request.weights is not None:
+        workload = _with_weights(workload, request.weights)
     if request.steps < 1 or request.rounds < 3:
         raise KernbenchError("--steps must be at least 1 and --rounds at least 3")
     return Settings(
@@ -68,7 +74,20 @@ def settings(request: Request, reference: str) -> Settings:
         data=request.data,
         steps=request.steps,
         nvtx=request.nvtx,
+        weights=request.weights,
     )
+
+
+def _with_weights(workload: Workload, folder: str) -> Workload:
+    """The workload built from the weights in a folder, wherever it is built."""
+    parameters = inspect.signature(workload.build).parameters.values()
+    if not any(one.name == "weights" or one.kind is one.VAR_KEYWORD for one in parameters):
+        raise KernbenchError(
+            f"{workload.name} takes no --weights: its build has no argument of that name; leave it out"
+        )
+    if not Path(folder).is_dir():
+        raise KernbenchError(f"--weights {folder}: there is no such folder; name the one that holds the checkpoint")
+    return replace(workload, build=partial(workload.build, weights=folder))
 
 
 def phase(workload: Workload, number: int) -> Phase:
@@ -140,7 +159,7 @@ def candidates(chosen: Phase, use: str) -> tuple[str, ...]:
 
 
 def workload_or_last(request: Request, workspace: Workspace) -> tuple[str, Request]:
-    """The workload named in the request, or the one profiled last, with its preset, where none is named.
+    """The workload named in the request, or the one profiled last, with its preset and weights, where none is named.
 
     Raises:
         KernbenchError: none is named and none was profiled yet.
@@ -152,4 +171,5 @@ def workload_or_last(request: Request, workspace: Workspace) -> tuple[str, Reque
         raise KernbenchError(
             "nothing was profiled here yet; type kernbench profile WORKLOAD first, or name a workload in this command"
         )
-    return last.workload, replace(request, workload=last.workload, preset=request.preset or last.preset)
+    preset, weights = request.preset or last.preset, request.weights or last.weights or None
+    return last.workload, replace(request, workload=last.workload, preset=preset, weights=weights)

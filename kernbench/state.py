@@ -24,6 +24,7 @@ class LastProfiled(Struct, frozen=True, kw_only=True):
     workload: str
     preset: str
     device: str
+    weights: str = ""
 
 
 class KeptPhase(Struct, frozen=True, kw_only=True):
@@ -42,9 +43,10 @@ class State(Struct, frozen=True, kw_only=True):
     last_profiled: LastProfiled | None = None
     kept: dict[str, list[KeptPhase]] = {}
 
-    def profiled(self, workload: str, preset: str, device: str) -> State:
-        """The state after a profile."""
-        return structs.replace(self, last_profiled=LastProfiled(workload=workload, preset=preset, device=device))
+    def profiled(self, workload: str, preset: str, device: str, weights: str = "") -> State:
+        """The state after a profile; ``weights`` is the absolute path of their folder, empty without one."""
+        last = LastProfiled(workload=workload, preset=preset, device=device, weights=weights)
+        return structs.replace(self, last_profiled=last)
 
     def keeping(self, workload: str, phase: KeptPhase) -> State:
         """The state with ``phase`` on top; a phase kept before moves there with its new implementation."""

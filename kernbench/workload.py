@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Built(Protocol):
-    """A workload ready to run. ``model``, if present, is the ``nn.Module`` that module globs are matched against."""
+    """A workload ready to run.
+
+    It may have more: ``model``, the ``nn.Module`` that module globs are matched against; ``figures(seconds_per_step)``,
+    a mapping of names to (value, unit) that is shown beside the throughput; ``bytes_per_step``, what a step has to move
+    at least, for its share of the bandwidth floor.
+    """
 
     units_per_step: float
 
@@ -96,6 +101,7 @@ class Workload:
         summary: one line for ``kernbench list``.
         presets: by name, passed to ``build`` as they are; the first one is the default.
         build: ``build(preset=, device=, dtype=, seed=, data=) -> Built``; ``data`` is the path of ``--data`` or None.
+            One that also takes ``weights`` gets the folder of ``--weights`` there, where one is given.
         dtype: default dtype by torch name.
 
     Raises:

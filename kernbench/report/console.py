@@ -209,11 +209,20 @@ def _body(record: Record) -> list[RenderableType]:
 
 def _profile(record: ProfileRecord) -> list[RenderableType]:
     facts = [f"{sentences.phases_in_words(record.workload)} in place"]
+    if record.workload.weights:
+        facts.append(f"weights {record.workload.weights}")
     if record.launches_per_step is not None:
         facts.insert(0, f"{units.count(record.launches_per_step)} launches a step")
     if record.throughput is not None:
         facts.insert(0, units.units_rate(record.throughput.units_per_second, record.workload.unit))
+    if (record.figures or record.floor) and record.syncs_per_step is not None:
+        facts.insert(2, f"{units.count(record.syncs_per_step)} host reads a step")
     blocks: list[RenderableType] = [_text(", ".join(facts))]
+    own = [(figure.name, units.figure(figure.value, figure.unit)) for figure in record.figures]
+    if record.floor is not None:
+        own.append(("bandwidth floor", sentences.floor_in_words(record.floor)))
+    if own:
+        blocks.append(_facts(own))
     if record.overhead is not None and record.overhead.trace_ratio is not None:
         costs = f"tracing made a step {units.times(record.overhead.trace_ratio)} as long"
         if record.overhead.lines_ratio is not None:
@@ -391,7 +400,26 @@ def _bench(record: BenchRecord) -> list[RenderableType]:
         for row in rows:
             table.add_row(*_bench_row(record, row), style="bold" if row is best and len(rows) > 1 else "")
         blocks.append(Group(title, table))
+        blocks += _bench_figures(rows)
     return blocks
+
+
+def _bench_figures(rows: Sequence[BenchResult]) -> list[RenderableType]:
+    """What the workload itself says of each time, and how close it comes to the bandwidth floor."""
+    names = list(dict.fromkeys(figure.name for row in rows for figure in row.figures))
+    floors = [row.floor for row in rows if row.floor is not None]
+    if not names and not floors:
+        return []
+    share = (">of bandwidth floor",) if any(floor.share is not None for floor in floors) else ()
+    table = _table("implementation", *(f">{name}" for name in names), *share)
+    for row in rows:
+        own = {figure.name: units.figure(figure.value, figure.unit) for figure in row.figures}
+        cells = [own.get(name, "") for name in names]
+        reached = row.floor.share if row.floor is not None else None
+        cells += [units.share(reached) if reached is not None else ""] * len(share)
+        table.add_row(_text(row.implementation), *map(_text, cells))
+    told = sentences.floors_in_words(rows)
+    return [Group(table, *(_text(f"bandwidth floor: {words}") for words in told))]
 
 
 def _bench_row(record: BenchRecord, row: BenchResult) -> list[Text]:

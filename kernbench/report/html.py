@@ -152,14 +152,19 @@ def _bench(record: BenchRecord) -> dict[str, Any]:
     cases = []
     for name, rows in sentences.bench_groups(record.results).items():
         timed = [row for row in rows if row.seconds is not None]
+        own = list(dict.fromkeys(figure.name for row in rows for figure in row.figures))
+        floors = sentences.floors_in_words(rows)
         cases.append(
             {
                 "name": name,
                 "rows": rows,
                 "fastest": sentences.fastest(rows),
-                "columns": _bench_columns(rows),
+                "columns": _bench_columns(rows) - ({"launches_per_step", "syncs_per_step"} if own or floors else set()),
                 "first": rows[0].implementation,
                 "floor": sentences.noise_floor(rows),
+                "figures": own,
+                "of_floor": any(row.floor is not None and row.floor.share is not None for row in rows),
+                "floors": floors,
                 "plot": plots.implementations(rows, name) if len(timed) > 1 else None,
             }
         )
@@ -199,6 +204,7 @@ def _chips(record: Record) -> list[Chip]:
         phases = sentences.phases_in_words(workload)
         on_top = f"on top of {phases}" if isinstance(record, SwapRecord) else f"{phases} in place"
         chips += [Chip(f"preset {workload.preset}"), Chip(workload.dtype), Chip(on_top)]
+        chips += [Chip(f"weights {workload.weights}")] if workload.weights else []
     chips.append(Chip(record.environment.device.name))
     if record.git is not None and record.git.dirty:
         chips.append(Chip("uncommitted changes", "warn"))
@@ -240,11 +246,12 @@ def _templates() -> jinja2.Environment:
             "number", "seconds", "size", "bytes_rate", "flops_rate", "count", "share", "times", "scientific", "moment",
             "floor", "faster", "interval_name",
         )
-    }  # fmt: skip
+    } | {"floor_in_words": sentences.floor_in_words}  # fmt: skip
     environment.globals |= {
         "seconds_range": units.seconds_range,
         "times_range": units.times_range,
         "units_rate": units.units_rate,
+        "unit_figure": units.figure,
         "stall_class": sentences.stall_class,
         "waiting": sentences.waiting,
         "evidence_apart": sentences.evidence_apart,

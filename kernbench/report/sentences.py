@@ -16,6 +16,7 @@ from kernbench.record import (
     BenchResult,
     Build,
     CompareRecord,
+    Floor,
     Header,
     ParityRecord,
     ParityResult,
@@ -323,6 +324,32 @@ def fastest(rows: Sequence[BenchResult]) -> BenchResult | None:
     """The row with the least time; figures marked impossible or wrong do not win."""
     timed = [row for row in rows if row.seconds is not None and row.label not in ("impossible", "wrong")]
     return min(timed, key=lambda row: row.seconds or 0.0, default=None)
+
+
+def floor_in_words(floor: Floor) -> str:
+    """What a step has to move, what that takes at least, and how close the step comes or why that is not stated."""
+    share = f": the step runs at {units.share(floor.share)} of that speed" if floor.share is not None else ""
+    return f"{_least(floor)}{share}{f'; {floor.note}' if floor.note else ''}"
+
+
+def floors_in_words(rows: Sequence[BenchResult]) -> list[str]:
+    """What the steps of several rows have to move, and whose share is to be doubted or not stated, and why."""
+    least: dict[str, list[str]] = {}
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        if row.floor is not None:
+            least.setdefault(_least(row.floor), []).append(row.implementation)
+            if row.floor.note:
+                notes.setdefault(row.floor.note, []).append(row.implementation)
+    told = [text if len(least) == 1 else f"{text} ({', '.join(names)})" for text, names in least.items()]
+    return told + [f"{', '.join(names)}: {note}" for note, names in notes.items()]
+
+
+def _least(floor: Floor) -> str:
+    text = f"{units.moved(floor.bytes_per_step)} a step"
+    if floor.seconds is None:
+        return text
+    return f"{text}, at least {units.seconds(floor.seconds)} at the measured copy bandwidth"
 
 
 def bench_rate(row: BenchResult, workload: WorkloadInfo | None) -> str:

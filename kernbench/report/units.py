@@ -63,6 +63,16 @@ def size(value: float | None) -> str:
     return UNKNOWN if value is None else _scaled(value, MEMORY)
 
 
+def moved(value: float) -> str:
+    """Bytes that are moved, in decimal units as their rate is: "5.30 GB"."""
+    return _scaled(value, RATE) + "B"
+
+
+def figure(value: float, unit: str) -> str:
+    """A number with a unit that somebody else chose: "0.85", "80 ms"."""
+    return f"{number(value)} {unit}".rstrip()
+
+
 def bytes_rate(value: float | None) -> str:
     """Bandwidth in decimal units, as vendors count it: "3.98 TB/s"."""
     return UNKNOWN if value is None else _scaled(value, RATE) + "B/s"
