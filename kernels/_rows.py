@@ -16,8 +16,8 @@ from . import _shared
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED_MULTIPROCESSORS = 2
-"""Few programs are less to wait for, and two of them show whether each has a place of its own."""
+INTERPRETED_PROGRAMS = 3
+"""Few programs are less to wait for, and more than one show whether each has a place of its own."""
 _HERE: AbstractContextManager[Any] = nullcontext()
 
 
@@ -69,10 +69,15 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 def multiprocessors() -> int:
     """Of the device that Triton launches on."""
     if INTERPRETED.value:
-        return INTERPRETED_MULTIPROCESSORS
+        return 1
     return _multiprocessors(triton.runtime.driver.active.get_current_device())
 
 
 @cache
 def _multiprocessors(device: int) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(device)["multiprocessor_count"])
+
+
+def resident(on_each: int) -> int:
+    """How many programs run at once, if so many do on each multiprocessor; few in the interpreter."""
+    return INTERPRETED_PROGRAMS if INTERPRETED.value else on_each * multiprocessors()

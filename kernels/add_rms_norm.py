@@ -1,0 +1,485 @@
+"""Residual addition and RMS norm in one pass, forward and backward.
+
+    summed = x + residual
+    normed = summed * r * w,  r = 1 / sqrt(mean(summed^2) + eps)
+    dsummed += r * (dnormed * w - n * mean(dnormed * w * n)),  n = summed * r;  it is the gradient of x and of residual
+    dw = sum over rows of dnormed * n
+
+Up to ``WHOLE`` columns a row stays in registers from load to store; a longer one is walked over twice. The backward
+pass needs no more than summed: it takes the mean square again, from the row that it reads anyway. Each of its programs
+adds up dw of its own rows, and a second, small kernel adds up the programs, always in one order.
+
+Cast order, that of the Llama models: summed is rounded to the dtype and the mean square is of what was rounded, in
+float32; n is rounded before it is multiplied by w, and dnormed * w before it is taken further.
+
+Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, equation 4.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance, Values
+
+from . import _rows
+from ._rows import narrow
+
+
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """In plain PyTorch; arguments as in :func:`add_rms_norm`."""
+    summed = x + residual
+    wide = summed.to(torch.promote_types(summed.dtype, torch.float32))
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale).to(summed.dtype) * weight, summed
+
+
+@triton.jit
+def _sum(x, residual, offset, mask):  # type: ignore[no-untyped-def]
+    """x + residual as stored, and in float32."""
+    left = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+    right = tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
+    total = narrow(left + right, x.dtype.element_ty)
+    return total, total.to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _normed(value, scale, factor, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """value * scale * factor; value and scale are float32, factor is of dtype."""
+    return narrow(narrow(value * scale, dtype).to(tl.float32) * factor.to(tl.float32), dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    x, residual, weight, normed, summed, dim, x_stride, residual_stride, eps,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One program handles one row of x, residual, normed and summed [rows, dim]; grid is rows."""
+    row = tl.program_id(0).to(tl.int64)
+    x += row * x_stride
+    residual += row * residual_stride
+    normed += row * dim
+    summed += row * dim
+    DTYPE: tl.constexpr = normed.dtype.element_ty
+    if WHOLE:
+        column = tl.arange(0, BLOCK)
+        mask = column < dim
+        # Asked for before the sum over the row, so that it is there when that is.
+        factor = tl.load(weight + column, mask=mask, other=0.0)
+        total, value = _sum(x, residual, column, mask)
+        tl.store(summed + column, total, mask=mask)
+        scale = tl.rsqrt(tl.sum(value * value) / dim + eps)
+        tl.store(normed + column, _normed(value, scale, factor, DTYPE), mask=mask)
+    else:
+        squares = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, dim, BLOCK):
+            column = start + tl.arange(0, BLOCK).to(tl.int64)
+            total, value = _sum(x, residual, column, column < dim)
+            tl.store(summed + column, total, mask=column < dim)
+            squares += value * value
+        scale = tl.rsqrt(tl.sum(squares) / dim + eps)
+        for start in range(0, dim, BLOCK):
+            column = start + tl.arange(0, BLOCK).to(tl.int64)
+            factor = tl.load(weight + column, mask=column < dim, other=0.0)
+            # Added up once more, because another thread may have stored what this one would load.
+            _, value = _sum(x, residual, column, column < dim)
+            tl.store(normed + column, _normed(value, scale, factor, DTYPE), mask=column < dim)
+
+
+@triton.jit
+def _load(pointer, offset, mask):  # type: ignore[no-untyped-def]
+    return tl.load(pointer + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    dnormed, dsummed, summed, weight, dx, partial, rows, dim, dnormed_stride, dsummed_stride, eps, chunk,
+    HAS_DSUMMED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program handles chunk rows of dnormed, dsummed, summed and dx [rows, dim], one after another; grid is P.
+
+    Each leaves its share of dw in partial [P, dim]. dim is at most BLOCK.
+    """
+    column = tl.arange(0, BLOCK)
+    mask = column < dim
+    DTYPE: tl.constexpr = dx.dtype.element_ty
+    factor = _load(weight, column, mask)
+    share = tl.zeros([BLOCK], tl.float32)
+    first = tl.program_id(0).to(tl.int64) * chunk
+    for step in tl.range(0, tl.minimum(chunk, rows - first), num_stages=STAGES):
+        at = first + step
+        upstream = _load(dnormed + at * dnormed_stride, column, mask)
+        value = _load(summed + at * dim, column, mask)
+        product = narrow(upstream * factor, DTYPE).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(value * value) / dim + eps)
+        mean = tl.sum(product * value) * scale / dim
+        value *= scale
+        gradient = scale * (product - value * mean)
+        if HAS_DSUMMED:
+            gradient += _load(dsummed + at * dsummed_stride, column, mask)
+        tl.store(dx + at * dim + column, narrow(gradient, DTYPE), mask=mask)
+        share += upstream * narrow(value, DTYPE).to(tl.float32)
+    pointer = partial + tl.program_id(0).to(tl.int64) * dim + column
+    tl.store(pointer, narrow(share, partial.dtype.element_ty), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _backward_long_kernel(  # type: ignore[no-untyped-def]
+    dnormed, dsummed, summed, weight, dx, scales, dim, dnormed_stride, dsummed_stride, eps,
+    HAS_DSUMMED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program handles one row of dnormed, dsummed, summed and dx [rows, dim], and leaves r in scales [rows]."""
+    row = tl.program_id(0).to(tl.int64)
+    dnormed += row * dnormed_stride
+    summed += row * dim
+    DTYPE: tl.constexpr = dx.dtype.element_ty
+    squares = tl.zeros([BLOCK], tl.float32)
+    products = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, dim, BLOCK):
+        column = start + tl.arange(0, BLOCK).to(tl.int64)
+        mask = column < dim
+        value = _load(summed, column, mask)
+        product = narrow(_load(dnormed, column, mask) * _load(weight, column, mask), DTYPE).to(tl.float32)
+        squares += value * value
+        products += product * value
+    scale = tl.rsqrt(tl.sum(squares) / dim + eps)
+    mean = tl.sum(products) * scale / dim
+    tl.store(scales + row, scale)
+    for start in range(0, dim, BLOCK):
+        column = start + tl.arange(0, BLOCK).to(tl.int64)
+        mask = column < dim
+        value = _load(summed, column, mask) * scale
+        product = narrow(_load(dnormed, column, mask) * _load(weight, column, mask), DTYPE).to(tl.float32)
+        gradient = scale * (product - value * mean)
+        if HAS_DSUMMED:
+            gradient += _load(dsummed + row * dsummed_stride, column, mask)
+        tl.store(dx + row * dim + column, narrow(gradient, DTYPE), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _weight_kernel(  # type: ignore[no-untyped-def]
+    dnormed, summed, scales, partial, rows, dim, dnormed_stride, chunk, BLOCK: tl.constexpr
+):
+    """One program adds up dw over chunk rows and BLOCK columns, into partial [P, dim]; grid is (P, dim / BLOCK)."""
+    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < dim
+    DTYPE: tl.constexpr = summed.dtype.element_ty
+    share = tl.zeros([BLOCK], tl.float32)
+    first = tl.program_id(0).to(tl.int64) * chunk
+    for step in range(tl.minimum(chunk, rows - first)):
+        at = first + step
+        normed = narrow(_load(summed + at * dim, column, mask) * tl.load(scales + at), DTYPE).to(tl.float32)
+        share += _load(dnormed + at * dnormed_stride, column, mask) * normed
+    pointer = partial + tl.program_id(0).to(tl.int64) * dim + column
+    tl.store(pointer, narrow(share, partial.dtype.element_ty), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_up_kernel(  # type: ignore[no-untyped-def]
+    partial, total, count, dim, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program adds up GROUP rows and BLOCK columns of partial [count, dim], ROWS at a time, into total [G, dim].
+
+    Grid is (G, dim / BLOCK).
+    """
+    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * GROUP
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, tl.minimum(GROUP, count - first), ROWS):
+        row = first + start + tl.arange(0, ROWS)
+        mask = (row < count)[:, None] & (column < dim)[None, :]
+        sums += tl.load(partial + row[:, None] * dim + column[None, :], mask=mask, other=0.0)
+    pointer = total + tl.program_id(0).to(tl.int64) * dim + column
+    tl.store(pointer, narrow(tl.sum(sums, 0), total.dtype.element_ty), mask=column < dim)
+
+
+_SMALL = _rows.INTERPRETED.value
+"""The interpreter takes every way at sizes that it can walk through."""
+WHOLE = 256 if _SMALL else 8192
+"""Longest row that is kept in registers: 16 elements a thread, of three tensors at once in the backward pass."""
+LONG_BLOCK = 256 if _SMALL else 4096
+WEIGHT_BLOCK = 256 if _SMALL else 1024
+MOST_ROWS = 4 if _SMALL else 128
+"""Most rows of one program in the backward pass: so many make dw's partial sums small beside what the rows take."""
+MOST_WARPS = 16
+ADD_UP_ROWS, ADD_UP_COLUMNS, ADD_UP_GROUP = (8, 128, 16) if _SMALL else (128, 32, 1024)
+PIPELINE_BYTES = 96 * 1024
+"""Shared memory for rows under way; a multiprocessor of an A100 has 164 KiB."""
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMS norm of x + residual [..., D] times weight [D], and the sum itself; both contiguous.
+
+    Rows of x and residual may be any equal distance apart; other layouts are copied.
+
+    Args:
+        x: float32, bfloat16 or float16, any number of rows.
+        residual: as x.
+        weight: of the same dtype.
+        eps: added to the mean square.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    shape, dtype, device = x.shape, x.dtype, x.get_device()
+    fits = residual.shape == shape and weight.shape == shape[-1:] and residual.get_device() == device
+    if not (fits and shape and residual.dtype == dtype == weight.dtype and weight.get_device() == device):
+        described = ", ".join(f"{tuple(one.shape)} {one.dtype} on {one.device}" for one in (x, residual, weight))
+        raise ValueError(
+            f"add_rms_norm takes [..., D], the same and [D], of one dtype and device; they are {described}"
+        )
+    if dtype not in _rows.DTYPES:
+        raise ValueError(f"add_rms_norm takes float32, bfloat16 or float16, not {dtype}")
+    results: tuple[Tensor, Tensor]
+    if _rows.watched():
+        results = torch.ops.kernbench.add_rms_norm.default(x, residual, weight, eps)
+    elif torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad):
+        results = _AddRMSNorm.apply(x, residual, weight, eps)  # type: ignore[no-untyped-call]
+    else:
+        results = _forward(x, residual, weight, eps)
+    return results
+
+
+def _forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    summed = torch.empty_like(normed)
+    count, dim = x.numel(), x.shape[-1]
+    if not count:
+        return normed, summed
+    x, x_stride = _rows.as_rows(x)
+    residual, residual_stride = _rows.as_rows(residual)
+    rows = count // dim
+    block, warps = _forward_launch(rows, dim, x.element_size())
+    with _rows.on_device(x):
+        _forward_kernel[(rows,)](
+            x, residual, weight.contiguous(), normed, summed, dim, x_stride, residual_stride, eps,
+            BLOCK=block, WHOLE=dim <= block, num_warps=warps,
+        )  # fmt: skip
+    return normed, summed
+
+
+@lru_cache(maxsize=1024)
+def _forward_launch(rows: int, dim: int, itemsize: int) -> tuple[int, int]:
+    """Columns at once, and warps.
+
+    A few rows are all latency: one access of 16 bytes a thread and tensor. Many are all bandwidth: two accesses keep
+    more bytes under way, and fewer warps have to wait for each other in the sum over a row.
+    """
+    block = triton.next_power_of_2(dim) if dim <= WHOLE else LONG_BLOCK
+    accesses = 1 if rows <= _rows.multiprocessors() else 2
+    return block, _warps(block * itemsize // accesses)
+
+
+def _warps(bytes_at_once: int) -> int:
+    """Warps of which each thread takes 16 bytes."""
+    return max(1, min(MOST_WARPS, bytes_at_once // (32 * 16)))
+
+
+def _backward(
+    dnormed: Tensor, dsummed: Tensor | None, summed: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum and of the weight; ``summed`` is contiguous."""
+    dx = torch.empty_like(summed)
+    if not summed.numel():
+        return dx, torch.zeros_like(weight)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dim = weight.numel()
+    dnormed, dnormed_stride = _rows.as_rows(dnormed)
+    dsummed, dsummed_stride = (dnormed, 0) if dsummed is None else _rows.as_rows(dsummed)
+    plan = _plan(summed.numel() // dim, dim, summed.element_size())
+    several = plan.programs > 1
+    partial = torch.empty(plan.programs, dim, dtype=torch.float32, device=dx.device) if several else dweight
+    weight = weight.contiguous()
+    with _rows.on_device(dx):
+        if dim <= WHOLE:
+            _backward_kernel[(plan.programs,)](
+                dnormed, dsummed, summed, weight, dx, partial, plan.rows, dim, dnormed_stride, dsummed_stride, eps,
+                plan.chunk, HAS_DSUMMED=dsummed_stride > 0, BLOCK=plan.block, STAGES=plan.stages, num_warps=plan.warps,
+            )  # fmt: skip
+        else:
+            scales = torch.empty(plan.rows, dtype=torch.float32, device=dx.device)
+            _backward_long_kernel[(plan.rows,)](
+                dnormed, dsummed, summed, weight, dx, scales, dim, dnormed_stride, dsummed_stride, eps,
+                HAS_DSUMMED=dsummed_stride > 0, BLOCK=plan.block, num_warps=plan.warps,
+            )  # fmt: skip
+            _weight_kernel[(plan.programs, triton.cdiv(dim, WEIGHT_BLOCK))](
+                dnormed, summed, scales, partial, plan.rows, dim, dnormed_stride, plan.chunk,
+                BLOCK=WEIGHT_BLOCK, num_warps=4,
+            )  # fmt: skip
+        if several:
+            _add_up(partial, dweight)
+    return dx, dweight
+
+
+def _add_up(partial: Tensor, total: Tensor) -> None:
+    """Sums of partial [P, D] into total [D], in one launch up to ``ADD_UP_GROUP`` rows."""
+    count, dim = partial.shape
+    groups = triton.cdiv(count, ADD_UP_GROUP)
+    sums = partial.new_empty(groups, dim) if groups > 1 else total
+    _add_up_kernel[(groups, triton.cdiv(dim, ADD_UP_COLUMNS))](
+        partial, sums, count, dim, GROUP=ADD_UP_GROUP, ROWS=ADD_UP_ROWS, BLOCK=ADD_UP_COLUMNS, num_warps=8
+    )
+    if groups > 1:
+        _add_up(sums, total)
+
+
+class _Plan(NamedTuple):
+    """How a backward pass is launched: programs that add up dw over chunk rows each, and what one works on at once."""
+
+    rows: int
+    chunk: int
+    programs: int
+    block: int
+    warps: int
+    stages: int
+
+
+@lru_cache(maxsize=1024)
+def _plan(rows: int, dim: int, itemsize: int) -> _Plan:
+    if dim <= WHOLE:
+        block = triton.next_power_of_2(dim)
+        warps = _warps(block * itemsize)
+        # Programs that stay, each with the next rows under way while it works on one.
+        on_each = MOST_WARPS // warps
+        stages = max(1, min(3, PIPELINE_BYTES // (3 * block * itemsize * on_each)))
+    else:
+        block, warps, stages = LONG_BLOCK, _warps(LONG_BLOCK * itemsize), 1
+        on_each = max(1, MOST_WARPS * WEIGHT_BLOCK // dim)
+    chunk = min(MOST_ROWS, triton.cdiv(rows, _rows.resident(on_each)))
+    return _Plan(rows, chunk, triton.cdiv(rows, chunk), block, warps, stages)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, weight, ctx.eps = inputs
+    ctx.save_for_backward(output[1], weight)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    if dnormed is None:
+        return dsummed, dsummed, None, None
+    summed, weight = ctx.saved_tensors
+    backward = torch.ops.kernbench.add_rms_norm_backward.default if _rows.watched() else _backward
+    dx, dweight = backward(dnormed, dsummed, summed, weight, ctx.eps)
+    return dx, dx, dweight, None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    """The operator without the dispatcher, which takes longer than a launch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        output = _forward(x, residual, weight, eps)
+        _keep(ctx, (x, residual, weight, eps), output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        return _gradients(ctx, dnormed, dsummed)
+
+
+_LIBRARY = torch.library.Library("kernbench", "FRAGMENT")  # type: ignore[no-untyped-call]
+for _name, _schema, _implementation in (
+    ("add_rms_norm", "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)", _forward),
+    (
+        "add_rms_norm_backward",
+        "(Tensor dnormed, Tensor? dsummed, Tensor summed, Tensor weight, float eps) -> (Tensor, Tensor)",
+        _backward,
+    ),
+):
+    _LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _implementation, _key)  # type: ignore[no-untyped-call]
+torch.library.register_fake(
+    "kernbench::add_rms_norm",
+    lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    lib=_LIBRARY,
+)
+torch.library.register_fake(
+    "kernbench::add_rms_norm_backward",
+    lambda dnormed, dsummed, summed, weight, eps: (summed.new_empty(summed.shape), weight.new_empty(weight.shape)),
+    lib=_LIBRARY,
+)
+torch.library.register_autograd("kernbench::add_rms_norm", _gradients, setup_context=_keep, lib=_LIBRARY)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """What a layer adds, a residual stream with a mean, and weights around one.
+
+    eps is larger than in models: else nobody could tell whether it counts, and in a row of one number neither input
+    would change the result by more than rounding.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    x, residual = normal(case["rows"], case["dim"]), normal(case["rows"], case["dim"]) * 1.5 + 0.5
+    weight = normal(case["dim"]) * 0.2 + 1
+    given = {"x": x, "residual": residual, "weight": weight}
+    return {**{name: tensor.to(dtype).requires_grad_() for name, tensor in given.items()}, "eps": 1e-2}
+
+
+def cost(case: Case, dtype: torch.dtype) -> Cost:
+    """x and residual read and both results written once, and the weight."""
+    elements = float(case["rows"] * case["dim"])
+    return Cost(
+        flops=5 * elements,
+        bytes_read=dtype.itemsize * (2 * elements + case["dim"]),
+        bytes_written=dtype.itemsize * 2 * elements,
+    )
+
+
+def _torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    summed = x + residual
+    return torch.nn.functional.rms_norm(summed, weight.shape, weight, eps), summed
+
+
+def _liger(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction  # type: ignore[import-not-found]
+
+    # Neither an offset of the weight, nor gradients written over those that come in.
+    results: tuple[Tensor, Tensor] = LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, 0.0, "llama", False)
+    return results
+
+
+SPEC = KernelSpec(
+    name="add_rms_norm",
+    reference=add_rms_norm_reference,
+    optimized=add_rms_norm,
+    make_inputs=make_inputs,
+    cases=(
+        Case("one", rows=1, dim=1),
+        Case("ragged", rows=19, dim=61),
+        Case("long", rows=5, dim=301),
+        Case("decode", large=True, rows=1, dim=2048),
+        Case("decode-1024", large=True, rows=1, dim=1024),
+        Case("16-rows", large=True, rows=16, dim=2048),
+        Case("512-rows", large=True, rows=512, dim=2048),
+        Case("16384-rows", large=True, rows=16384, dim=2048),
+        Case("16384-wide", large=True, rows=16384, dim=4096),
+        Case("512-long", large=True, rows=512, dim=12296),
+    ),
+    tolerance={"float32": Tolerance(), "bfloat16": Tolerance(), "float16": Tolerance()},
+    cost=cost,
+    sizes={"rows": Sizes(most=20, block=MOST_ROWS), "dim": Sizes(most=400, block=WHOLE)},
+    values={
+        "x": Values(least=-1e4, most=1e4, nonfinite=True),
+        "residual": Values(least=-1e4, most=1e4, nonfinite=True),
+        "weight": Values(least=-1e2, most=1e2, nonfinite=True),
+    },
+    differentiable=True,
+    peers={"torch rms_norm": _torch, "liger": _liger},
+    source="Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, equation 4",
+)
