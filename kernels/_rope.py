@@ -19,18 +19,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernbench.spec import Tolerance
 
-from . import _shared
+from ._rows import DTYPES, narrow
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {str(dtype).removeprefix("torch."): Tolerance() for dtype in DTYPES}
 LARGEST_DIM = 1024
 """A row of it is 16 pairs a thread with 32 lanes; a larger one would not stay in registers."""
 WARPS = 4
+HEADS_FOR_TABLES = 4
+"""Heads of a tile whose tokens lie side by side: with one, tables would be read as often as what they rotate."""
 KEPT_PLANS = 4096
 
 T = TypeVar("T")
@@ -51,22 +50,27 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @triton.jit  # type: ignore[untyped-decorator]
 def round_to(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """x, float32, rounded to DTYPE and float32 again."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        # Of these values a cast to bfloat16 is exact, in the interpreter too.
-        return _shared.nearest_bfloat16(x)
-    return x.to(DTYPE).to(tl.float32)
+    return narrow(x, DTYPE).to(tl.float32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def tile(index, tokens, HEADS: tl.constexpr, TILE_HEADS: tl.constexpr, TILE_TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Batch entry, heads [ROWS, 1], tokens [ROWS, 1] and their mask of a tile; neighbours in tokens come first."""
-    blocks = tl.cdiv(tokens, TILE_TOKENS)
+def tile(  # type: ignore[no-untyped-def]
+    index, tokens, HEADS: tl.constexpr, TILE_HEADS: tl.constexpr, TILE_TOKENS: tl.constexpr, BY_TOKEN: tl.constexpr
+):
+    """Batch entry, heads [ROWS, 1], tokens [ROWS, 1] and their mask of a tile; neighbours are neighbours in memory."""
+    token_blocks = tl.cdiv(tokens, TILE_TOKENS)
+    head_blocks: tl.constexpr = HEADS // TILE_HEADS
+    if BY_TOKEN:
+        entry = index // (head_blocks * token_blocks)
+        token = (index // head_blocks) % token_blocks * TILE_TOKENS
+        head = index % head_blocks * TILE_HEADS
+    else:
+        entry = index // (head_blocks * token_blocks)
+        token = index % token_blocks * TILE_TOKENS
+        head = (index // token_blocks) % head_blocks * TILE_HEADS
     row = tl.arange(0, TILE_HEADS * TILE_TOKENS)[:, None]
-    token = (index % blocks) * TILE_TOKENS + row // TILE_HEADS
-    outer = index // blocks
-    entry = (outer // (HEADS // TILE_HEADS)).to(tl.int64)
-    head = (outer % (HEADS // TILE_HEADS)) * TILE_HEADS + row % TILE_HEADS
-    return entry, head.to(tl.int64), token.to(tl.int64), token < tokens
+    token += row // TILE_HEADS
+    return entry.to(tl.int64), (head + row % TILE_HEADS).to(tl.int64), token.to(tl.int64), token < tokens
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -80,8 +84,8 @@ def load_halves(pointer, mask, HALF: tl.constexpr):  # type: ignore[no-untyped-d
 def store_halves(pointer, first, second, mask, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
     """Store both halves, rounded to what pointer points to."""
     DTYPE: tl.constexpr = pointer.dtype.element_ty
-    tl.store(pointer, round_to(first, DTYPE).to(DTYPE), mask=mask)
-    tl.store(pointer + HALF, round_to(second, DTYPE).to(DTYPE), mask=mask)
+    tl.store(pointer, narrow(first, DTYPE), mask=mask)
+    tl.store(pointer + HALF, narrow(second, DTYPE), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -113,14 +117,14 @@ class Tiling(NamedTuple):
     programs: int
 
 
-def tiling(batch: int, heads: int, tokens: int, rows: int, by_token: bool = True) -> Tiling:
+def tiling(batch: int, heads: int, tokens: int, rows: int, *, by_token: bool) -> Tiling:
     """How a tensor [batch, heads, tokens, dim] is cut into tiles of at most ``rows`` rows, a power of two.
 
     ``by_token`` says that a token's heads are nearer to each other than a head's tokens.
     """
     # One token at a time is the usual decode; other numbers are not worth a build of the kernel each.
     together = 1 if tokens == 1 else rows
-    tile_heads = math.gcd(heads, rows if by_token else rows // together)
+    tile_heads = math.gcd(heads, rows if by_token or tokens == 1 else min(rows, HEADS_FOR_TABLES))
     tile_tokens = min(together, rows // tile_heads)
     return Tiling(tile_heads, tile_tokens, batch * (heads // tile_heads) * triton.cdiv(tokens, tile_tokens))
 
@@ -137,21 +141,6 @@ def kept(plans: dict[Any, T], look: Any, plan: T) -> T:
         plans.clear()
     plans[look] = plan
     return plan
-
-
-def watched() -> bool:
-    """Whether somebody has to see the operator: a compiler, a dispatch mode, a profiler.
-
-    Otherwise the dispatcher's Python is left out, which takes longer than a small kernel.
-    """
-    return (
-        torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
-    )
-
-
-def elsewhere(x: Tensor) -> bool:
-    """Whether x is on a GPU that is not the current one, where Triton would launch."""
-    return x.is_cuda and x.get_device() != torch.cuda.current_device()
 
 
 def check_heads(kernel: str, cos: Tensor, sin: Tensor, **tensors: Tensor) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Values
 
-from . import _rope
+from . import _rope, _rows
 
 NAME = "qk_norm_rope_cache"
 PAIRS = 1024
@@ -49,7 +49,7 @@ def _norm_and_rotate(  # type: ignore[no-untyped-def]
     CACHED: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One tile of x [B, T, HEADS, D] into target, at its tokens or, if ``CACHED``, at their places in the cache."""
-    entry, head, token, is_token = _rope.tile(tile, tokens, HEADS, TILE_HEADS, TILE_TOKENS)
+    entry, head, token, is_token = _rope.tile(tile, tokens, HEADS, TILE_HEADS, TILE_TOKENS, True)
     column = tl.arange(0, COLUMNS)[None, :]
     place = start + token
     mask = is_token & (column < HALF)
@@ -76,7 +76,7 @@ def _copy(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One tile of x [B, T, HEADS, D] as it is to its places in the cache."""
-    entry, head, token, is_token = _rope.tile(tile, tokens, HEADS, TILE_HEADS, TILE_TOKENS)
+    entry, head, token, is_token = _rope.tile(tile, tokens, HEADS, TILE_HEADS, TILE_TOKENS, True)
     column = tl.arange(0, COLUMNS)[None, :]
     place = start + token
     inside = is_token & (column < HALF) & (place >= 0) & (place < length)
@@ -151,7 +151,7 @@ def qk_norm_rope_cache(
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError(f"{NAME} has no gradient; call it under torch.no_grad(), or train with qk_norm_rope")
-    if _rope.watched():
+    if _rows.watched():
         watched: Tensor = torch.ops.kernbench.qk_norm_rope_cache.default(
             q, k, v, q_weight, k_weight, cos, sin, key_cache, value_cache, position, eps
         )
@@ -190,18 +190,16 @@ def _launch(
     if plan is None:
         _check(q, k, v, q_weight, k_weight, cos, sin, key_cache, value_cache, position)
         plan = _rope.kept(_plans, look, _planned(q, k, v, key_cache))
-    if _rope.elsewhere(q):
-        with torch.cuda.device(q.device):
-            return _launch(q, k, v, q_weight, k_weight, cos, sin, key_cache, value_cache, position, eps)
     if plan.copied:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         return _launch(q, k, v, q_weight, k_weight, cos, sin, key_cache, value_cache, position, eps)
     rotated = q.new_empty_strided(plan.shape, plan.strides)
     if plan.grid[0]:
-        _kernel[plan.grid](
-            q, k, v, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(),
-            key_cache, value_cache, position, rotated, *plan.numbers, eps, *plan.constants, num_warps=_rope.WARPS,
-        )  # fmt: skip
+        with _rows.on_device(q):
+            _kernel[plan.grid](
+                q, k, v, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(),
+                key_cache, value_cache, position, rotated, *plan.numbers, eps, *plan.constants, num_warps=_rope.WARPS,
+            )  # fmt: skip
         torch.autograd.graph.increment_version((key_cache, value_cache))
     return rotated
 
@@ -210,8 +208,8 @@ def _planned(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor) -> _Plan:
     batch, tokens, q_heads, dim = q.shape
     k_heads = k.shape[2]
     columns, rows = _rope.rows_for(dim, PAIRS)
-    q_tiling = _rope.tiling(batch, q_heads, tokens, rows)
-    k_tiling = _rope.tiling(batch, k_heads, tokens, rows)
+    q_tiling = _rope.tiling(batch, q_heads, tokens, rows, by_token=True)
+    k_tiling = _rope.tiling(batch, k_heads, tokens, rows, by_token=True)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *key_cache.stride()[:3])
     return _Plan(
         shape=(batch, q_heads, tokens, dim),
