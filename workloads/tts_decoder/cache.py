@@ -23,7 +23,7 @@ class Room:
         keys, values: per layer [B, H, M, D].
         cos, sin: the rotation of every position, [M, F].
         positions: each position twice, [M, 2] int64, so that each lies at an address divisible by 16.
-        causal: whether a query (row) sees a key (column), [M, M] bool.
+        bias: added to the scores of a query (row), [M, M]: nothing for a key (column) that it sees, else -inf.
     """
 
     keys: list[Tensor]
@@ -31,14 +31,15 @@ class Room:
     cos: Tensor
     sin: Tensor
     positions: Tensor
-    causal: Tensor
+    bias: Tensor
 
 
 class KVCache:
     """The cache of one transformer, for one sequence.
 
-    ``length`` counts the positions on the host. ``counter`` is the same number on the device where a captured frame
-    advances it; attention then sees all of the room through a mask, because nothing in it may depend on ``length``.
+    ``length`` counts the positions on the host. Between :meth:`count_on_device` and :meth:`count_on_host` the device
+    counts them in ``counter``, and attention sees all of the room through a mask: nothing depends on ``length``, so
+    that what runs can be captured once and replayed.
     """
 
     def __init__(self, config: StackConfig, most: int, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -51,11 +52,17 @@ class KVCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.room: Room | None = None
+        self._device_count: Tensor | None = None
+        self._counted = -1
+        self._bias_TM: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.truncate(0)
+        if self.counter is not None:
+            self.counter.zero_()
+        else:
+            self.truncate(0)
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` positions."""
@@ -77,34 +84,54 @@ class KVCache:
 
     def advance(self, count: int) -> None:
         """All layers have the next ``count`` positions."""
-        self.length += count
+        if self.counter is not None:
+            self.counter.add_(count)
+        else:
+            self.length += count
 
     def reserve(self) -> Room:
-        """The room, allocated by the first call, which takes what the cache holds along."""
+        """The room, allocated by the first call, which takes along what the cache holds."""
         if self.room is None:
-            shape = (self.config.layers, 2, 1, self.config.kv_heads, self.most, self.config.head_dim)
-            memory = torch.zeros(shape, device=self.device, dtype=self.dtype)
-            for layer in range(self.config.layers):
-                memory[layer, 0, :, :, : self.length] = self.keys[layer]
-                memory[layer, 1, :, :, : self.length] = self.values[layer]
+            keys, values = self._moved(self.keys), self._moved(self.values)
             counted = torch.arange(self.most, device=self.device)
             cos, sin = rotation_tables(self.config, counted, self.dtype)
-            self.room = Room(
-                keys=[memory[layer, 0] for layer in range(self.config.layers)],
-                values=[memory[layer, 1] for layer in range(self.config.layers)],
-                cos=cos,
-                sin=sin,
-                positions=counted[:, None].repeat(1, 2),
-                causal=counted[:, None] >= counted,
-            )
+            bias = torch.zeros(self.most, self.most, device=self.device, dtype=self.dtype)
+            bias.masked_fill_(counted > counted[:, None], float("-inf"))
+            self.room = Room(keys, values, cos, sin, counted[:, None].repeat(1, 2), bias)
             self.keys, self.values = [], []
         return self.room
+
+    def _moved(self, layers: list[Tensor]) -> list[Tensor]:
+        # A tensor a layer, because compilers treat parts of one tensor that are written as one tensor.
+        shape = (1, self.config.kv_heads, self.most, self.config.head_dim)
+        rooms = [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in layers]
+        for room, layer in zip(rooms, layers, strict=True):
+            room[:, :, : self.length] = layer
+        return rooms
 
     def leave_room(self) -> None:
         """Go back to concatenation, for code that knows nothing else."""
         if self.room is not None:
             self.keys, self.values = map(list, self.content())
             self.room = None
+
+    def count_on_device(self) -> None:
+        """From here on the device counts."""
+        room = self.reserve()
+        if self._device_count is None:
+            self._device_count = torch.zeros(1, dtype=torch.int64, device=self.device)
+        if self._counted != self.length:
+            self._device_count.copy_(room.positions[self.length, :1])
+        self._counted = -1
+        self.counter = self._device_count
+
+    def count_on_host(self) -> None:
+        """From here on the host counts, from where it was."""
+        self.counter = None
+
+    def counted_to(self, length: int) -> None:
+        """Take over how far the device has counted."""
+        self.length = self._counted = length
 
     def position(self) -> Tensor:
         """Index of the next position, [1] int64 on the device; no copy and no launch."""
@@ -120,11 +147,17 @@ class KVCache:
         end = self.length + count
         return room.keys[layer][:, :, :end], room.values[layer][:, :, :end]
 
-    def mask(self) -> Tensor | None:
-        """Who sees whom, [1, M] bool, where one query sees a part of :meth:`visible`; else None."""
+    def bias(self, layer: int, count: int) -> Tensor | None:
+        """What is added to the scores [T, M] of ``count`` queries that see a part of :meth:`visible`; else None.
+
+        Computed for the first layer, for all of them.
+        """
         if self.counter is None:
             return None
-        return self.reserve().causal.index_select(0, self.counter)
+        if layer == 0:
+            rows_T = self.counter if count == 1 else self.counter + torch.arange(count, device=self.device)
+            self._bias_TM = self.reserve().bias.index_select(0, rows_T)
+        return self._bias_TM
 
     def content(self) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values per layer [B, H, S, D]; what is written into them is written into the cache."""

@@ -25,8 +25,8 @@ from .speech import SpeechModel
 class Decoder:
     """One model that speaks one text, a frame a step. When the cache is full it says the same again.
 
-    ``position`` counts on the host. ``counters_2`` holds it and the position after on the device, where a captured
-    frame advances them: nothing captured may depend on ``position``.
+    ``position`` counts on the host. While a frame is captured, ``counters_2`` holds it and the position after on the
+    device, and nothing depends on ``position``.
     """
 
     units_per_step = 1.0
@@ -48,8 +48,10 @@ class Decoder:
         self.forced_MG: Tensor | None = None
         self.position = config.prompt - 1
         self.counters_2: Tensor | None = None
-        # What the host has read: all frames, and of the next one the semantic token.
-        self.frames: list[list[int]] = []
+        # What the host has read, by position.
+        self.frames = [[0] * config.groups for _ in range(rows)]
+        # What a phase keeps with the decoder, by the phase's own key.
+        self.kept: dict[str, Any] = {}
         self.logits_1V = torch.zeros(1, config.codec_vocabulary, dtype=wide, device=device)
         self.acoustic_logits: list[Tensor] = []
         with torch.no_grad():
@@ -86,16 +88,8 @@ class Decoder:
         if target < self.position:
             self.position = target
             self.talker_cache.truncate(target)
-            self.frames[frame:] = [self.frames[frame][:1]]
-            self.moved()
         while self.position < target:
             self.run_frame()
-
-    def moved(self) -> None:
-        """The position was set anew; what else counts positions follows."""
-        if self.counters_2 is not None:
-            self.counters_2.copy_(self.talker_cache.reserve().positions[self.position])
-            self.counters_2[1:].add_(1)
 
     @torch.no_grad()
     def generate(self, frames: int) -> list[list[int]]:
@@ -153,7 +147,7 @@ class Decoder:
         settings = self.config.sampling
         uniform_1 = self.here(self.uniforms_MG)[:, group]
         code_1 = sampling.choose(logits_1V, uniform_1, settings, settings.acoustic_temperature, top_p=1.0)
-        self.frames[-1].append(int(code_1))
+        self.frames[self.position][group] = int(code_1)
         return code_1
 
     def semantic_code(self, logits_1V: Tensor) -> Tensor:
@@ -169,7 +163,7 @@ class Decoder:
         )
         uniform_1 = self.host_uniforms_MG[self.position + 1, :1]
         token_1 = sampling.choose(logits_1V, uniform_1, settings, settings.temperature, settings.top_p)
-        self.frames.append([int(token_1)])
+        self.frames[self.position + 1][0] = int(token_1)
         return token_1.to(self.place.device)
 
     def is_early(self, position: int) -> bool:
@@ -183,13 +177,13 @@ class Decoder:
 
     def read_codes(self) -> list[list[int]]:
         """The codes of all frames so far."""
-        return [list(frame) for frame in self.frames[:-1]]
+        return [list(frame) for frame in self.frames[self.config.prompt : self.position]]
 
-    def here(self, table: Tensor) -> Tensor:
-        """The row of this position, [1, ...]."""
+    def here(self, table: Tensor, *, ahead: int = 0) -> Tensor:
+        """The row of this position, [1, ...], or of the next with ``ahead`` 1."""
         if self.counters_2 is None:
-            return table[self.position : self.position + 1]
-        return table.index_select(0, self.counters_2[:1])
+            return table[self.position + ahead : self.position + ahead + 1]
+        return table.index_select(0, self.counters_2[ahead : ahead + 1])
 
     def put(self, table: Tensor, row: Tensor, *, ahead: int = 0) -> None:
         """Write the row [1, ...] of this position, or of the next with ``ahead`` 1."""
@@ -200,11 +194,7 @@ class Decoder:
 
     def followed(self, code_1: Tensor, group: int, *, ahead: int) -> Tensor:
         """The code that the model goes on with: the chosen one, or where a sequence is forced, that of the sequence."""
-        if self.forced_MG is None:
-            return code_1
-        if self.counters_2 is None:
-            return self.forced_MG[self.position + ahead, group : group + 1]
-        return self.forced_MG[:, group].index_select(0, self.counters_2[ahead : ahead + 1])
+        return code_1 if self.forced_MG is None else self.here(self.forced_MG[:, group], ahead=ahead)
 
     @torch.no_grad()
     def force(self, codes_MG: Tensor) -> None:

@@ -6,7 +6,7 @@ head, I inner width of the MLP.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         by_head = (*x_BTH.shape[:2], -1, self.config.head_dim)
         q_BTND, k_BTKD, v_BTKD = (project(x_BTH).view(by_head) for project in (self.q_proj, self.k_proj, self.v_proj))
         mixed = self.rotate_and_store(q_BTND, k_BTKD, v_BTKD, cache, layer)
-        output: Tensor = self.o_proj(self.attend(mixed, cache.mask()).transpose(1, 2).flatten(2))
+        output: Tensor = self.o_proj(self.attend(mixed, cache.bias(layer, x_BTH.shape[1])).transpose(1, 2).flatten(2))
         return output
 
     def rotate_and_store(self, q_BTND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, cache: KVCache, layer: int) -> Mixed:
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         keys, values = cache.append(layer, k_BKTD, v_BTKD.transpose(1, 2))
         return Mixed(q_BNTD, keys, values)
 
-    def attend(self, mixed: Mixed, mask: Tensor | None) -> Tensor:
+    def attend(self, mixed: Mixed, bias_TS: Tensor | None) -> Tensor:
         """Causal attention [B, N, T, D] over the cache, keys and values repeated for their groups of queries."""
         queries, keys, values = mixed
         group = self.config.heads // self.config.kv_heads
@@ -107,8 +107,8 @@ class Attention(nn.Module):
             queries,
             repeated(keys, group),
             repeated(values, group),
-            attn_mask=mask,
-            is_causal=mask is None and queries.shape[2] > 1,
+            attn_mask=bias_TS,
+            is_causal=bias_TS is None and queries.shape[2] > 1,
         )
 
 
@@ -162,6 +162,17 @@ class Stack(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(Layer(config, place) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.eps, place)
+        self.zeros: dict[torch.Size, Tensor] = {}
+
+    def in_order(self) -> list[Layer]:
+        """The layers, as what they are."""
+        return cast(list[Layer], list(self.layers))
+
+    def nothing(self, like: Tensor) -> Tensor:
+        """Zeros of that shape, never to be written: the residual before the first layer."""
+        if like.shape not in self.zeros:
+            self.zeros[like.shape] = torch.zeros_like(like)
+        return self.zeros[like.shape]
 
     def forward(self, x_BTH: Tensor, cache: KVCache) -> Tensor:
         """Hidden states of T further positions, which the cache then holds."""

@@ -24,13 +24,18 @@ from __future__ import annotations
 
 import torch
 
-from kernbench.workload import Workload
+from kernbench.workload import Phase, Swap, Workload
 
+from . import graph, predictions, syncfree
 from .config import PRESETS, TtsConfig
 from .decoder import Decoder
-from .model import Place
+from .fused import adapt_add_rms_norm, adapt_qk_norm_rope_cache, adapt_swiglu
+from .model import MLP, Attention, Place, Stack
 from .speech import SpeechModel, randomize
 from .text import read_text, tokenize
+
+AT_THE_END = 10**9
+"""Codes are read when an utterance is done, which no race of steps reaches."""
 
 
 def build(*, preset: TtsConfig, device: torch.device, dtype: torch.dtype, seed: int, data: str | None) -> Decoder:
@@ -50,5 +55,61 @@ WORKLOAD = Workload(
     summary="TTS decoder frame: 28-layer talker and 15 passes of the code predictor, batch 1",
     presets=PRESETS,
     build=build,
+    phases=(
+        Phase(
+            number=0,
+            title="sync-free sampling",
+            flag="TTS_SYNC_FREE",
+            claim=predictions.SYNC_CLAIM,
+            predicts=predictions.SYNC_PROMISE,
+            predict=predictions.predict_no_syncs,
+            swaps=(
+                Swap(site=(Decoder, "acoustic_code"), use=syncfree.acoustic_code),
+                Swap(site=(Decoder, "semantic_code"), use=syncfree.semantic_code),
+                Swap(site=(Decoder, "ended"), use=syncfree.ended),
+                Swap(site=(Decoder, "read_codes"), use=syncfree.read_codes, every=AT_THE_END),
+            ),
+        ),
+        Phase(
+            number=1,
+            title="fused residual and RMS norm",
+            flag="TTS_FUSED_NORM",
+            claim=predictions.NORM_CLAIM,
+            predicts=predictions.NORM_PROMISE,
+            predict=predictions.predict_fused_norm,
+            swaps=(Swap(site=(Stack, "forward"), kernel="add_rms_norm", adapt=adapt_add_rms_norm),),
+        ),
+        Phase(
+            number=2,
+            title="fused SwiGLU",
+            flag="TTS_FUSED_SWIGLU",
+            claim=predictions.SWIGLU_CLAIM,
+            predicts=predictions.SWIGLU_PROMISE,
+            predict=predictions.predict_fused_swiglu,
+            swaps=(Swap(site=(MLP, "activate"), kernel="swiglu", adapt=adapt_swiglu),),
+        ),
+        Phase(
+            number=3,
+            title="fused RoPE with QK norm and cache write",
+            flag="TTS_FUSED_ROPE",
+            claim=predictions.ROPE_CLAIM,
+            predicts=predictions.ROPE_PROMISE,
+            predict=predictions.predict_fused_rope,
+            swaps=(
+                Swap(site=(Attention, "rotate_and_store"), kernel="qk_norm_rope_cache", adapt=adapt_qk_norm_rope_cache),
+            ),
+        ),
+        Phase(
+            number=4,
+            title="CUDA graph of the frame",
+            flag="TTS_CUDA_GRAPH",
+            predicts=predictions.GRAPH_PROMISE,
+            predict=predictions.predict_graph,
+            swaps=(
+                Swap(site=(Decoder, "run_frame"), use=graph.run_frame),
+                Swap(site=(Attention, "attend"), use=graph.attend),
+            ),
+        ),
+    ),
     source="Custom CUDA kernels plan of a Rust Qwen3-TTS; layout after QwenLM/Qwen3-TTS",
 )

@@ -1,0 +1,133 @@
+"""What the phases promise, in figures, from the profile of the side before."""
+
+from __future__ import annotations
+
+import statistics
+
+from kernbench.record import Prediction, ProfileRecord
+
+from .config import PRESETS, TtsConfig
+
+SYNC_CLAIM = "Rust, optimizations 1 to 6: 17.9 to 19.4 frames/s on 1.7B (medium text), 18 reads a frame to 1"
+SYNC_PROMISE = "No host read is left in a steady frame; the gain is the time the device idled behind them, at most."
+NORM_CLAIM = "15-25 % speedup; 66 of about 700 launches a frame, counting 33 norms"
+NORM_PROMISE = (
+    "Two launches a layer for both norms and both residual sums, over all 16 passes of a frame; while launches bound "
+    "the frame, each one saved is worth an average one."
+)
+SWIGLU_CLAIM = "5-10 % speedup; 33 of about 634 launches a frame"
+SWIGLU_PROMISE = "One launch for silu and product in each of a frame's layer passes; worth that share of the launches."
+ROPE_CLAIM = "2-5 % speedup; 56 of about 601 launches a frame"
+ROPE_PROMISE = (
+    "One launch for both norms, rotation, tables and cache write of a layer; the cache is allocated once and no longer "
+    "copied to grow."
+)
+GRAPH_PROMISE = "One launch a frame: the device no longer waits for the host; at best its busy time is left."
+ONE_ROW_PROMISE = "Five operators a layer read the weights once at copy speed; at best the bandwidth floor is left."
+
+# Of RMSNorm.forward: square, mean, eps, root, two products, and where the dtype is short two casts.
+NORM_LAUNCHES = 6
+CASTS = 2
+
+
+def predict_no_syncs(before: ProfileRecord) -> Prediction:
+    """All syncs go; the frame loses at most the device idle time that has a sync as its cause."""
+    ratio_high, basis = None, "no idle times by cause in the profile before, so no time is promised"
+    step = _step_seconds(before)
+    waited = before.idle.causes.get("sync") if before.idle else None
+    if step and waited is not None and waited < step:
+        ratio_high = step / (step - waited)
+        basis = f"frame {step * 1e3:.3g} ms, of which the device idles {waited * 1e3:.3g} ms because of syncs"
+    return _prediction(SYNC_PROMISE, SYNC_CLAIM, ratio_high, basis, syncs=before.syncs_per_step)
+
+
+def predict_fused_norm(before: ProfileRecord) -> Prediction:
+    """Both norms and sums of a layer become two launches, the final norm is one of them."""
+    config = PRESETS.get(before.workload.preset)
+    if config is None:
+        return _prediction(NORM_PROMISE, NORM_CLAIM, None, "a preset of other sizes, so no launches are promised")
+    norm = NORM_LAUNCHES + (CASTS if before.workload.dtype in ("bfloat16", "float16") else 0)
+    layers, passes = layer_passes(config), config.groups
+    saved = layers * (2 * norm + 2) + passes * norm - (2 * layers + passes)
+    return _launches(before, saved, NORM_PROMISE, NORM_CLAIM)
+
+
+def predict_fused_swiglu(before: ProfileRecord) -> Prediction:
+    """Two launches become one in each layer pass."""
+    return _launches(before, _saved_at_site(before, 2), SWIGLU_PROMISE, SWIGLU_CLAIM)
+
+
+def predict_fused_rope(before: ProfileRecord) -> Prediction:
+    """All launches at the site become one in each layer pass."""
+    return _launches(before, _saved_at_site(before, 3), ROPE_PROMISE, ROPE_CLAIM)
+
+
+def predict_graph(before: ProfileRecord) -> Prediction:
+    """All idle time goes, at best."""
+    step, ratio_high, basis = _step_seconds(before), None, "no busy time of a device in the profile before"
+    busy = before.idle.busy_seconds_per_step if before.idle else 0.0
+    if step and 0.0 < busy < step:
+        ratio_high = step / busy
+        basis = f"frame {step * 1e3:.3g} ms, of which the device is busy {busy * 1e3:.3g} ms"
+    return _prediction(GRAPH_PROMISE, "", ratio_high, basis)
+
+
+def predict_one_row(before: ProfileRecord) -> Prediction:
+    """What is left is the time that the frame's bytes take, at best."""
+    step, ratio_high, basis = _step_seconds(before), None, "no measured copy speed, or one that does not bind"
+    floor = before.floor.seconds if before.floor else None
+    if step and floor and before.floor and before.floor.share is not None and floor < step:
+        ratio_high = step / floor
+        basis = (
+            f"frame {step * 1e3:.3g} ms; its {before.floor.bytes_per_step / 1e9:.3g} GB take {floor * 1e3:.3g} ms at "
+            "the measured copy speed"
+        )
+    return _prediction(ONE_ROW_PROMISE, "", ratio_high, basis)
+
+
+def layer_passes(config: TtsConfig) -> int:
+    """Layers that run in a frame: the talker's once, the predictor's for each acoustic code."""
+    return config.talker.layers + (config.groups - 1) * config.predictor.layers
+
+
+def _saved_at_site(before: ProfileRecord, number: int) -> float | None:
+    """Launches inside the phase's site less the one that replaces them; None without a GPU or a known preset."""
+    config = PRESETS.get(before.workload.preset)
+    # On the CPU hotspots are operators, which call each other: their calls are not launches.
+    if config is None or before.environment.device.type != "cuda":
+        return None
+    calls = sum(spot.calls_per_step for spot in before.hotspots if spot.phase == number)
+    return calls - layer_passes(config) if calls else None
+
+
+def _launches(before: ProfileRecord, saved: float | None, text: str, claim: str) -> Prediction:
+    """A frame that is bound by launches gets shorter by the average launch for each one saved."""
+    step, total = _step_seconds(before), before.launches_per_step
+    if saved is None or not step or not total or not 0 < saved < total:
+        return _prediction(text, claim, None, "launches at this site are counted on a GPU only", launches=saved)
+    basis = f"{saved:.0f} of {total:.0f} launches, in a frame of {step * 1e3:.3g} ms"
+    return _prediction(text, claim, total / (total - saved), basis, launches=saved)
+
+
+def _prediction(
+    text: str,
+    claim: str,
+    ratio_high: float | None,
+    basis: str,
+    *,
+    syncs: float | None = None,
+    launches: float | None = None,
+) -> Prediction:
+    return Prediction(
+        text=text,
+        claim=claim,
+        syncs_per_step=syncs,
+        launches_per_step=launches,
+        ratio_low=None if ratio_high is None else 1.0,
+        ratio_high=ratio_high,
+        basis=basis,
+    )
+
+
+def _step_seconds(before: ProfileRecord) -> float | None:
+    return statistics.median(before.steps.seconds) if before.steps and before.steps.seconds else None
