@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -39,24 +40,31 @@ def watched() -> bool:
     )
 
 
-def row_stride(tensor: Tensor) -> int:
-    """Elements between rows of the last dimension; 0 where rows are not equally far apart or have gaps inside."""
-    *sizes, dim = tensor.shape
-    if tensor.is_contiguous():
-        return dim
-    *strides, inner = tensor.stride()
-    if dim > 1 and inner != 1:
-        return 0
-    outer = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size > 1]
-    apart = all(stride == size * step for (_, stride), (size, step) in zip(outer, outer[1:], strict=False))
-    return outer[-1][1] if apart else 0
-
-
 def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """The tensor with its row stride, copied where it has none."""
-    if stride := row_stride(tensor):
-        return tensor, stride
-    return tensor.contiguous(), tensor.shape[-1]
+    """The tensor with the elements from row to row of its last dimension.
+
+    It is copied where rows are not equally far apart, or lie on each other, or have gaps inside.
+    """
+    if tensor.is_contiguous():
+        return tensor, tensor.size(-1)
+    stride = _row_stride(tensor.shape, tensor.stride())
+    return (tensor, stride) if stride else (tensor.contiguous(), tensor.size(-1))
+
+
+def _row_stride(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements between rows, 0 if there is no such number."""
+    if sizes[-1] > 1 and strides[-1] != 1:
+        return 0
+    first = next_stride = -1
+    for size, stride in zip(sizes[-2::-1], strides[-2::-1], strict=True):
+        if size == 1:
+            continue
+        if first < 0:
+            first = stride
+        elif stride != next_stride:
+            return 0
+        next_stride = stride * size
+    return max(first, 0)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

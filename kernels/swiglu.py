@@ -34,13 +34,24 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _place(blocks, BLOCK: tl.constexpr, ONE_ROW: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Row and first column of this program, where a row takes so many blocks."""
+    block = tl.program_id(0).to(tl.int64)
+    row = block * 0
+    # A single row would wait for the division.
+    if not ONE_ROW:
+        row = block // blocks
+        block -= row * blocks
+    return row, block * BLOCK
+
+
 @triton.jit(do_not_specialize=["blocks"])  # type: ignore[untyped-decorator]
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    gate, up, out, columns, blocks, gate_stride, up_stride, BLOCK: tl.constexpr
+    gate, up, out, columns, blocks, gate_stride, up_stride, BLOCK: tl.constexpr, ONE_ROW: tl.constexpr
 ):
     """One program handles BLOCK elements of one row of gate, up and out [rows, columns]; grid is rows * blocks."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    row, start = _place(blocks, BLOCK, ONE_ROW)
     offset = tl.arange(0, BLOCK)
     mask = offset < columns - start
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -52,11 +63,21 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["blocks"])  # type: ignore[untyped-decorator]
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    dout, gate, up, dgate, dup, columns, blocks, dout_stride, gate_stride, up_stride, BLOCK: tl.constexpr
+    dout,
+    gate,
+    up,
+    dgate,
+    dup,
+    columns,
+    blocks,
+    dout_stride,
+    gate_stride,
+    up_stride,
+    BLOCK: tl.constexpr,
+    ONE_ROW: tl.constexpr,
 ):
     """One program handles BLOCK elements of one row of all five tensors [rows, columns]; grid is rows * blocks."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    row, start = _place(blocks, BLOCK, ONE_ROW)
     offset = tl.arange(0, BLOCK)
     mask = offset < columns - start
     DTYPE: tl.constexpr = dgate.dtype.element_ty
@@ -118,7 +139,16 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
     blocks, programs, block = _grid(count, columns)
     with _rows.on_device(gate):
         _forward_kernel[(programs,)](
-            gate, up, out, columns, blocks, gate_stride, up_stride, BLOCK=block, num_warps=WARPS
+            gate,
+            up,
+            out,
+            columns,
+            blocks,
+            gate_stride,
+            up_stride,
+            BLOCK=block,
+            ONE_ROW=blocks == programs,
+            num_warps=WARPS,
         )
     return out
 
@@ -139,15 +169,15 @@ def _backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     with _rows.on_device(gate):
         _backward_kernel[(programs,)](
             dout, gate, up, dgate, dup, columns, blocks, dout_stride, gate_stride, up_stride,
-            BLOCK=block, num_warps=WARPS,
+            BLOCK=block, ONE_ROW=blocks == programs, num_warps=WARPS,
         )  # fmt: skip
     return dgate, dup
 
 
 @lru_cache(maxsize=1024)
 def _grid(count: int, columns: int) -> tuple[int, int, int]:
-    """Blocks of a row, programs in all, and elements of a block."""
-    block = LARGE if count > FEW and columns % LARGE in (0, columns) or columns == count > FEW else SMALL
+    """Blocks of a row, programs in all, and elements of a block: a large one if little of it lies past a row's end."""
+    block = LARGE if count > FEW and (columns == count or columns % LARGE == 0) else SMALL
     blocks = -(-columns // block)
     return blocks, count // columns * blocks, block
 
