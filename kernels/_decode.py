@@ -140,7 +140,7 @@ def normalised(values, factors, inner, eps, CHUNKS: tl.constexpr, DTYPE: tl.cons
     squares = values[0] * values[0]
     for chunk in tl.static_range(1, CHUNKS):
         squares += values[chunk] * values[chunk]
-    scale = 1.0 / tl.sqrt(tl.sum(squares) / inner + eps)
+    scale = tl.rsqrt(tl.sum(squares) / inner + eps)
     found = ()
     for chunk in tl.static_range(CHUNKS):
         found = found + (round_to(round_to(values[chunk] * scale, DTYPE) * factors[chunk], DTYPE),)  # type: ignore[assignment]
