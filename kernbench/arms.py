@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -11,7 +11,7 @@ import torch
 
 from kernbench.device import read_clocks
 from kernbench.progress import Advance
-from kernbench.record import Arm, Clocks
+from kernbench.record import Arm, BenchResult, Clocks
 from kernbench.statistics import bootstrap_median, identical_interval, noise_floor
 from kernbench.timing import interleave, too_many_dropped
 from kernbench.witness import WrongResult
@@ -116,6 +116,33 @@ def speedup(baseline: list[float] | None, seconds: list[float] | None) -> tuple[
     if not baseline or not seconds:
         return None
     return bootstrap_median([before / after for before, after in zip(baseline, seconds, strict=True)])
+
+
+def workload_results(
+    finished: Race, names: Sequence[str], *, workload: str, preset: str, dtype: str, units_per_step: float
+) -> list[BenchResult]:
+    """One row per arm in the order of ``names``; speedups are paired by round with the first, failures are labelled."""
+    rows = []
+    for name in names:
+        seconds = finished.seconds(name)
+        middle, low, high = bootstrap_median(seconds) if seconds else (None, None, None)
+        rows.append(
+            BenchResult(
+                kernel=workload,
+                case=preset,
+                dtype=dtype,
+                implementation=name,
+                seconds=middle,
+                interval=None if low is None or high is None else (low, high),
+                units_per_second=None if middle is None else units_per_step / middle,
+                speedup=None if name == names[0] else speedup(finished.seconds(names[0]), seconds),
+                noise_floor=finished.noise_floor,
+                clocks=finished.usual_clocks,
+                label=finished.label(name),
+                note=finished.failed.get(name, finished.warning),
+            )
+        )
+    return rows
 
 
 class _ArmFailed(Exception):  # noqa: N818 - never leaves this module

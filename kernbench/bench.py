@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -15,12 +16,16 @@ from kernbench.arms import WRONG as WRONG
 from kernbench.arms import Race as Race
 from kernbench.arms import race as race
 from kernbench.arms import reason, speedup
-from kernbench.calls import AS_CALLED, ColdCalls, GraphCalls, HostCalls, InputSets
+from kernbench.arms import workload_results as workload_results
+from kernbench.backward import BACKWARD, BOTH, FORWARD, backward_of, compiled
+from kernbench.backward import Direction as Direction
+from kernbench.calls import AS_CALLED, ColdCalls, HostCalls, InputSets
 from kernbench.ceilings import cache_bytes, measure_ceilings
 from kernbench.errors import KernbenchError
 from kernbench.parity.integrity import Watch, watched
 from kernbench.progress import Advance, Progress, Silent
 from kernbench.record import BenchResult, Ceilings, Clocks
+from kernbench.replays import GraphCalls
 from kernbench.roofline import Held, higher, place
 from kernbench.spec import Case, Cost, KernelSpec, Peer
 from kernbench.statistics import bootstrap_median
@@ -51,33 +56,6 @@ HOST_SHARE = 0.8
 GRAPH_BELOW_SECONDS = 50e-6
 
 
-def workload_results(
-    finished: Race, names: Sequence[str], *, workload: str, preset: str, dtype: str, units_per_step: float
-) -> list[BenchResult]:
-    """One row per arm in the order of ``names``; speedups are paired by round with the first, failures are labelled."""
-    rows = []
-    for name in names:
-        seconds = finished.seconds(name)
-        middle, low, high = bootstrap_median(seconds) if seconds else (None, None, None)
-        rows.append(
-            BenchResult(
-                kernel=workload,
-                case=preset,
-                dtype=dtype,
-                implementation=name,
-                seconds=middle,
-                interval=None if low is None or high is None else (low, high),
-                units_per_second=None if middle is None else units_per_step / middle,
-                speedup=None if name == names[0] else speedup(finished.seconds(names[0]), seconds),
-                noise_floor=finished.noise_floor,
-                clocks=finished.usual_clocks,
-                label=finished.label(name),
-                note=finished.failed.get(name, finished.warning),
-            )
-        )
-    return rows
-
-
 def bench_kernel(
     spec: KernelSpec,
     *,
@@ -89,8 +67,9 @@ def bench_kernel(
     progress: Progress | None = None,
     without: frozenset[str] = frozenset(),
     begin: Callable[[str], None] | None = None,
+    directions: Sequence[str] | None = None,
 ) -> Iterator[BenchResult]:
-    """Time eager, torch.compile, Triton and the spec's peers on every case and dtype; forward only.
+    """Time eager, torch.compile, Triton and the spec's peers on every case and dtype, forward and backward.
 
     An implementation that raises gives a result labelled "failed", one whose timed calls do not give what eager's do
     one labelled "wrong"; neither has a time, and the others go on. Eager, or the first that runs, goes twice in every
@@ -104,6 +83,7 @@ def bench_kernel(
         without: implementations that are neither run nor given a row.
         begin: called with an implementation's name whenever that one is about to run, outside of what is timed; so
             who was told of the last one knows which it was that took the process down.
+        directions: "forward", "backward"; by default both of a differentiable kernel. Each has its own rows.
 
     Raises:
         KernbenchError: an unknown dtype, or the device was throttled in every round.
@@ -113,8 +93,8 @@ def bench_kernel(
         if not isinstance(getattr(torch, name, None), torch.dtype):
             raise KernbenchError(f"there is no dtype {name!r}; use float32, bfloat16 or float16")
     bench = _KernelBench(
-        spec,
-        device,
+        spec=spec,
+        device=device,
         rounds=rounds,
         ceilings=ceilings or measure_ceilings(device),
         progress=progress or Silent(),
@@ -126,8 +106,15 @@ def bench_kernel(
             if cases is None and case.large and device.type == "cpu":
                 note = f"a large case, meant for a GPU; on the CPU it is timed only if asked for (case {case.name})"
                 yield bench.unmeasured(case, name, "eager", NOT_MEASURED, note)
-            else:
-                yield from bench.rows(case, name)
+                continue
+            for direction in directions_of(spec) if directions is None else directions:
+                yield from bench.rows(case, name) if direction == FORWARD else bench.backward_rows(case, name)
+
+
+def directions_of(spec: KernelSpec, asked: str = BOTH) -> tuple[Direction, ...]:
+    """The directions in which a kernel can be timed, of those asked for: "forward", "backward" or "both"."""
+    able: tuple[Direction, ...] = (FORWARD, BACKWARD) if spec.differentiable else (FORWARD,)
+    return tuple(direction for direction in able if asked in (BOTH, direction))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,27 +140,36 @@ class _Timed:
     less_exact: str = ""
 
 
+@dataclass(kw_only=True)
 class _KernelBench:
     """One kernel on one device; the roofs may rise while it runs, see ``rows``."""
 
-    def __init__(
-        self,
-        spec: KernelSpec,
-        device: torch.device,
-        *,
-        rounds: int,
-        ceilings: Ceilings,
-        progress: Progress,
-        without: frozenset[str],
-        begin: Callable[[str], None],
-    ) -> None:
-        self.spec = spec
-        self.device = device
-        self.rounds = rounds
-        self.ceilings = ceilings
-        self.progress = progress
-        self.without = without
-        self.begin = begin
+    spec: KernelSpec
+    device: torch.device
+    rounds: int
+    ceilings: Ceilings
+    progress: Progress
+    without: frozenset[str]
+    begin: Callable[[str], None]
+    backward: bool = False
+
+    def backward_rows(self, case: Case, dtype: str) -> list[BenchResult]:
+        """As :meth:`rows`, of the backward pass."""
+        inner = replace(self, backward=True)
+        names = [name for name in ("eager", "compile", "triton", *self.spec.peers) if name not in self.without]
+        if "eager" in self.without:
+            why = "eager is left out, and its outputs say which gradients arrive"
+            return [inner.unmeasured(case, dtype, name, NOT_MEASURED, why) for name in names]
+        self.begin("eager")
+        try:
+            with self._on_device():
+                inner.spec = backward_of(self.spec, case, getattr(torch, dtype), self.device)
+        except Exception as error:  # noqa: BLE001 - as in rows
+            why = f"eager's backward fails, which says what gradients arrive: {reason(error)}"
+            return [inner.unmeasured(case, dtype, name, FAILED, why) for name in names]
+        rows = inner.rows(case, dtype)
+        self.ceilings = inner.ceilings
+        return rows
 
     def rows(self, case: Case, dtype: str) -> list[BenchResult]:
         """All rows of one case in one dtype.
@@ -181,7 +177,7 @@ class _KernelBench:
         If one passes its roof, the roofs are measured once more before it is called impossible: something else may have
         used the machine while they were measured first.
         """
-        implementations = {"eager": self.spec.reference, "compile": torch.compile(self.spec.reference)}
+        implementations = {"eager": self.spec.reference, "compile": compiled(self.spec.reference)}
         if self.device.type != "cpu":
             implementations["triton"] = self.spec.optimized
         peers = self.spec.peers.items()
@@ -216,6 +212,7 @@ class _KernelBench:
             dtype=dtype,
             implementation=implementation,
             seconds=None,
+            direction=self._direction,
             cache=cache,
             label=label,
             note=note,
@@ -229,9 +226,9 @@ class _KernelBench:
         if known:
             self.begin("eager")
         inputs = InputSets(self.spec, case, getattr(torch, dtype), self.device, run_reference=known)
-        title = f"{self.spec.name} {case.name} {dtype}"
+        title = f"{self.spec.name} {case.name} {dtype}{' backward' if self.backward else ''}"
         with (
-            torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(),
+            self._on_device(),
             torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
             self.progress.stage(title, self.rounds) as advance,
         ):
@@ -245,7 +242,7 @@ class _KernelBench:
                 timed += self._race(ColdCalls(inputs, self.device, queued=False), running, None)
             if fastest >= GRAPH_BELOW_SECONDS:
                 return timed
-            replayed = GraphCalls(inputs, self.device, fastest)
+            replayed = GraphCalls(inputs, self.device, fastest, backward=self.backward)
             fits = inputs.bytes_per_set <= cache_bytes(self.device)
             return timed + self._race(replayed, running, None, in_cache=fits)
 
@@ -329,6 +326,13 @@ class _KernelBench:
 
         return told
 
+    @property
+    def _direction(self) -> Direction:
+        return BACKWARD if self.backward else FORWARD
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     def _free(self) -> None:
         """Give back what a failed implementation held, so that the next one does not lack the memory."""
         gc.collect()
@@ -353,9 +357,10 @@ class _KernelBench:
             dtype=dtype,
             implementation=timed.implementation,
             seconds=middle,
+            direction=self._direction,
             interval=(low, high),
-            bytes=cost.bytes_moved,
-            flops=cost.flops,
+            bytes=cost.bytes_moved or None,
+            flops=cost.flops or None,
             bytes_per_second=stands.bytes_per_second,
             flops_per_second=stands.flops_per_second,
             share_of_roof=stands.share,

@@ -1,4 +1,4 @@
-"""Times single calls of a kernel: on rotating inputs, with a cleared cache, and replayed from a CUDA graph.
+"""Times single calls of a kernel: on rotating inputs, and with a cleared cache; see ``replays`` for CUDA graphs.
 
 One call of every block is checked as it is timed, see ``witness``. On a GPU all of it acts on the current device, which
 the caller makes the inputs' own.
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from kernbench.backward import Backward, ready
 from kernbench.ceilings import cache_bytes, free_bytes
 from kernbench.parity.compare import Leaves
 from kernbench.spec import Case, Inputs, KernelSpec
@@ -43,8 +44,6 @@ LEAST_CLEAR_BYTES = 256 << 20
 # A CUDA stream takes about 1000 launches before the host has to wait; at 3 us or more a launch, this much host work
 # stays below that.
 QUEUE_SECONDS = 2.5e-3
-GRAPH_SECONDS = 2e-4
-GRAPH_CALLS = (10, 200)
 REPLAYS = 5
 PAIRS = 100
 CALIBRATION_CYCLES = 10_000_000
@@ -53,8 +52,9 @@ CALIBRATION_CYCLES = 10_000_000
 class InputSets:
     """Several equal-sized inputs of one case, taken in turn so that a small case does not stay in the cache.
 
-    Arguments written in place go back to their first values between blocks. The state of a ``stateful`` kernel does
-    not: it moves on from call to call as in real use, which its speed does not depend on.
+    Arguments written in place go back to their first values between blocks, for a backward all of them: libraries write
+    gradients over what they have read. The state of a ``stateful`` kernel does not: it moves on from call to call as in
+    real use, which its speed does not depend on.
     """
 
     def __init__(
@@ -74,8 +74,10 @@ class InputSets:
 
         first = make(0)
         self.bytes_per_set = _bytes_of(first)
-        self.written_bytes = _bytes_of([first[name] for name in spec.mutates])
-        kept = () if spec.stateful else spec.mutates
+        backward = isinstance(spec.reference, Backward)
+        written = tuple(first) if backward else spec.mutates
+        self.written_bytes = _bytes_of([first[name] for name in written])
+        kept = () if spec.stateful else written
         bytes_with_copies = self.bytes_per_set + (0 if spec.stateful else self.written_bytes)
         wanted = math.ceil(2 * cache_bytes(device) / max(1, self.bytes_per_set))
         affordable = 1 + free_bytes(device) // 4 // max(1, bytes_with_copies)
@@ -89,7 +91,10 @@ class InputSets:
 
     @property
     def bytes_per_call(self) -> float | None:
-        """The most that one call can move: its tensors read once, those it writes or returns written once."""
+        """The most that one call can move: its tensors read once, those it writes or returns written once.
+
+        For a backward, what forward saved takes the place of what is written: no more than the tensors hold.
+        """
         returned = self.witness.result_bytes()
         return None if returned is None else float(self.bytes_per_set + self.written_bytes + returned)
 
@@ -167,8 +172,9 @@ class HostCalls:
             for index in range(count):
                 inputs = witness.load() if index == place else self.inputs[index]
                 move_versions(inputs)
+                run = ready(call, inputs)
                 start = now()
-                output = call(**inputs)
+                output = run()
                 seconds.append(now() - start)
                 if index == place:
                     got = witness.take(output)
@@ -221,9 +227,10 @@ class ColdCalls:
         """What the host needs to launch one call, not waiting for it."""
         seconds = []
         for index in range(LEAST_CALLS):
+            run = ready(call, self.inputs[index])
             synchronize(self.device)
             start = now()
-            call(**self.inputs[index])
+            run()
             seconds.append(now() - start)
         synchronize(self.device)
         return median(seconds)
@@ -243,13 +250,14 @@ class ColdCalls:
     def _queue(
         self, call: Callable[..., Any], inputs: Inputs, marks: tuple[Any, Any], *, check: bool = False
     ) -> Leaves:
-        self.scratch.zero_()
         move_versions(inputs)
+        run = ready(call, inputs)
+        self.scratch.zero_()
         if not self.queued:
             # Else the host would launch while the device still clears the cache, and the launch would cost nothing.
             synchronize(self.device)
         mark(marks[0])
-        output = call(**inputs)
+        output = run()
         mark(marks[1])
         got = self.inputs.witness.take(output) if check else {}
         self.inputs.witness.poison(output)
@@ -307,58 +315,6 @@ class ColdCalls:
         synchronize(self.device)
         alone = seconds_between(begin, end) / (REPLAYS * PAIRS)
         return max(0.0, median(seconds_between(begin, end) for begin, end in marks) - alone)
-
-
-class GraphCalls:
-    """Calls replayed back to back from a CUDA graph on one set of inputs: no launch cost, and a hot cache.
-
-    After every block the graph runs once more on fresh values, and its last call is compared.
-    """
-
-    cache = "graph"
-
-    def __init__(self, inputs: InputSets, device: torch.device, seconds: float) -> None:
-        self.inputs = inputs
-        self.device = device
-        least, most = GRAPH_CALLS
-        self.count = int(min(most, max(least, GRAPH_SECONDS / seconds)))
-
-    def prepare(self, call: Callable[..., Any], allowance: Allowance | None = None) -> Callable[[int], float]:
-        witness = self.inputs.witness
-        witness.reset()
-        checked_call(witness, call, "before it was captured in a graph", allowance=allowance)
-        synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        output = None
-        with torch.cuda.graph(graph):
-            for _ in range(self.count):
-                output = call(**witness.inputs)
-
-        def block(number: int) -> float:
-            self.inputs.restore()
-            begin, end = event(), event()
-            with collector_off():
-                graph.replay()
-                mark(begin)
-                for _ in range(REPLAYS):
-                    graph.replay()
-                mark(end)
-                synchronize(self.device)
-            seconds = seconds_between(begin, end) / (REPLAYS * self.count)
-            if not witness.unchecked:
-                witness.load()
-                witness.poison(output)
-                graph.replay()
-                got = witness.take(output)
-                witness.check(got, f"replayed in round {number + 1}", calls=self.count, allowance=allowance)
-            return seconds
-
-        block(0)
-        return block
-
-    def host_seconds(self, call: Callable[..., Any]) -> float | None:
-        """None: a replay launches nothing from the host."""
-        return None
 
 
 def _spin(cycles: int) -> None:

@@ -260,6 +260,7 @@ def bench(
     weights: Weights = None,
     rounds: Rounds = 30,
     use: Use = "triton",
+    direction: Annotated[str, typer.Option(help="What of a kernel to time: forward, backward, or both.")] = "both",
     compile_only: Annotated[
         bool, typer.Option("--compile-only", help="Time nothing: build every kernel and case, without a GPU.")
     ] = False,
@@ -274,10 +275,12 @@ def bench(
     """Time eager, torch.compile, Triton and library peers on the measured roofline, or a workload with its phases."""
     if arch and not compile_only:
         raise KernbenchError("--arch goes with --compile-only; a timed kernel is built for the device that runs it")
+    if compile_only and direction != "both":
+        raise KernbenchError("--direction chooses what is timed; --compile-only times nothing and builds both")
     pipeline, Request = _measuring(device, in_process)
     request = Request(
         command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, weights=weights,
-        rounds=rounds, use=use, time_limit=time_limit, in_process=in_process,
+        rounds=rounds, use=use, direction=direction, time_limit=time_limit, in_process=in_process,
     )  # fmt: skip
     if compile_only:
         outcome = pipeline.build(request, names or [], case, arch, _progress(quiet))

@@ -156,7 +156,8 @@ class _Watch:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelTimes:
-    """Times of one kernel; sends the rows of one case and dtype together. Returns what made it stop early, if it did.
+    """Times of one kernel; sends the rows of one case, dtype and direction together. Returns what made it stop early,
+    if it did.
 
     ``without`` leaves implementations out of the first of the units.
     """
@@ -164,7 +165,7 @@ class KernelTimes:
     imports: ClassVar[tuple[str, ...]] = COMPILER
     kernel: str
     device: str
-    units: tuple[tuple[str, str], ...]
+    units: tuple[tuple[str, str, str], ...]
     rounds: int
     ceilings: record.Ceilings | None
     without: frozenset[str] = frozenset()
@@ -175,7 +176,7 @@ class KernelTimes:
         watch = _Watch(tell, chosen)
         cases = {case.name: case for case in spec.cases}
         without = self.without
-        for case, dtype in self.units:
+        for case, dtype, direction in self.units:
             try:
                 watch.begin("")
                 rows = bench.bench_kernel(
@@ -188,6 +189,7 @@ class KernelTimes:
                     progress=tell.progress,
                     without=without,
                     begin=watch.begin,
+                    directions=[direction],
                 )
                 found = list(rows)
                 watch.end()

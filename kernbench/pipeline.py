@@ -24,6 +24,8 @@ from kernbench import (
     supervised,
 )
 from kernbench import request as asked
+from kernbench.backward import BACKWARD, BOTH, FORWARD
+from kernbench.bench import directions_of
 from kernbench.compilation import builds
 from kernbench.errors import KernbenchError
 from kernbench.jobs import interpreted
@@ -168,12 +170,14 @@ def time(request: Request, names: Sequence[str], case: str | None, progress: Pro
     """Time kernels (all if none is named) on the measured roofline, or one workload: baseline, phases, and peers.
 
     Raises:
-        KernbenchError: as for :func:`check`, or kernels and workloads, or several workloads, at once.
+        KernbenchError: as for :func:`check`, or kernels and workloads, or several workloads, at once, or a direction
+            that none of the kernels has.
     """
     supervised.check_declarations(request, progress)
     subjects = _subjects(request, names, case)
     if len(subjects.workloads) + bool(subjects.kernels) > 1:
         raise KernbenchError("bench times either kernels or one workload; name them in separate commands")
+    _check_direction(request, subjects)
     run = _start(record.BenchRecord, request, "bench", subjects.group, subjects.device, progress)
     result = run.record
 
@@ -182,6 +186,8 @@ def time(request: Request, names: Sequence[str], case: str | None, progress: Pro
         run.write()
 
     for spec, cases in subjects.kernels:
+        if not directions_of(spec, request.direction):
+            continue
         with run.stage(spec.name):
             supervised.bench_kernel(
                 spec,
@@ -273,6 +279,15 @@ def _subjects(request: Request, names: Sequence[str], case: str | None) -> _Subj
         workloads=[(replace(request, workload=name), asked.settings(request, name)) for name in others],
         dtypes=[request.dtype] if request.dtype else None,
     )
+
+
+def _check_direction(request: Request, subjects: _Subjects) -> None:
+    registry.nearest(request.direction, (FORWARD, BACKWARD, BOTH), "direction")
+    if subjects.workloads and request.direction != BOTH:
+        raise KernbenchError("--direction goes with kernels; a step of a workload is timed as a whole")
+    if subjects.kernels and not any(directions_of(spec, request.direction) for spec, _ in subjects.kernels):
+        names = ", ".join(spec.name for spec, _ in subjects.kernels)
+        raise KernbenchError(f"there is no backward to time, as no kernel named is differentiable: {names}")
 
 
 def _check_sanitizable(subjects: _Subjects) -> None:

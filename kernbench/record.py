@@ -391,6 +391,8 @@ class Arm(Struct, frozen=True, kw_only=True):
 class BenchResult(Struct, frozen=True, kw_only=True):
     """One timed implementation. ``label`` warns ("launch-bound", "impossible", "wrong", …) and ``note`` says why.
 
+    ``direction`` is what of a kernel was timed; the time of its backward is without the forward before it.
+
     ``noise_floor`` is the half-width around 1 that eager against itself (A/A) showed in the same rounds. ``clocks`` are
     those of the rounds: medians, the highest temperature, and every throttle reason that was seen.
     """
@@ -400,6 +402,7 @@ class BenchResult(Struct, frozen=True, kw_only=True):
     dtype: str
     implementation: str
     seconds: Seconds | None
+    direction: Literal["forward", "backward"] = "forward"
     interval: tuple[Seconds, Seconds] | None = None
     bytes: float | None = None
     flops: float | None = None

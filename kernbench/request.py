@@ -39,6 +39,7 @@ class Request:
     rounds: int = 30
     phases: str | None = None
     use: str = "triton"
+    direction: str = "both"
     nvtx: bool = False
     time_limit: float | None = None
     in_process: bool = False

@@ -65,7 +65,7 @@ def place(
     memory_bound = (memory_share or 0.0) >= (flops_share or 0.0)
     share = memory_share if memory_bound else flops_share
     note = "" if memory_bound else arithmetic
-    if memory_bound and in_cache:
+    if memory_bound and in_cache and memory_share is not None:
         share, note = None, "the data stays in the cache, where the memory roof does not bind"
     phantom = _phantom(cost, held)
     if share is not None and share > IMPOSSIBLE_SHARE:

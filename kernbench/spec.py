@@ -161,6 +161,8 @@ class KernelSpec:
         cases: named sizes, at least one of them ragged.
         tolerance: per dtype name ("float32", "bfloat16", …); its keys are the dtypes that parity runs.
         cost: ``(case, dtype) -> Cost``.
+        backward_cost: the same of the backward pass alone, with what it reads of the forward's results; without it the
+            backward is timed, but not placed under the roofs.
         mutates: names of arguments written in place; parity compares them, bench restores them.
         stateful: the kernel updates its own state, so parity also compares after 10 and 100 updates; ``next_inputs``
             then redraws what is not state, in place: ``(inputs, seed) -> None``.
@@ -170,7 +172,7 @@ class KernelSpec:
         run_to_run_ulp: how far two calls on equal inputs may be apart, in ulp of max(RMS, element); 0 is bitwise. A
             kernel that adds atomically states its bound here.
         allowed: what the compile matrix may find and let pass, "spills" or "shared memory", each with the reason.
-        differentiable: parity compares gradients of all floating inputs that require them.
+        differentiable: parity compares gradients of all floating inputs that require them, bench times the backward.
         peers: library implementations to time beside ours, by name; each has the reference's signature. One that is
             less exact than eager is a :class:`Peer`, with the tolerance that it is held to.
         source: paper and equation, or the file the formula came from.
@@ -187,6 +189,7 @@ class KernelSpec:
     cases: tuple[Case, ...]
     tolerance: Mapping[str, Tolerance]
     cost: Callable[[Case, torch.dtype], Cost]
+    backward_cost: Callable[[Case, torch.dtype], Cost] | None = None
     mutates: tuple[str, ...] = ()
     stateful: bool = False
     next_inputs: Callable[[Inputs, int], None] | None = None

@@ -197,14 +197,15 @@ def bench_kernel(
         WorkloadFailed: the device does not answer any more.
     """
     names = list(dtypes if dtypes is not None else spec.tolerance)
-    units = []
+    directions = bench.directions_of(spec, request.direction)
+    units: list[tuple[str, str, bench.Direction]] = []
     for case in cases if cases is not None else spec.cases:
         for name in names:
             if cases is None and case.large and device.type == "cpu":
                 note = f"a large case, meant for a GPU; on the CPU it is timed only if asked for (case {case.name})"
-                take(_unmeasured(spec, (case.name, name), "eager", bench.NOT_MEASURED, note))
+                take(_unmeasured(spec, (case.name, name, directions[0]), "eager", bench.NOT_MEASURED, note))
             else:
-                units.append((case.name, name))
+                units += [(case.name, name, direction) for direction in directions]
     failed: dict[str, str] = {}
 
     def finish(rows: Sequence[record.BenchResult]) -> None:
@@ -447,12 +448,13 @@ def _terms(request: Request, seconds: float = UNIT_SECONDS) -> Terms:
 
 
 def _unmeasured(
-    spec: KernelSpec, unit: tuple[str, str], implementation: str, label: str, note: str
+    spec: KernelSpec, unit: tuple[str, str, bench.Direction], implementation: str, label: str, note: str
 ) -> record.BenchResult:
-    case, dtype = unit
+    case, dtype, direction = unit
     return record.BenchResult(
-        kernel=spec.name, case=case, dtype=dtype, implementation=implementation, seconds=None, label=label, note=note
-    )
+        kernel=spec.name, case=case, dtype=dtype, implementation=implementation, seconds=None, direction=direction,
+        label=label, note=note,
+    )  # fmt: skip
 
 
 def _make_sure_it_answers(request: Request, device: torch.device, progress: Progress, after: Died) -> None:

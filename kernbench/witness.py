@@ -28,6 +28,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from kernbench.backward import Backward, ready
 from kernbench.parity import compare, modes
 from kernbench.parity.compare import Judged, Leaves, Rule
 from kernbench.parity.subject import Truth, judge_fairly
@@ -94,6 +95,7 @@ class Witness:
         self.device = device
         self.unchecked = ""
         self._spec = spec
+        self._returned = "gradient" if isinstance(spec.reference, Backward) else "output"
         self._make = make
         self._seed = seed
         self._random = random.Random(seed)
@@ -140,7 +142,7 @@ class Witness:
 
     def take(self, output: Any) -> Leaves:
         """A copy of what a call with :meth:`load`'s inputs gave, made where the call itself was queued."""
-        found = {name: _taken(leaf) for name, leaf in compare.leaves(output, "output").items()}
+        found = {name: _taken(leaf) for name, leaf in compare.leaves(output, self._returned).items()}
         for name in self._spec.mutates:
             found |= {at: _taken(leaf) for at, leaf in compare.leaves(self.inputs[name], name).items()}
         return found
@@ -195,7 +197,7 @@ class Witness:
         for name, leaf in truth.eager.items():
             if isinstance(leaf, Tensor):
                 place = leaf.untyped_storage().data_ptr()
-                if name.startswith("output"):
+                if name.startswith(self._returned):
                     sizes[place] = max(sizes.get(place, 0), leaf.numel() * leaf.element_size())
                 else:
                     written.add(place)
@@ -213,7 +215,7 @@ class Witness:
         with torch.no_grad():
             for _ in range(calls):
                 output = self._spec.reference(**inputs)
-        found = compare.leaves(output, "output")
+        found = compare.leaves(output, self._returned)
         for name in self._spec.mutates:
             found |= compare.leaves(inputs[name], name)
         return found
@@ -273,7 +275,7 @@ def checked_call(witness: Witness, call: Callable[..., Any], where: str, *, allo
     """
     inputs = witness.load()
     move_versions(inputs)
-    output = call(**inputs)
+    output = ready(call, inputs)()
     got = witness.take(output)
     witness.poison(output)
     # All its work, that on other streams too, so that what fails late fails here.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernbench import bench, calls, ceilings
+from kernbench import bench, calls, ceilings, replays
 from kernbench.errors import KernbenchError, WorkloadFailed
 from kernbench.record import BenchResult, Ceilings
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Tolerance
@@ -281,7 +281,7 @@ def test_event_times_agree_with_graph_replay() -> None:
     inputs, chosen = gpu_calls(rows=1 << 23)
 
     cold = calls.ColdCalls(inputs, chosen).prepare(doubled)
-    replayed = calls.GraphCalls(inputs, chosen, 1e-3).prepare(doubled)
+    replayed = replays.GraphCalls(inputs, chosen, 1e-3).prepare(doubled)
     pairs = [(cold(number), replayed(number)) for number in range(10)]
     by_events, by_graph = (statistics.median(column) for column in zip(*pairs, strict=True))
     print(f"events {by_events * 1e6:.2f} us, graph {by_graph * 1e6:.2f} us")
@@ -295,7 +295,7 @@ def test_clearing_the_cache_makes_small_data_cold() -> None:
     assert inputs.bytes_per_set < ceilings.cache_bytes(chosen)
 
     cold = statistics.median(calls.ColdCalls(inputs, chosen).prepare(doubled)(r) for r in range(5))
-    hot = statistics.median(calls.GraphCalls(inputs, chosen, cold).prepare(doubled)(r) for r in range(5))
+    hot = statistics.median(replays.GraphCalls(inputs, chosen, cold).prepare(doubled)(r) for r in range(5))
     print(f"cold {cold * 1e6:.2f} us, hot {hot * 1e6:.2f} us")
     assert cold > 1.2 * hot
 

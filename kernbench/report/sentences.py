@@ -312,10 +312,11 @@ def _lead(name: str, ahead: Sequence[float], cases: int, record: BenchRecord) ->
 
 
 def bench_groups(results: Sequence[BenchResult]) -> dict[str, list[BenchResult]]:
-    """Rows that may be compared with each other, by title: one kernel, case, dtype, and way of timing."""
+    """Rows that may be compared with each other, by title: one kernel, case, dtype, direction, and way of timing."""
     groups: dict[str, list[BenchResult]] = {}
     for result in results:
-        title = ", ".join(part for part in (result.kernel, result.case, result.dtype) if part)
+        backward = "backward" if result.direction == "backward" else ""
+        title = ", ".join(part for part in (result.kernel, result.case, result.dtype, backward) if part)
         groups.setdefault(f"{title}: {result.cache}" if result.cache else title, []).append(result)
     return groups
 
