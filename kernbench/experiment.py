@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from kernbench import record, supervised, swap, verdict
 from kernbench.jobs import interpreted
@@ -54,12 +54,18 @@ def judge(
         result.verdict = verdict.decide(
             parity=result.parity,
             ratio=result.ratio,
-            receipt=result.receipt,
+            receipt=own_sites(candidates[chosen], phase, result.receipt),
             speed_measured=bool(racing),
             syncs_before=result.before.syncs_per_step,
             syncs_after=result.after.syncs_per_step if result.after else None,
             not_measured_reason="on the CPU a Triton kernel runs in the interpreter, so its speed is not measured here",
         )
+
+
+def own_sites(plan: swap.Plan, phase: Phase, receipt: Sequence[record.SiteHit]) -> list[record.SiteHit]:
+    """What the receipt says of the phase on trial: it may well make sites of phases before it unreachable."""
+    numbers = [number for number, _ in plan.sites()]
+    return [hit for number, hit in zip(numbers, receipt, strict=True) if number == phase.number]
 
 
 def _gate(

@@ -26,7 +26,7 @@ PYTHON = "python"
 
 @dataclass
 class Counter:
-    """Calls of a replacement; ``traces`` are calls that torch.compile saw while it built a graph."""
+    """Calls of a replacement; ``traces`` are calls while torch.compile built a graph, or a CUDA graph was captured."""
 
     calls: int = 0
     traces: int = 0
@@ -61,8 +61,9 @@ class Claim:
 class Receipt:
     """How often each replacement of a plan ran since the receipt was opened.
 
-    Inside a graph of torch.compile a replacement is counted when it is traced, not when the graph runs: a counter in
-    the graph would break it. Such a site shows the traces of the plan's whole life, so it never looks unreached.
+    Inside a graph of torch.compile, or a CUDA graph, a replacement is counted when it is traced or captured, not when
+    the graph runs: nothing of Python runs then. Such a site shows the traces of the plan's whole life, so it never
+    looks unreached.
     """
 
     def __init__(self, claims: Sequence[Claim]) -> None:
@@ -301,12 +302,20 @@ def _annotating(label: str, number: int, kernel: str, function: Callable[..., An
     return wrapper
 
 
+CAN_CAPTURE = bool(torch.backends.cuda.is_built())  # type: ignore[no-untyped-call]
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is being captured; where torch is built without CUDA, it cannot even be asked."""
+    return CAN_CAPTURE and torch.cuda.is_current_stream_capturing()
+
+
 def _counting(counter: Counter, function: Callable[..., Any]) -> Callable[..., Any]:
     is_compiling = torch.compiler.is_compiling
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if is_compiling():
+        if is_compiling() or _is_capturing():
             _count_trace(counter)
         else:
             counter.calls += 1

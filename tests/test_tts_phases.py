@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_tts_decoder import CPU, decoder, module, small, stepped, workload
+from test_tts_decoder import decoder, module, small, stepped, workload
 
-from kernbench import device, registry, swap
+from kernbench import device, experiment, registry, swap
 from kernbench.errors import KernbenchError
 from kernbench.measure import Settings, watch
 from kernbench.record import Ceilings, Device, Environment, Hotspot, Idle, ProfileRecord, Steps, WorkloadInfo
@@ -169,6 +169,26 @@ def test_a_preallocated_cache_stays_where_it_is() -> None:
         assert [keys.data_ptr() for keys in built.talker_cache.content()[0]] == addresses
     built.step(4)
     assert [keys.data_ptr() for keys in built.talker_cache.content()[0]] != addresses
+
+
+def test_calls_while_a_graph_is_captured_show_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a captured frame consists of runs once in Python, and then never again."""
+    planned, built = plan(0), decoder()
+    with planned.applied(built):
+        monkeypatch.setattr(swap, "_is_capturing", lambda: True)
+        built.step(0)
+        monkeypatch.setattr(swap, "_is_capturing", lambda: False)
+    hits = {hit.site: hit.calls for hit in planned.receipt().hits(5)}
+    assert hits["Decoder.acoustic_code"] == 3
+    assert hits["Decoder.ended"] == 1
+
+
+def test_a_phase_is_judged_by_its_own_sites() -> None:
+    planned, built = plan(0, 2), decoder()
+    with planned.applied(built) as receipt:
+        stepped(built, 2)
+    own = experiment.own_sites(planned, workload().phases_numbered([2])[0], receipt.hits(2))
+    assert [(hit.site, hit.calls) for hit in own] == [("MLP.activate", 10)]
 
 
 def profile_of(preset: str, **fields: Any) -> ProfileRecord:
