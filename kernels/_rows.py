@@ -40,6 +40,16 @@ def watched() -> bool:
     )
 
 
+def refuse_second_derivative(kernel: str) -> None:
+    """To be called in a backward pass: it would be left out of a graph of gradients without a word.
+
+    Raises:
+        RuntimeError: such a graph is being made.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{kernel} has no second derivative; use its reference where create_graph=True")
+
+
 def as_rows(tensor: Tensor) -> tuple[Tensor, int]:
     """The tensor with the elements from row to row of its last dimension.
 
