@@ -26,7 +26,7 @@ import torch
 
 from kernbench.workload import Phase, Swap, Workload
 
-from . import graph, predictions, syncfree
+from . import graph, onerow, predictions, syncfree
 from .config import PRESETS, TtsConfig
 from .decoder import Decoder
 from .fused import adapt_add_rms_norm, adapt_qk_norm_rope_cache, adapt_swiglu
@@ -108,6 +108,22 @@ WORKLOAD = Workload(
             swaps=(
                 Swap(site=(Decoder, "run_frame"), use=graph.run_frame),
                 Swap(site=(Attention, "attend"), use=graph.attend),
+            ),
+        ),
+        Phase(
+            number=5,
+            title="kernels for one row",
+            flag="TTS_ONE_ROW",
+            predicts=predictions.ONE_ROW_PROMISE,
+            predict=predictions.predict_one_row,
+            swaps=(
+                Swap(site=(Stack, "decode_one"), use=onerow.decode_one),
+                Swap(site=(Stack, "decode_two"), use=onerow.decode_two),
+                Swap(site=(onerow, "norm_row"), kernel="add_rms_norm", adapt=onerow.adapt_norm_row),
+                Swap(site=(onerow, "norm_linear"), kernel="decode_norm_linear"),
+                Swap(site=(onerow, "attention"), kernel="decode_attention"),
+                Swap(site=(onerow, "linear_add"), kernel="decode_linear_add"),
+                Swap(site=(onerow, "gate_up"), kernel="decode_gate_up"),
             ),
         ),
     ),
