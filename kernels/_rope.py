@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernbench.spec import Tolerance
+from kernbench.spec import Case, Cost, Sizes, Tolerance, Values
 
 from ._rows import DTYPES, narrow
 
@@ -109,6 +109,36 @@ def rotate(first, second, cosine, sine, DTYPE: tl.constexpr):  # type: ignore[no
     return turned, round_to(second * cosine, DTYPE) + round_to(first * sine, DTYPE)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def norm_and_rotate(  # type: ignore[no-untyped-def]
+    x, x_batch, x_token, x_head, weight, cos, sin, target, target_batch, target_token, target_head,
+    index, start, tokens, length, eps, HEADS: tl.constexpr, TILE_HEADS: tl.constexpr, TILE_TOKENS: tl.constexpr,
+    CACHED: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One tile of x [B, T, HEADS, D], normed and rotated by the tables' rows from ``start`` on, into target.
+
+    A token goes to its own place there or, if ``CACHED``, to that of its row. Rows from ``length`` on are NaN.
+    """
+    entry, head, token, is_token = tile(index, tokens, HEADS, TILE_HEADS, TILE_TOKENS, True)
+    column = tl.arange(0, COLUMNS)[None, :]
+    place = start + token
+    mask = is_token & (column < HALF)
+    inside = mask & (place >= 0) & (place < length)
+    # Pointers of the tile's shape give tables and weight its layout: nothing is exchanged between threads.
+    cosine = tl.load(cos + place * HALF + column, mask=inside, other=float("nan")).to(tl.float32)
+    sine = tl.load(sin + place * HALF + column, mask=inside, other=float("nan")).to(tl.float32)
+    source = x + entry * x_batch + token * x_token + head * x_head + column
+    first, second = load_halves(source, mask, HALF)
+    first_weight, second_weight = load_halves(weight + tl.zeros_like(place) + column, mask, HALF)
+    first, second = norm(first, second, first_weight, second_weight, eps, x.dtype.element_ty, HALF)
+    first, second = rotate(first, second, cosine, sine, cos.dtype.element_ty)
+    target += entry * target_batch + head * target_head + column
+    if CACHED:
+        store_halves(target + place * target_token, first, second, inside, HALF)
+    else:
+        store_halves(target + token * target_token, first, second, mask, HALF)
+
+
 class Tiling(NamedTuple):
     """Heads and tokens of a tile, and how many tiles there are."""
 
@@ -169,10 +199,50 @@ def check_heads(kernel: str, cos: Tensor, sin: Tensor, **tensors: Tensor) -> Non
         )
 
 
-def tables(generator: torch.Generator, length: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, dim / 2] of rotary angles; a shift makes those of position 0 differ from 1 and 0."""
+def tables(
+    generator: torch.Generator, length: int, dim: int, dtype: torch.dtype, *, wide: int
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, dim / 2] of rotary angles, float32 if ``wide``; a shift makes position 0 turn something."""
     device = generator.device
     frequencies = 1e6 ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     shift = torch.rand((), generator=generator, device=device)
-    angles = torch.outer(torch.arange(length, device=device) + shift, frequencies)
+    positions = torch.arange(length, device=device, dtype=torch.float32)
+    angles = torch.outer(positions + shift, frequencies)
+    dtype = torch.promote_types(dtype, torch.float32) if wide else dtype
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def cost_of(case: Case, dtype: torch.dtype, *, flops: float, reads: int = 1, vectors: int = 0) -> Cost:
+    """Tables and ``vectors`` of D read, what has the size of q and k ``reads`` times and written once.
+
+    ``flops`` are those of an element.
+    """
+    tokens, dim = case["tokens"], case["dim"]
+    elements = case["batch"] * tokens * (case["query_heads"] + case["key_heads"]) * dim
+    table_itemsize = max(4, dtype.itemsize) if case["wide"] else dtype.itemsize
+    return Cost(
+        flops=flops * elements,
+        bytes_read=float(dtype.itemsize * (reads * elements + vectors * dim) + table_itemsize * tokens * dim),
+        bytes_written=float(dtype.itemsize * elements),
+    )
+
+
+def talker_cases(**more: int) -> tuple[Case, ...]:
+    """Layers of the TTS talker and of its code predictor, which have the same heads: one token, and many."""
+    sizes = {"batch": 1, "query_heads": 16, "key_heads": 8, "dim": 128, "wide": 0, **more}
+    return tuple(Case(f"talker-{tokens}", large=True, tokens=tokens, **sizes) for tokens in (1, 16, 512, 16384))
+
+
+SIZES = {
+    "batch": Sizes(most=3),
+    "tokens": Sizes(most=70, block=16),
+    "query_heads": Sizes(least=1, most=6),
+    "key_heads": Sizes(least=1, most=4),
+    "dim": Sizes(least=2, most=136, multiple_of=2),
+    "wide": Sizes(most=1),
+}
+VALUES = {
+    **dict.fromkeys(("q", "k"), Values(least=-1e4, most=1e4)),
+    **dict.fromkeys(("cos", "sin"), Values(least=-1.0, most=1.0)),
+}
+WEIGHT_VALUES = dict.fromkeys(("q_weight", "k_weight"), Values(least=-1e2, most=1e2))

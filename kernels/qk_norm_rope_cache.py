@@ -43,33 +43,6 @@ def qk_norm_rope_cache_reference(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _norm_and_rotate(  # type: ignore[no-untyped-def]
-    x, x_batch, x_token, x_head, weight, cos, sin, target, target_batch, target_token, target_head,
-    tile, start, tokens, length, eps, HEADS: tl.constexpr, TILE_HEADS: tl.constexpr, TILE_TOKENS: tl.constexpr,
-    CACHED: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """One tile of x [B, T, HEADS, D] into target, at its tokens or, if ``CACHED``, at their places in the cache."""
-    entry, head, token, is_token = _rope.tile(tile, tokens, HEADS, TILE_HEADS, TILE_TOKENS, True)
-    column = tl.arange(0, COLUMNS)[None, :]
-    place = start + token
-    mask = is_token & (column < HALF)
-    inside = mask & (place >= 0) & (place < length)
-    # Pointers of the tile's shape give tables and weight its layout: nothing is exchanged between threads.
-    cosine = tl.load(cos + place * HALF + column, mask=inside, other=float("nan")).to(tl.float32)
-    sine = tl.load(sin + place * HALF + column, mask=inside, other=float("nan")).to(tl.float32)
-    source = x + entry * x_batch + token * x_token + head * x_head + column
-    first, second = _rope.load_halves(source, mask, HALF)
-    first_weight, second_weight = _rope.load_halves(weight + tl.zeros_like(place) + column, mask, HALF)
-    first, second = _rope.norm(first, second, first_weight, second_weight, eps, x.dtype.element_ty, HALF)
-    first, second = _rope.rotate(first, second, cosine, sine, cos.dtype.element_ty)
-    target += entry * target_batch + head * target_head + column
-    if CACHED:
-        _rope.store_halves(target + place * target_token, first, second, inside, HALF)
-    else:
-        _rope.store_halves(target + token * target_token, first, second, mask, HALF)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _copy(  # type: ignore[no-untyped-def]
     x, x_batch, x_token, x_head, cache, cache_batch, cache_token, cache_head, tile, start, tokens, length,
     HEADS: tl.constexpr, TILE_HEADS: tl.constexpr, TILE_TOKENS: tl.constexpr,
@@ -105,12 +78,12 @@ def _kernel(  # type: ignore[no-untyped-def]
     start = tl.load(position)
     if tile < q_tiles:
         row = Q_HEADS * 2 * HALF
-        _norm_and_rotate(
+        _rope.norm_and_rotate(
             q, q_batch, q_token, q_head, q_weight, cos, sin, rotated, row * tokens.to(tl.int64), row, 2 * HALF,
             tile, start, tokens, length, eps, Q_HEADS, Q_TILE_HEADS, Q_TILE_TOKENS, False, HALF, COLUMNS,
         )  # fmt: skip
     elif tile < q_tiles + k_tiles:
-        _norm_and_rotate(
+        _rope.norm_and_rotate(
             k, k_batch, k_token, k_head, k_weight, cos, sin, key_cache, cache_batch, cache_token, cache_head,
             tile - q_tiles, start, tokens, length, eps, K_HEADS, K_TILE_HEADS, K_TILE_TOKENS, True, HALF, COLUMNS,
         )  # fmt: skip
@@ -273,9 +246,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
         return (torch.randn(shape, generator=generator, device=device) * scale + mean).to(dtype)
 
-    cos, sin = _rope.tables(
-        generator, length, dim, torch.promote_types(dtype, torch.float32) if case["wide"] else dtype
-    )
+    cos, sin = _rope.tables(generator, length, dim, dtype, wide=case["wide"])
     return {
         "q": normal(batch, tokens, case["query_heads"], dim, scale=2.0, mean=0.3),
         "k": normal(batch, tokens, heads, dim, scale=0.5, mean=-0.1), "v": normal(batch, tokens, heads, dim),
@@ -287,23 +258,14 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
 
 
 def cost(case: Case, dtype: torch.dtype) -> Cost:
-    """q, k, v read, q', k', v written, and the tables' rows of these tokens; weights and position count little."""
-    tokens, dim = case["tokens"], case["dim"]
-    rotated = case["batch"] * tokens * (case["query_heads"] + case["key_heads"]) * dim
-    elements = rotated + case["batch"] * tokens * case["key_heads"] * dim
-    table_bytes = tokens * dim * (max(4, dtype.itemsize) if case["wide"] else dtype.itemsize)
+    """q, k, v, weights and the tables' rows of these tokens read, q', k' and v written."""
+    rotation = _rope.cost_of(case, dtype, flops=7.0, vectors=2)
+    value_bytes = float(dtype.itemsize * case["batch"] * case["tokens"] * case["key_heads"] * case["dim"])
     return Cost(
-        flops=7.0 * rotated,
-        bytes_read=float(dtype.itemsize * (elements + 2 * dim) + table_bytes),
-        bytes_written=float(dtype.itemsize * elements),
+        flops=rotation.flops,
+        bytes_read=rotation.bytes_read + value_bytes,
+        bytes_written=rotation.bytes_written + value_bytes,
     )
-
-
-def _talker(name: str, tokens: int) -> Case:
-    """A layer of the talker or of the code predictor: both have these heads."""
-    return Case(
-        name, large=True, batch=1, tokens=tokens, query_heads=16, key_heads=8, dim=128, spare=1008, wide=0
-    )  # fmt: skip
 
 
 SPEC = KernelSpec(
@@ -314,24 +276,14 @@ SPEC = KernelSpec(
     cases=(
         Case("one", batch=1, tokens=1, query_heads=1, key_heads=1, dim=2, spare=0, wide=1),
         Case("token", batch=1, tokens=1, query_heads=4, key_heads=2, dim=16, spare=7, wide=0),
-        Case("ragged", batch=2, tokens=7, query_heads=6, key_heads=3, dim=22, spare=5, wide=0),
+        Case("ragged", batch=2, tokens=7, query_heads=3, key_heads=1, dim=22, spare=5, wide=0),
         Case("wide-tables", batch=1, tokens=5, query_heads=2, key_heads=1, dim=32, spare=3, wide=1),
-        *(_talker(f"talker-{tokens}", tokens) for tokens in (1, 16, 512, 16384)),
+        *_rope.talker_cases(spare=1008),
     ),
     tolerance=_rope.TOLERANCE,
     cost=cost,
     mutates=("key_cache", "value_cache"),
-    sizes={
-        "batch": Sizes(most=3),
-        "tokens": Sizes(most=40, block=16),
-        "query_heads": Sizes(least=1, most=6),
-        "key_heads": Sizes(least=1, most=4),
-        "dim": Sizes(least=2, most=136, multiple_of=2),
-        "spare": Sizes(most=40),
-        "wide": Sizes(most=1),
-    },
-    values={name: Values(least=-1e4, most=1e4) for name in ("q", "k", "v")}
-    | {name: Values(least=-1e2, most=1e2) for name in ("q_weight", "k_weight")}
-    | {name: Values(least=-1.0, most=1.0) for name in ("cos", "sin")},
+    sizes=_rope.SIZES | {"spare": Sizes(most=40)},
+    values=_rope.VALUES | _rope.WEIGHT_VALUES | {"v": Values(least=-1e4, most=1e4)},
     source="Qwen3 attention, transformers.models.qwen3; Su et al., RoFormer, 2021",
 )

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Values
+from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes
 
 from . import _rope, _rows
 
@@ -219,22 +219,14 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
         x = (torch.randn((batch, *outer, dim), generator=generator, device=device) * scale + mean).to(dtype)
         return (x.transpose(1, 2) if case["by_token"] else x).requires_grad_()
 
-    table_dtype = torch.promote_types(dtype, torch.float32) if case["wide"] else dtype
-    cos, sin = _rope.tables(generator, tokens, dim, table_dtype)
+    cos, sin = _rope.tables(generator, tokens, dim, dtype, wide=case["wide"])
     q, k = heads(case["query_heads"], 2.0, 0.3), heads(case["key_heads"], 0.5, -0.1)
     return {"q": q, "k": k, "cos": cos, "sin": sin}
 
 
 def cost(case: Case, dtype: torch.dtype) -> Cost:
-    """q, k and the tables read, q' and k' written."""
-    tokens, dim = case["tokens"], case["dim"]
-    elements = case["batch"] * tokens * (case["query_heads"] + case["key_heads"]) * dim
-    table_bytes = tokens * dim * (max(4, dtype.itemsize) if case["wide"] else dtype.itemsize)
-    return Cost(
-        flops=3.0 * elements,
-        bytes_read=float(dtype.itemsize * elements + table_bytes),
-        bytes_written=float(dtype.itemsize * elements),
-    )
+    """q, k and the tables read, q' and k' written; backward the same of their gradients."""
+    return _rope.cost_of(case, dtype, flops=3.0)
 
 
 def _liger(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,12 +235,6 @@ def _liger(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
     rotated: tuple[Tensor, ...] = LigerRopeFunction.apply(q, k, cos[None], sin[None])
     return rotated[0], rotated[1]
-
-
-def _talker(name: str, tokens: int) -> Case:
-    """A layer of the talker or of the code predictor: both have these heads."""
-    sizes = {"batch": 1, "tokens": tokens, "query_heads": 16, "key_heads": 8, "dim": 128}
-    return Case(name, large=True, **sizes, by_token=1, wide=0)
 
 
 LLAMA = {"batch": 4, "tokens": 4096, "query_heads": 32, "key_heads": 8, "dim": 128}
@@ -261,25 +247,17 @@ SPEC = KernelSpec(
     cases=(
         Case("one", batch=1, tokens=1, query_heads=1, key_heads=1, dim=2, by_token=0, wide=1),
         Case("token", batch=1, tokens=1, query_heads=4, key_heads=2, dim=16, by_token=1, wide=0),
-        Case("ragged", batch=2, tokens=7, query_heads=6, key_heads=3, dim=22, by_token=1, wide=0),
+        Case("ragged", batch=2, tokens=7, query_heads=3, key_heads=1, dim=22, by_token=1, wide=0),
         Case("heads-apart", batch=1, tokens=37, query_heads=4, key_heads=1, dim=32, by_token=0, wide=1),
-        *(_talker(f"talker-{tokens}", tokens) for tokens in (1, 16, 512, 16384)),
+        *_rope.talker_cases(by_token=1),
         Case("llama", large=True, **LLAMA, by_token=1, wide=0),
         Case("llama-heads-apart", large=True, **LLAMA, by_token=0, wide=0),
     ),
     tolerance=_rope.TOLERANCE,
     cost=cost,
-    sizes={
-        "batch": Sizes(most=3),
-        "tokens": Sizes(most=70, block=32),
-        "query_heads": Sizes(least=1, most=6),
-        "key_heads": Sizes(least=1, most=4),
-        "dim": Sizes(least=2, most=136, multiple_of=2),
-        "by_token": Sizes(most=1),
-        "wide": Sizes(most=1),
-    },
-    values={name: Values(least=-1e4, most=1e4) for name in ("q", "k")}
-    | {name: Values(least=-1.0, most=1.0) for name in ("cos", "sin")},
+    backward_cost=cost,
+    sizes=_rope.SIZES | {"by_token": Sizes(most=1)},
+    values=_rope.VALUES,
     differentiable=True,
     peers={"liger": _liger},
     source="Su et al., RoFormer, 2021; half-split as in transformers.models.llama",
