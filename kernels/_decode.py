@@ -180,14 +180,17 @@ def products(  # type: ignore[no-untyped-def]
     CHUNKS: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """Rows of step STEP times the vectors x, float32, and the queue with what was asked for instead of its tiles."""
-    total = tl.zeros([row.shape[0], COLUMNS], tl.float32)
+    RUN: tl.constexpr = min(COLUMNS, 128 // weight.dtype.element_ty.primitive_bitwidth)
+    total = tl.zeros([row.shape[0], COLUMNS // RUN], tl.float32)
     for chunk in tl.static_range(CHUNKS):
-        total += queue[0].to(tl.float32) * x[chunk][None, :]
-        place: tl.constexpr = STEP * CHUNKS + chunk + AHEAD
+        product = queue[0].to(tl.float32) * x[chunk][None, :]
+        # A thread adds up what it has loaded at once before anything is exchanged, which keeps fewer registers.
+        total += tl.sum(tl.reshape(product, [row.shape[0], COLUMNS // RUN, RUN]), 2)
         queue = queue[1:]
-        if place < STEPS * CHUNKS:
-            rows = row + (place // CHUNKS) * STRIDE
-            queue = queue + (weight_tile(weight, rows, count, inner, COLUMNS, place % CHUNKS, EVEN, EVICT),)
+        if STEP * CHUNKS + chunk + AHEAD < STEPS * CHUNKS:
+            rows = row + ((STEP * CHUNKS + chunk + AHEAD) // CHUNKS) * STRIDE
+            following = (chunk + AHEAD) % CHUNKS
+            queue = queue + (weight_tile(weight, rows, count, inner, COLUMNS, following, EVEN, EVICT),)
     return tl.sum(total, 1), queue
 
 

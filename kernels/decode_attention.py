@@ -63,7 +63,8 @@ CONFIGURATIONS = tuple(
 def shares_for(length: int) -> Shares:
     """A tile of 32 rows is 64 bytes a thread; eight shares of a cache of 1024 rows are 128 programs for 16 heads."""
     if length <= ONE_SHARE:
-        return Shares(1, min(32, max(16, triton.next_power_of_2(length))), 4)
+        # The new token is in no tile: of 17 rows 16 are read.
+        return Shares(1, 16 if length <= 17 else 32, 4)
     return Shares(min(8, triton.next_power_of_2(-(-length // ONE_SHARE))), 32, 4)
 
 
@@ -119,17 +120,20 @@ def _ask_for(cache, first, length, DIM: tl.constexpr, LINES: tl.constexpr, TOKEN
     """Has rows of cache [length, DIM] from first on brought to the L2 cache, LINES of 128 bytes each."""
     LINE: tl.constexpr = 1024 // cache.dtype.element_ty.primitive_bitwidth
     token = tl.minimum(tl.maximum(first + tl.arange(0, TOKENS), 0), length - 1)
-    address = (cache + token[:, None] * DIM + tl.minimum(tl.arange(0, LINES) * LINE, DIM - 1)[None, :]).to(tl.int64)
+    address = (cache + token[:, None].to(tl.int64) * DIM + tl.minimum(tl.arange(0, LINES) * LINE, DIM - 1)[None, :]).to(
+        tl.int64
+    )
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; // $0", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rows(cache, offset, token, limit, mask, first, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows first and following of a cache of rows [DIM], those whose token is below limit, as float32; zeros beyond."""
+def _rows(cache, token, limit, column, mask, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows token [TOKENS] of a cache of rows [DIM], those below limit, as float32; zeros beyond."""
     inside = (token < limit)[:, None] & mask[None, :]
-    return tl.load(cache + first * DIM + offset, mask=inside, other=0.0).to(tl.float32)
+    pointer = cache + token[:, None].to(tl.int64) * DIM + column[None, :]
+    return tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -172,24 +176,24 @@ def _kernel(  # type: ignore[no-untyped-def]
     value_cache += kv_head * length * DIM
     if OVERLAP > 0:
         # This may be the position of a token before, which asks for nearly the same rows.
-        first, _ = _share(tl.load(position, volatile=True), SHARES, TOKENS)
+        first, _ = _share(tl.load(position, volatile=True).to(tl.int32), SHARES, TOKENS)
         _ask_for(key_cache, first, length, DIM, LINES, TOKENS)
         _ask_for(value_cache, first, length, DIM, LINES, TOKENS)
     _decode.wait(OVERLAP)
 
-    place = tl.load(position)
+    place = tl.load(position).to(tl.int32)
     first, end = _share(place, SHARES, TOKENS)
-    old = tl.minimum(end, place)
+    old = tl.minimum(tl.minimum(end, place), length)
     slot = tl.arange(0, TOKENS)
-    offset = slot[:, None] * DIM + column[None, :]
     # What lies behind the position was never written, and may be anything. With one share its keys are read all the
     # same: where they lie does not depend on the position, which is on its way.
-    keys = _rows(key_cache, offset, first + slot, length if SHARES == 1 else old, mask, first, DIM)
-    values = _rows(value_cache, offset, first + slot, old, mask, first, DIM)
+    keys = _rows(key_cache, first + slot, length if SHARES == 1 else old, column, mask, DIM)
+    values = _rows(value_cache, first + slot, old, column, mask, DIM)
 
     row = place + tl.zeros_like(column)
     in_table = mask & (row >= 0) & (row < length)
-    frequency = place * HALF + column % HALF
+    place_wide = place.to(tl.int64)
+    frequency = place_wide * HALF + column % HALF
     cosine = tl.load(cos + frequency, mask=in_table, other=0.0).to(tl.float32)
     sine = tl.load(sin + frequency, mask=in_table, other=0.0).to(tl.float32)
     sine = tl.where(column < HALF, -sine, sine)
@@ -203,15 +207,15 @@ def _kernel(  # type: ignore[no-untyped-def]
     new_value = tl.load(new + (HEADS // GROUP) * DIM + column, mask=mask, other=0.0).to(tl.float32)
     # Of the group's heads the first one writes, and of its shares the one with the position.
     owns = in_table & (row >= first) & (row < end) & (column < tl.where(head % GROUP == 0, DIM, 0))
-    tl.store(key_cache + place * DIM + column, new_key.to(DTYPE), mask=owns)
-    tl.store(value_cache + place * DIM + column, new_value.to(DTYPE), mask=owns)
+    tl.store(key_cache + place_wide * DIM + column, new_key.to(DTYPE), mask=owns)
+    tl.store(value_cache + place_wide * DIM + column, new_value.to(DTYPE), mask=owns)
 
     largest = tl.where(first + slot < old, tl.sum(keys * query[None, :], 1) * scale, float("-inf"))
     weights = tl.full([TOKENS], 1.0, tl.float32)
     mixed = values
     for start in range(first + TOKENS, old, TOKENS):
-        keys = _rows(key_cache, offset, start + slot, old, mask, start, DIM)
-        values = _rows(value_cache, offset, start + slot, old, mask, start, DIM)
+        keys = _rows(key_cache, start + slot, old, column, mask, DIM)
+        values = _rows(value_cache, start + slot, old, column, mask, DIM)
         scores = tl.where(start + slot < old, tl.sum(keys * query[None, :], 1) * scale, float("-inf"))
         larger = tl.maximum(largest, scores)
         kept = tl.exp(largest - _pivot(larger))

@@ -33,7 +33,7 @@ def decode_gate_up_reference(x: Tensor, norm_weight: Tensor, gate_up_weight: Ten
     return torch.nn.functional.silu(gate) * up
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["outputs"])  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     x, norm_weight, gate_up_weight, y, eps, outputs, inner,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
