@@ -43,6 +43,7 @@ LAUNCH_BOUND = "launch-bound"
 IMPOSSIBLE = "impossible"
 LESS_EXACT = "less exact"
 NOT_MEASURED = "not measured here"
+LARGE = "a large case, meant for a GPU; on the CPU it is timed only if asked for with --case"
 INTERPRETED = "on the CPU a Triton kernel runs in its interpreter, whose speed says nothing of the kernel's"
 
 # Implementations that kernbench makes itself, which are not suspected of anything.
@@ -104,8 +105,7 @@ def bench_kernel(
     for case in spec.cases if cases is None else cases:
         for name in names:
             if cases is None and case.large and device.type == "cpu":
-                note = f"a large case, meant for a GPU; on the CPU it is timed only if asked for (case {case.name})"
-                yield bench.unmeasured(case, name, "eager", NOT_MEASURED, note)
+                yield bench.unmeasured(case, name, "eager", NOT_MEASURED, LARGE)
                 continue
             for direction in directions_of(spec) if directions is None else directions:
                 yield from bench.rows(case, name) if direction == FORWARD else bench.backward_rows(case, name)

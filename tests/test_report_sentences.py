@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import report_records as samples
 
-from kernbench.record import Arm, ProfileRecord, Ratio, Stage, Verdict
+from kernbench.record import Arm, BenchResult, ProfileRecord, Ratio, Stage, Verdict
 from kernbench.report import html, page, sentences
 
 
@@ -227,3 +227,35 @@ def test_arms_that_were_raced_in_vain_are_named() -> None:
     arms = [Arm(name=name, seconds=[1.0, 2.0, 3.0]) for name in ("before", "again", "after python", "after compile")]
     assert sentences.other_arms(samples.swap(arms=arms)) == [("compile", 2.0)]
     assert "Also raced: compile" in " ".join(html.render(samples.swap(arms=arms)).replace("<", " <").split())
+
+
+def test_what_was_not_timed_stands_with_what_was_and_large_cases_need_no_table() -> None:
+    def row(case: str, implementation: str, seconds: float | None, **fields: Any) -> BenchResult:
+        return BenchResult(
+            kernel="swiglu", case=case, dtype="float32", implementation=implementation, seconds=seconds, **fields
+        )
+
+    missing: dict[str, Any] = {"label": "not measured here", "note": "a large case"}
+    record = samples.bench()
+    record.results = [
+        row("large", "eager", None, **missing),
+        row("small", "eager", 2e-6, cache="cold"),
+        row("small", "triton", None, label="not measured here", note="interpreted"),
+        row("small", "eager", 4e-6, cache="cold", direction="backward"),
+        row("small", "compile", 1e-6, cache="cold", direction="backward"),
+        row("small", "triton", None, label="failed", note="killed", direction="backward"),
+    ]
+    groups = sentences.bench_groups(record.results)
+    assert {title: [one.implementation for one in rows] for title, rows in groups.items()} == {
+        "swiglu, large, float32": ["eager"],
+        "swiglu, small, float32: cold": ["eager", "triton"],
+        "swiglu, small, float32, backward: cold": ["eager", "compile", "triton"],
+    }
+    assert sentences.not_measured(groups) == {"a large case": ["swiglu, large, float32"]}
+    assert sentences.headline(record) == (
+        "Fastest in 1 of 2 cases: eager. Fastest in 1 of 2 cases: compile, 4.00x as fast as the next best; "
+        "triton not measured here."
+    )
+    page = html.render(record)
+    assert page.count("<table") == 2
+    assert "a large case" in page

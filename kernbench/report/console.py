@@ -383,8 +383,13 @@ def _builds(builds: Sequence[Build]) -> list[RenderableType]:
 
 
 def _bench(record: BenchRecord) -> list[RenderableType]:
-    blocks: list[RenderableType] = []
-    for name, rows in sentences.bench_groups(record.results).items():
+    groups = sentences.bench_groups(record.results)
+    untimed = sentences.not_measured(groups)
+    lines = [_text(f"{sentences.NOT_MEASURED}: {'; '.join(names)} ({why})") for why, names in untimed.items()]
+    blocks: list[RenderableType] = [Group(*lines)] if lines else []
+    for name, rows in groups.items():
+        if any(name in names for names in untimed.values()):
+            continue
         own = (">launches", ">host reads") if record.workload else (">of roof",)
         table = _table(
             "implementation",

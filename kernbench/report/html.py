@@ -150,7 +150,11 @@ def _swap(record: SwapRecord) -> dict[str, Any]:
 
 def _bench(record: BenchRecord) -> dict[str, Any]:
     cases = []
-    for name, rows in sentences.bench_groups(record.results).items():
+    groups = sentences.bench_groups(record.results)
+    untimed = sentences.not_measured(groups)
+    for name, rows in groups.items():
+        if any(name in names for names in untimed.values()):
+            continue
         timed = [row for row in rows if row.seconds is not None]
         own = list(dict.fromkeys(figure.name for row in rows for figure in row.figures))
         floors = sentences.floors_in_words(rows)
@@ -169,7 +173,8 @@ def _bench(record: BenchRecord) -> dict[str, Any]:
             }
         )
     ceilings = record.environment.ceilings
-    return {"cases": cases, "roofline": plots.roofline(record.results, ceilings) if ceilings else None}
+    roofline = plots.roofline(record.results, ceilings) if ceilings else None
+    return {"cases": cases, "untimed": untimed, "roofline": roofline}
 
 
 def _bench_columns(rows: Sequence[BenchResult]) -> set[str]:

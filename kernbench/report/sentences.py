@@ -57,6 +57,9 @@ STATUSES: Mapping[str, tuple[str, Tone]] = {
     "interrupted": ("interrupted", "warn"),
 }
 
+NOT_MEASURED = "not measured here"
+"""The label of a row that has no time for want of a device, and not because something failed."""
+
 KINDS: Mapping[str, str] = {
     "profile": "Profile",
     "swap": "Swap",
@@ -296,8 +299,10 @@ def bench_headline(record: BenchRecord) -> str:
             leads.setdefault(best.implementation, []).append(ahead if ahead > 1 + (noise_floor(rows) or 0.0) else 1.0)
     if not leads:
         return unfinished(record, "No case was timed")
-    text = ". ".join(_lead(name, ahead, len(groups), record) for name, ahead in leads.items())
-    unmeasured = sorted({row.implementation for row in record.results if row.label == "not measured here"})
+    cases = len(groups) - sum(map(len, not_measured(groups).values()))
+    text = ". ".join(_lead(name, ahead, cases, record) for name, ahead in leads.items())
+    timed = {row.implementation for row in record.results if row.seconds is not None}
+    unmeasured = sorted({row.implementation for row in record.results if row.label == NOT_MEASURED} - timed)
     return f"{text}{'; ' + ' and '.join(unmeasured) + ' not measured here' if unmeasured else ''}."
 
 
@@ -312,13 +317,28 @@ def _lead(name: str, ahead: Sequence[float], cases: int, record: BenchRecord) ->
 
 
 def bench_groups(results: Sequence[BenchResult]) -> dict[str, list[BenchResult]]:
-    """Rows that may be compared with each other, by title: one kernel, case, dtype, direction, and way of timing."""
+    """Rows that may be compared with each other, by title: one kernel, case, dtype, direction, and way of timing.
+
+    A row without a time, of which no way of timing is known, stands with the first that was timed.
+    """
     groups: dict[str, list[BenchResult]] = {}
     for result in results:
         backward = "backward" if result.direction == "backward" else ""
         title = ", ".join(part for part in (result.kernel, result.case, result.dtype, backward) if part)
-        groups.setdefault(f"{title}: {result.cache}" if result.cache else title, []).append(result)
+        whole = f"{title}: {result.cache}" if result.cache else title
+        if result.seconds is None and not result.cache:
+            whole = next((known for known in groups if known.startswith(f"{title}: ")), title)
+        groups.setdefault(whole, []).append(result)
     return groups
+
+
+def not_measured(groups: Mapping[str, Sequence[BenchResult]]) -> dict[str, list[str]]:
+    """Titles of the groups of which nothing could be measured here, by the reason: they need no table."""
+    found: dict[str, list[str]] = {}
+    for title, rows in groups.items():
+        if all(row.label == NOT_MEASURED and row.seconds is None for row in rows):
+            found.setdefault(rows[0].note, []).append(title)
+    return found
 
 
 def fastest(rows: Sequence[BenchResult]) -> BenchResult | None:
