@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from kernbench.record import Prediction, ProfileRecord
 
@@ -91,6 +92,21 @@ class Fault:
     protects: Callable[[Any], Mapping[str, Any]]
 
 
+class Side(Protocol):
+    """One side of a comparison: each call builds it afresh, and in the block the swaps of the side are in place."""
+
+    def __call__(self, dtype: torch.dtype | None = None) -> AbstractContextManager[Any]:
+        """The built workload, in ``dtype`` or the one that is checked."""
+
+
+class Compared(NamedTuple):
+    """What a comparison of a workload's own came to: a row of parity, with the figures in ``note``."""
+
+    name: str
+    passed: bool
+    note: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """A program to profile.
@@ -103,6 +119,11 @@ class Workload:
         build: ``build(preset=, device=, dtype=, seed=, data=) -> Built``; ``data`` is the path of ``--data`` or None.
             One that also takes ``weights`` gets the folder of ``--weights`` there, where one is given.
         dtype: default dtype by torch name.
+        dtypes: the same for some of the presets.
+        steady: ``steady(built)`` makes the steps comparable that parity runs, where one that rounds another way would
+            change all that follow: a decoder is fed fixed codes.
+        compare: ``compare(before, after, steps)`` checks what steps do not show; ``steps`` is what parity runs, few
+            where kernels are interpreted.
 
     Raises:
         ValueError: no presets, or two phases with one number.
@@ -117,6 +138,9 @@ class Workload:
     peers: tuple[Peer, ...] = ()
     faults: tuple[Fault, ...] = ()
     dtype: str = "float32"
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    steady: Callable[[Any], None] | None = None
+    compare: Callable[[Side, Side, int], Iterator[Compared]] | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -131,6 +155,10 @@ class Workload:
     @property
     def default_preset(self) -> str:
         return next(iter(self.presets))
+
+    def default_dtype(self, preset: str) -> str:
+        """The dtype of a preset, by torch name."""
+        return self.dtypes.get(preset, self.dtype)
 
     def phases_numbered(self, numbers: Sequence[int]) -> tuple[Phase, ...]:
         """The phases with these numbers, in plan order."""

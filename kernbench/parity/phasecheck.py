@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,8 @@ def check_phase(
 ) -> Iterator[ParityResult]:
     """One result after the first step, one after ``steps``, one per fault: protected state unchanged, then fine again.
 
+    Then one per comparison of the workload's own.
+
     Args:
         begin: told which side runs next, BEFORE or AFTER, so that it is known which one took the process down.
 
@@ -81,8 +84,52 @@ def check_phase(
         runs.advance = advance
         findings = _Comparison(runs).findings()
     seconds = time.perf_counter() - started
+    dtype_name = str(working).removeprefix("torch.")
     for case, finding in findings.items():
-        yield finding.row(name, case, str(working).removeprefix("torch."), "steps", seconds / len(findings))
+        yield finding.row(name, case, dtype_name, "steps", seconds / len(findings))
+    if workload.compare is not None:
+        with (progress or Silent()).stage(f"comparing what {name} computes"):
+            yield from _own_comparisons(runs, steps, name, dtype_name)
+
+
+def _own_comparisons(runs: _Runs, steps: int, name: str, dtype: str) -> Iterator[ParityResult]:
+    """The rows of the workload's own comparisons. A side after that raises ends them with a failed one.
+
+    Raises:
+        WorkloadFailed: the side before raises.
+    """
+    assert runs.workload.compare is not None
+    running = [BEFORE]
+
+    def side(which: str, plan: Plan) -> Callable[..., AbstractContextManager[Built]]:
+        @contextmanager
+        def built(dtype: torch.dtype | None = None) -> Iterator[Built]:
+            running[0] = which
+            runs.begin(which)
+            made = runs.workload.make(runs.preset, runs.device, dtype or runs.dtype, runs.seed, runs.data)
+            with plan.applied(made):
+                yield made
+
+        return built
+
+    try:
+        started = time.perf_counter()
+        for found in runs.workload.compare(side(BEFORE, runs.before), side(AFTER, runs.after), steps):
+            now = time.perf_counter()
+            yield ParityResult(
+                kernel=name, case=found.name, dtype=dtype, mode="comparison", passed=found.passed, reason=found.note,
+                seconds=now - started,
+            )  # fmt: skip
+            started = now
+    except KernbenchError:
+        raise
+    except Exception as error:
+        if running[0] == BEFORE:
+            text = f"{runs.workload.name} failed before the swap: {raised(error)}"
+            raise WorkloadFailed(text, traceback.format_exc()) from error
+        yield ParityResult(
+            kernel=name, case="comparison", dtype=dtype, mode="comparison", passed=False, reason=raised(error)
+        )
 
 
 def phase_name(workload: Workload, before: Plan, after: Plan) -> str:
@@ -147,6 +194,8 @@ class _Runs:
         built: Built = self.workload.make(self.preset, self.device, dtype, self.seed, self.data)
         if initial is not None:
             trajectory.set_state(built, initial)
+        if self.workload.steady is not None:
+            self.workload.steady(built)
         return trajectory.run(
             built,
             plan,

@@ -207,12 +207,15 @@ class Decoder:
         self.codes_MG[self.config.prompt, 0] = self.forced_MG[self.config.prompt, 0]
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Weights, cache, codes so far and the hidden state of the next frame; beside them the logits of the last."""
+        """Text, cache, codes so far and the hidden state of the next frame; beside them the logits of the last.
+
+        The weights are not state: no step changes them, and they are equal in every dtype of at least 16 bits.
+        """
         keys, values = self.talker_cache.content()
         here = self.position
         return {
-            "model": dict(self.model.named_parameters()),
             "position": here,
+            "text": self.text_MH,
             "talker_keys": keys,
             "talker_values": values,
             "codes": self.codes_MG[self.config.prompt : here],

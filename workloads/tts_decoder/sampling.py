@@ -49,7 +49,8 @@ def choose(logits_1V: Tensor, uniform_1: Tensor, sampling: SamplingConfig, tempe
     if temperature == 0.0:
         return logits_1V.argmax(-1)
     ordered_1V, ids_1V = torch.sort(logits_1V, dim=-1, descending=True, stable=True)
-    shares_1C = torch.softmax(ordered_1V[:, : sampling.top_k] / temperature, dim=-1)
+    # In float64, so that libraries which round differently still draw the same.
+    shares_1C = torch.softmax(ordered_1V[:, : sampling.top_k].to(torch.float64) / temperature, dim=-1)
     cumulated_1C = shares_1C.cumsum(-1)
     inside_1C = cumulated_1C - shares_1C < top_p
     mass_1C = torch.where(inside_1C, cumulated_1C, 0.0)

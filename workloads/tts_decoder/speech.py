@@ -83,7 +83,11 @@ def _bytes(module: nn.Module) -> int:
 
 @torch.no_grad()
 def randomize(model: SpeechModel, *, seed: int, std: float = 0.02) -> None:
-    """Normal weights with this deviation, norms one and biases zero; drawn in float32, so that dtypes agree."""
+    """Normal weights with this deviation, norms one and biases zero.
+
+    They are rounded to bfloat16, so that a model in float32 or float64 has the same ones and shows what a model in
+    bfloat16 should compute.
+    """
     generator = torch.Generator(model.codec_head.weight.device).manual_seed(seed)
     for name, weight in model.named_parameters():
         if "norm" in name:
@@ -92,4 +96,4 @@ def randomize(model: SpeechModel, *, seed: int, std: float = 0.02) -> None:
             weight.zero_()
         else:
             drawn = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-            weight.copy_(drawn.normal_(std=std, generator=generator))
+            weight.copy_(drawn.normal_(std=std, generator=generator).to(torch.bfloat16))

@@ -24,15 +24,15 @@ class Resident:
 
     def __init__(self, decoder: Decoder) -> None:
         config, device = decoder.config, decoder.place.device
-        self.end_token = decoder.end_token
+        self.made_for = (config, decoder.end_token)
         self.added_2V = torch.cat(
-            [sampling.suppression(config, self.end_token, early=early, device=device) for early in (False, True)]
+            [sampling.suppression(config, decoder.end_token, early=early, device=device) for early in (False, True)]
         )
         early = [decoder.is_early(position) for position in range(config.positions + 1)]
         self.early_M = torch.tensor(early, device=device).long()
         self.seen_1V = torch.zeros(1, config.codec_vocabulary, dtype=torch.bool, device=device)
         self.seen_through = config.prompt - 1
-        self.end = EndWatch(config.positions + 1, self.end_token, cuda=device.type == "cuda")
+        self.end = EndWatch(config.positions + 1, decoder.end_token, cuda=device.type == "cuda")
 
     def catch_up(self, decoder: Decoder) -> None:
         """Make ``seen_1V`` right for the frame before this one, after the decoder went elsewhere."""
@@ -53,7 +53,7 @@ class Resident:
 def resident(decoder: Decoder) -> Resident:
     """What this phase keeps with a decoder."""
     kept = decoder.kept.get(KEY)
-    if not isinstance(kept, Resident) or kept.end_token != decoder.end_token:
+    if not isinstance(kept, Resident) or kept.made_for != (decoder.config, decoder.end_token):
         kept = decoder.kept[KEY] = Resident(decoder)
     return kept
 

@@ -26,7 +26,7 @@ import torch
 
 from kernbench.workload import Phase, Swap, Workload
 
-from . import graph, onerow, predictions, syncfree
+from . import checks, graph, onerow, predictions, syncfree
 from .config import PRESETS, TtsConfig
 from .decoder import Decoder
 from .fused import adapt_add_rms_norm, adapt_qk_norm_rope_cache, adapt_swiglu
@@ -127,5 +127,8 @@ WORKLOAD = Workload(
             ),
         ),
     ),
+    dtypes={"0.6b": "bfloat16", "1.7b": "bfloat16"},
+    steady=checks.feed_fixed_codes,
+    compare=checks.compare,
     source="Custom CUDA kernels plan of a Rust Qwen3-TTS; layout after QwenLM/Qwen3-TTS",
 )
