@@ -64,7 +64,8 @@ def judge(
 
 def own_sites(plan: swap.Plan, phase: Phase, receipt: Sequence[record.SiteHit]) -> list[record.SiteHit]:
     """What the receipt says of the phase on trial: it may well make sites of phases before it unreachable."""
-    numbers = [number for number, _ in plan.sites()]
+    # On a red gate nothing ran, and the receipt is empty.
+    numbers = [number for number, _ in plan.sites()] if receipt else []
     return [hit for number, hit in zip(numbers, receipt, strict=True) if number == phase.number]
 
 
