@@ -59,11 +59,11 @@ def floor_of(
     rate = roofs.copy_bytes_per_second if roofs is not None else None
     if rate is None:
         return record.Floor(bytes_per_step=moved, note="copy bandwidth was not measured here")
-    least = moved / rate
     held = ceilings.cache_bytes(device)
     if moved <= held:
         note = f"a cache of {held / 1e6:,.0f} MB holds them, so that memory does not bind"
-        return record.Floor(bytes_per_step=moved, seconds=least, note=note)
+        return record.Floor(bytes_per_step=moved, note=note)
+    least = moved / rate
     share = least / seconds
     note = "faster than memory delivers: more bytes are counted than are moved, or the cache holds part of them"
     return record.Floor(bytes_per_step=moved, seconds=least, share=share, note=note if share > IMPOSSIBLE_SHARE else "")
