@@ -112,8 +112,6 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> t
 class _Plan(NamedTuple):
     """How tensors of certain shapes, strides, dtypes and devices are launched; ``copied`` if some have gaps in D."""
 
-    q_strides: tuple[int, ...]
-    k_strides: tuple[int, ...]
     grid: tuple[int]
     numbers: tuple[int, ...]
     constants: tuple[int, ...]
@@ -124,6 +122,7 @@ _plans: dict[Any, _Plan] = {}
 
 
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     # Checks take longer than the launch, so they are made once for all tensors that look like these.
     look = (
         q.shape, q.stride(), k.shape, k.stride(), cos.shape, sin.shape, q.dtype, k.dtype, cos.dtype, sin.dtype,
@@ -132,11 +131,9 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tu
     plan = _plans.get(look)
     if plan is None:
         _check(q, k, cos, sin)
-        plan = _rope.kept(_plans, look, _planned(q, k))
+        plan = _rope.kept(_plans, look, _planned(q, k, q_out, k_out))
     if plan.copied:
         return _launch(q.contiguous(), k.contiguous(), cos, sin, inverse)
-    q_out = q.new_empty_strided(q.shape, plan.q_strides)
-    k_out = k.new_empty_strided(k.shape, plan.k_strides)
     if plan.grid[0]:
         with _rows.on_device(q):
             _kernel[plan.grid](
@@ -146,17 +143,15 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tu
     return q_out, k_out
 
 
-def _planned(q: Tensor, k: Tensor) -> _Plan:
+def _planned(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor) -> _Plan:
     batch, q_heads, tokens, dim = q.shape
     k_heads = k.shape[1]
     columns, rows = _rope.rows_for(dim, PAIRS)
-    q_strides, k_strides = (torch.empty_like(x, device="meta").stride() for x in (q, k))
     q_by_token, k_by_token = (x.stride(2) >= x.stride(1) for x in (q, k))
     q_tiling = _rope.tiling(batch, q_heads, tokens, rows, by_token=q_by_token)
     k_tiling = _rope.tiling(batch, k_heads, tokens, rows, by_token=k_by_token)
-    strides = (*q.stride()[:3], *k.stride()[:3], *q_strides[:3], *k_strides[:3])
+    strides = (stride for x in (q, k, q_out, k_out) for stride in x.stride()[:3])
     return _Plan(
-        q_strides, k_strides,
         grid=(q_tiling.programs + k_tiling.programs,),
         numbers=(*strides, tokens, q_tiling.programs),
         constants=(dim // 2, columns, q_heads, k_heads, *q_tiling[:2], q_by_token, *k_tiling[:2], k_by_token),
