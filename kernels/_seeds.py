@@ -1,0 +1,91 @@
+"""What the Kasmina kernels share: which columns a seed owns, what it does there, and how statistics are cut up.
+
+Seed s owns the columns from s * chunk on, chunk of them or as many as there are; columns after the last seed's belong
+to nobody, and seeds after the last column own none. Statistics are taken of tiles of :func:`rows_of` rows and
+:func:`width_of` columns. That width divides the chunk, so that a tile is of one seed, whatever the chunk is.
+
+A choice is what a seed does in one forward pass, in one number: -1 if it passes its columns through, else its row of
+the blueprint bank times four plus its operator, 0, 1 or 2. A row that the bank does not have is the one after its last.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+TABLES = ("alpha", "simple")
+GRAFTING_TO_FINE_TUNING = 0b1111000
+"""Lifecycles 3 to 6, a bit each: those in which a seed blends its blueprint in, as upstream's kernels have it."""
+MOST_ROWS = 64
+MOST_WIDTH = 64
+TILE_BYTES = 16 * 1024
+"""Of x, in one program: enough are under way on a multiprocessor to fill its memory pipe, with registers to spare."""
+SMALL_TILE_BYTES = 4 * 1024
+FEW = 2**18
+"""Up to so many elements, small tiles spread over more multiprocessors."""
+
+
+class Tiles(NamedTuple):
+    """How statistics of x [batch, features] are cut up: tiles of rows x width, [parts, granules] of them in all."""
+
+    rows: int
+    width: int
+    parts: int
+    granules: int
+
+
+class Grid(NamedTuple):
+    """How x is handed to programs: each takes a tile of some granules side by side; ``blocks`` of them make a part."""
+
+    granules: int
+    blocks: int
+    warps: int
+
+
+def rows_of(batch: int) -> int:
+    """Rows of a tile: a power of two."""
+    return min(MOST_ROWS, int(triton.next_power_of_2(max(1, batch))))
+
+
+def width_of(chunk: int) -> int:
+    """Columns of a tile, which is also called a granule: the largest power of two that divides the chunk, to 64."""
+    return math.gcd(chunk, MOST_WIDTH)
+
+
+def tiles_of(batch: int, features: int, seeds: int, chunk: int) -> Tiles:
+    """The tiles of the columns that seeds own; the last ones of a row or column may be cut off by the end of x."""
+    rows, width = rows_of(batch), width_of(chunk)
+    return Tiles(rows, width, triton.cdiv(batch, rows), triton.cdiv(min(features, seeds * chunk), width))
+
+
+def grid_of(tiles: Tiles, batch: int, features: int, itemsize: int) -> Grid:
+    """Programs for all of x, also for columns that nobody owns."""
+    elements = (SMALL_TILE_BYTES if batch * features <= FEW else TILE_BYTES) // itemsize
+    there = int(triton.next_power_of_2(max(1, triton.cdiv(features, tiles.width))))
+    granules = min(there, max(1, elements // (tiles.rows * tiles.width)))
+    warps = max(1, min(8, tiles.rows * granules * tiles.width * itemsize // (32 * 32)))
+    return Grid(granules, triton.cdiv(features, granules * tiles.width), warps)
+
+
+@triton.jit
+def weight_of(bank, choice, column, features, bank_rows, bank_stride):  # type: ignore[no-untyped-def]
+    """The blueprints of some choices at some columns: NaN where the bank has none, and where none is chosen."""
+    row = (choice >> 2).to(tl.int64)
+    mask = (row >= 0) & (row < bank_rows) & (column < features)
+    return tl.load(bank + row * bank_stride + column, mask=mask, other=float("nan"))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scale_and_shift(choice, a, weight, SIMPLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What choices do to x with alpha a and a blueprint's weight: x * scale + shift."""
+    operator = choice & 3
+    if SIMPLE:
+        scale = tl.where(operator == 0, weight, tl.where(operator == 1, 1.0, 0.5))
+        shift = tl.where(operator == 0, -0.0, tl.where(operator == 1, weight, 0.5 * weight))
+    else:
+        scale = tl.where(operator == 0, a * weight + (1.0 - a), tl.where(operator == 1, weight, 1.0))
+        shift = tl.where(operator <= 1, -0.0, weight)
+    return tl.where(choice >= 0, scale, 1.0), tl.where(choice >= 0, shift, -0.0)

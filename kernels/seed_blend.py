@@ -1,0 +1,412 @@
+"""Seeds blend vectors of a blueprint bank into their columns, with statistics of the input in the same pass.
+
+Columns of seed s are those from s * chunk on; w = bank[blueprint of s] there, a = alpha[s], and by its operator
+
+    table      0                    1        other
+    "alpha"    a w x + (1 - a) x    x * w    x + w
+    "simple"   x * w                x + w    x / 2 + w / 2
+
+where its lifecycle is among the active ones (3 to 6). All else passes through bit for bit: other seeds, and columns
+that no seed owns. Each operator is y = x * scale + shift with one scale and shift per column, so programs do not branch
+on it; -0.0 is the shift that changes no number. A program handles rows x columns of x once; of each tile of one seed it
+leaves the mean, the squared distances from it added up, which are shifted sums with the best of shifts, and how many
+numbers are near zero. No atomics.
+
+    dx = dy * scale;  t = sum over rows of dy * x, or dy where w is added;  dw = t times the factor of w;
+    da = sum over columns of t * (w - 1)
+
+Cast order: scale and shift are float32, like the bank and alpha; x is cast up when read and y rounded once.
+
+Source: the second id table and the simple one of Kasmina's Triton kernels; Chan et al., 1979, for the statistics.
+Shapes: B rows, H columns, S seeds, N blueprints, P x Q tiles as ``_seeds.tiles_of`` says.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance, Values
+
+from . import _rows, _seed_gradients, _seeds
+from ._rows import narrow
+from ._seeds import GRAFTING_TO_FINE_TUNING, TABLES
+
+NEAR_ZERO = 1e-6
+"""Smaller numbers count as zeros in the telemetry, as in upstream's PyTorch layer."""
+
+
+def seed_blend_reference(
+    x: Tensor, bank: Tensor, lifecycle: Tensor, blueprint: Tensor, operator: Tensor, alpha: Tensor, chunk: int,
+    table: str = "alpha", active_states: int = GRAFTING_TO_FINE_TUNING, near_zero: float = NEAR_ZERO,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """In plain PyTorch; arguments as in :func:`seed_blend`."""
+    seeds = len(lifecycle)
+    column = torch.arange(x.shape[-1], device=x.device)
+    seed = (column // chunk).clamp(max=seeds - 1)
+    states = [state for state in range(32) if active_states >> state & 1]
+    among = torch.isin(lifecycle, torch.tensor(states, device=x.device, dtype=torch.int32))
+    active = (column < seeds * chunk) & among[seed]
+    row, strategy = blueprint[seed], operator[seed]
+    known = (row >= 0) & (row < bank.shape[0])
+    weight = bank[torch.where(known, row, 0), column]
+    weight = torch.where(active, torch.where(known, weight, float("nan")), 0.0)
+    if table == "alpha":
+        a = alpha[seed]
+        scale = torch.where(strategy == 0, a * weight + (1 - a), torch.where(strategy == 1, weight, 1.0))
+        shift = torch.where((strategy == 0) | (strategy == 1), -0.0, weight)
+    else:
+        scale = torch.where(strategy == 0, weight, torch.where(strategy == 1, 1.0, 0.5))
+        shift = torch.where(strategy == 0, -0.0, torch.where(strategy == 1, weight, 0.5 * weight))
+    wide = x.to(weight.dtype)
+    y = torch.where(active, wide * scale + shift, wide).to(x.dtype)
+    rows = wide.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return y, *_statistics(rows, seeds, chunk, near_zero)
+
+
+def _statistics(x: Tensor, seeds: int, chunk: int, near_zero: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each tile of x [B, H] the mean, squared distances from it added up, and count of near zeros, [P, Q] each."""
+    batch, features = x.shape
+    rows, width, parts, granules = _seeds.tiles_of(batch, features, seeds, chunk)
+    x = x[:, : granules * width]
+    padding = (0, granules * width - x.shape[1], 0, parts * rows - batch)
+    shape = (parts, rows, granules, width)
+    tiles = torch.nn.functional.pad(x, padding).view(shape)
+    inside = torch.nn.functional.pad(torch.ones_like(x, dtype=torch.bool), padding).view(shape)
+    means = tiles.sum((1, 3)) / inside.sum((1, 3))
+    distances = torch.where(inside, tiles - means[:, None, :, None], 0.0)
+    zeros = ((tiles.abs() < near_zero) & inside).sum((1, 3))
+    return means, distances.square().sum((1, 3)), zeros.to(means.dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _choice(  # type: ignore[no-untyped-def]
+    lifecycle, blueprint, operator, seed, covered, bank_rows,
+    lifecycle_stride, blueprint_stride, operator_stride, ACTIVE_STATES: tl.constexpr,
+):  # fmt: skip
+    """The choices of some seeds, [1, N, 1]."""
+    state = tl.load(lifecycle + seed * lifecycle_stride, mask=covered, other=-1)
+    row = tl.load(blueprint + seed * blueprint_stride, mask=covered, other=0)
+    kind = tl.load(operator + seed * operator_stride, mask=covered, other=0)
+    active = (state >= 0) & (state < 32) & (((ACTIVE_STATES >> (state & 31)) & 1) == 1)
+    row = tl.where((row >= 0) & (row < bank_rows), row, bank_rows)
+    kind = tl.where((kind == 0) | (kind == 1), kind, 2)
+    return tl.where(active, row * 4 + kind, -1)
+
+
+@triton.jit
+def _sum(tile):  # type: ignore[no-untyped-def]
+    """Sums over the rows and columns of each granule of a tile [ROWS, N, WIDTH], [1, N, 1]."""
+    return tl.sum(tl.sum(tile, 0, keep_dims=True), 2, keep_dims=True)
+
+
+@triton.jit(do_not_specialize=["batch", "blocks", "granules", "bank_rows"])  # type: ignore[untyped-decorator]
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    x, bank, lifecycle, blueprint, operator, alpha, y, means, squares, zeros, choices,
+    batch, features, blocks, granules, per_seed, bank_rows, near_zero,
+    x_stride, bank_stride, lifecycle_stride, blueprint_stride, operator_stride, alpha_stride,
+    SIMPLE: tl.constexpr, ACTIVE_STATES: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program handles ROWS rows and N granules of WIDTH columns of x and y [batch, features].
+
+    Grid is the parts of ROWS rows times blocks of N granules; statistics are [parts, granules], and the first part
+    leaves the choices [seeds] of those that own columns.
+    """
+    part = (tl.program_id(0) // blocks).to(tl.int64)
+    granule = (tl.program_id(0) % blocks).to(tl.int64) * N + tl.arange(0, N)[None, :, None]
+    row = part * ROWS + tl.arange(0, ROWS)[:, None, None]
+    column = granule * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    inside = (row < batch) & (column < features)
+    # Asked for first, because the blueprint's row is known only after two loads, one after the other.
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    covered = granule < granules
+    seed = granule // per_seed
+    choice = _choice(
+        lifecycle, blueprint, operator, seed, covered, bank_rows,
+        lifecycle_stride, blueprint_stride, operator_stride, ACTIVE_STATES,
+    )  # fmt: skip
+    a = tl.load(alpha + seed * alpha_stride, mask=covered, other=0.0)
+    weight = _seeds.weight_of(bank, choice, column, features, bank_rows, bank_stride)
+    scale, shift = _seeds.scale_and_shift(choice, a, weight, SIMPLE)
+    tl.store(y + row * features + column, narrow(value * scale + shift, y.dtype.element_ty), mask=inside)
+    # One program tells of a seed: that with its first granule, in the first part.
+    leads = granule + part * granules == seed * per_seed
+    tl.store(choices + seed, choice, mask=covered & leads)
+    rows = tl.minimum(batch - part * ROWS, ROWS)
+    count = (rows * tl.minimum(features - granule * WIDTH, WIDTH)).to(tl.float32)
+    mean = tl.math.div_rn(_sum(value), count)
+    distance = tl.where(inside, value - mean, 0.0)
+    place = part * granules + granule
+    tl.store(means + place, mean, mask=covered)
+    tl.store(squares + place, _sum(distance * distance), mask=covered)
+    tl.store(zeros + place, _sum(tl.where(inside & (tl.abs(value) < near_zero), 1.0, 0.0)), mask=covered)
+
+
+def seed_blend(
+    x: Tensor, bank: Tensor, lifecycle: Tensor, blueprint: Tensor, operator: Tensor, alpha: Tensor, chunk: int,
+    table: str = "alpha", active_states: int = GRAFTING_TO_FINE_TUNING, near_zero: float = NEAR_ZERO,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The blend, and statistics of x for :func:`seed_telemetry`; differentiable in x, bank and alpha. No host sync.
+
+    A blueprint that the bank does not have makes the columns of an active seed NaN, since the host does not know;
+    nothing outside the bank is read. The host's own check belongs where a seed is activated.
+
+    Args:
+        x: [..., H], float32, bfloat16 or float16; rows may be any equal distance apart, other layouts are copied.
+        bank: [N, H], float32, N at least 1.
+        lifecycle: [S], int32, of any stride, so that it may be a column of a state, as all that follow; S at least 1.
+        blueprint: row of the bank of each seed, [S], int32.
+        operator: how each seed blends, [S], int32.
+        alpha: [S], float32.
+        chunk: columns of a seed, 1 or more; S * chunk may be less than H or more.
+        table: what the operators mean: "alpha" or "simple".
+        active_states: the lifecycles that blend, a bit each: those from 3 to 6 if not said otherwise.
+        near_zero: numbers of x of less magnitude count as zeros.
+
+    Returns:
+        y like x, contiguous; then, [P, Q] each in float32 and without gradients, the mean of each tile, its squared
+        distances from it added up, and how many of its numbers are near zero. B, of a tile, is all rows of x.
+
+    Raises:
+        ValueError: a shape, dtype or device is another, or there is no such table.
+    """
+    arguments = (x, bank, lifecycle, blueprint, operator, alpha, chunk, table, active_states, near_zero)
+    if _rows.watched():
+        results = torch.ops.kernbench.seed_blend.default(*arguments)
+    elif torch.is_grad_enabled() and (x.requires_grad or bank.requires_grad or alpha.requires_grad):
+        results = _SeedBlend.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        results = _forward(*arguments)
+    y, means, squares, zeros, _ = results
+    return y, means, squares, zeros
+
+
+@lru_cache(maxsize=1024)
+def _plan(batch: int, features: int, seeds: int, chunk: int, itemsize: int) -> tuple[_seeds.Tiles, _seeds.Grid]:
+    tiles = _seeds.tiles_of(batch, features, seeds, chunk)
+    return tiles, _seeds.grid_of(tiles, batch, features, itemsize)
+
+
+def _forward(
+    x: Tensor, bank: Tensor, lifecycle: Tensor, blueprint: Tensor, operator: Tensor, alpha: Tensor, chunk: int,
+    table: str, active_states: int, near_zero: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What :func:`seed_blend` returns, and the choices [S], which the backward pass needs as they were."""
+    _check(x, bank, lifecycle, blueprint, operator, alpha, chunk, table)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    batch, features, seeds = math.prod(x.shape[:-1]), x.shape[-1], len(lifecycle)
+    tiles, grid = _plan(batch, features, seeds, chunk, x.element_size())
+    means, squares, zeros = (bank.new_empty(tiles.parts, tiles.granules) for _ in range(3))
+    choices = lifecycle.new_empty(seeds)
+    if y.numel():
+        x, x_stride = _rows.as_rows(x)
+        bank, bank_stride = _rows.as_rows(bank)
+        with _rows.on_device(x):
+            _forward_kernel[(tiles.parts * grid.blocks,)](
+                x, bank, lifecycle, blueprint, operator, alpha, y, means, squares, zeros, choices,
+                batch, features, grid.blocks, tiles.granules, chunk // tiles.width, bank.shape[0], near_zero,
+                x_stride, bank_stride, lifecycle.stride(0), blueprint.stride(0), operator.stride(0), alpha.stride(0),
+                table == "simple", active_states, tiles.rows, grid.granules, tiles.width, num_warps=grid.warps,
+            )  # fmt: skip
+    return y, means, squares, zeros, choices
+
+
+def _check(
+    x: Tensor, bank: Tensor, lifecycle: Tensor, blueprint: Tensor, operator: Tensor, alpha: Tensor, chunk: int,
+    table: str,
+) -> None:  # fmt: skip
+    if table not in TABLES:
+        raise ValueError(f"seed_blend knows the tables {' and '.join(TABLES)}, not {table!r}")
+    if x.dtype not in _rows.DTYPES or not x.dim():
+        raise ValueError(f"seed_blend takes float32, bfloat16 or float16 rows, not {tuple(x.shape)} {x.dtype}")
+    shape, device = lifecycle.shape, x.get_device()
+    fits = (
+        bank.dim() == 2 and bank.shape[1] == x.shape[-1] and bank.shape[0] and chunk >= 1
+        and len(shape) == 1 and shape[0] and blueprint.shape == operator.shape == alpha.shape == shape
+        and bank.dtype == alpha.dtype == torch.float32
+        and lifecycle.dtype == blueprint.dtype == operator.dtype == torch.int32
+        and lifecycle.get_device() == blueprint.get_device() == operator.get_device() == device
+        and bank.get_device() == alpha.get_device() == device
+    )  # fmt: skip
+    if not fits:
+        tensors = (x, bank, lifecycle, blueprint, operator, alpha)
+        described = ", ".join(f"{tuple(one.shape)} {one.dtype} on {one.device}" for one in tensors)
+        raise ValueError(
+            f"seed_blend takes x [..., H], a float32 bank [N, H], int32 lifecycle, blueprint and operator [S], float32 "
+            f"alpha [S] and a chunk of at least 1, on one device; they are {described} and {chunk}"
+        )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, bank, _, _, _, alpha, ctx.chunk, ctx.table, *_ = inputs
+    # A layer may move its seeds on before the backward pass, so that is told what they were by the choices.
+    ctx.save_for_backward(x, bank, output[4], alpha)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 10
+    to_x, to_bank, _, _, _, to_alpha = ctx.needs_input_grad[:6]
+    backward = torch.ops.kernbench.seed_blend_backward.default if _rows.watched() else _seed_gradients.backward
+    x, bank, choices, alpha = ctx.saved_tensors
+    dx, dbank, dalpha = backward(dy, x, bank, choices, alpha, ctx.chunk, ctx.table, to_x, to_bank or to_alpha)
+    gradients = (dx if to_x else None, dbank if to_bank else None, None, None, None, dalpha if to_alpha else None)
+    return (*gradients, None, None, None, None)
+
+
+class _SeedBlend(torch.autograd.Function):
+    """The operator without the dispatcher, which takes longer than a launch."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _forward(*inputs)
+        _keep(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, *gradients)
+
+
+def _fake(x: Tensor, bank: Tensor, lifecycle: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    shape = _seeds.tiles_of(math.prod(x.shape[:-1]), x.shape[-1], len(lifecycle), others[3])[2:]
+    statistics = (bank.new_empty(shape) for _ in range(3))
+    return x.new_empty(x.shape), *statistics, lifecycle.new_empty(lifecycle.shape)
+
+
+_LIBRARY = torch.library.Library("kernbench", "FRAGMENT")  # type: ignore[no-untyped-call]
+for _name, _schema, _implementation in (
+    (
+        "seed_blend",
+        "(Tensor x, Tensor bank, Tensor lifecycle, Tensor blueprint, Tensor operator, Tensor alpha, int chunk, "
+        "str table, int active_states, float near_zero) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _forward,
+    ),
+    (
+        "seed_blend_backward",
+        "(Tensor dy, Tensor x, Tensor bank, Tensor choices, Tensor alpha, int chunk, str table, bool to_x, "
+        "bool to_seeds) -> (Tensor, Tensor, Tensor)",
+        _seed_gradients.backward,
+    ),
+):
+    _LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _implementation, _key)  # type: ignore[no-untyped-call]
+torch.library.register_fake("kernbench::seed_blend", _fake, lib=_LIBRARY)
+torch.library.register_fake(
+    "kernbench::seed_blend_backward",
+    lambda dy, x, bank, choices, alpha, chunk, table, to_x, to_seeds: (
+        x.new_empty(x.shape if to_x else 0),
+        bank.new_empty(bank.shape if to_seeds else 0),
+        alpha.new_empty(alpha.shape if to_seeds else 0),
+    ),
+    lib=_LIBRARY,
+)
+torch.library.register_autograd("kernbench::seed_blend", _gradients, setup_context=_keep, lib=_LIBRARY)
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """Numbers with a mean, some next to zero; seeds of all kinds, and no blueprint for those that are not active."""
+    generator = torch.Generator(device).manual_seed(seed)
+    seeds, wide = case["seeds"], torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def drawn(below: int) -> Tensor:
+        return torch.randint(below, (seeds,), generator=generator, device=device, dtype=torch.int32)
+
+    number = torch.arange(seeds, device=device, dtype=torch.int32)
+    lifecycle = torch.where(number % 2 == 0, 3 + number // 2 % 4, drawn(11))
+    active = (lifecycle >= 3) & (lifecycle <= 6)
+    x = normal(case["batch"], case["features"]) + 0.5
+    x *= torch.rand(x.shape, generator=generator, device=device) > 0.1
+    return {
+        "x": torch.where(x == 0, normal(*x.shape).sign() * 5e-7, x).to(dtype).requires_grad_(),
+        "bank": normal(case["blueprints"], case["features"]).to(wide).requires_grad_(),
+        "lifecycle": lifecycle,
+        "blueprint": torch.where(active, drawn(case["blueprints"]), drawn(20) - 1),
+        "operator": (number + number // 4) % 4,
+        "alpha": torch.rand(seeds, generator=generator, device=device).to(wide).requires_grad_(),
+        "chunk": case["chunk"],
+        "table": TABLES[case["simple"]],
+        "active_states": GRAFTING_TO_FINE_TUNING if case["states"] else 1 << 3 | 1 << 6,
+        "near_zero": NEAR_ZERO,
+    }
+
+
+def cost(case: Case, dtype: torch.dtype) -> Cost:
+    """x read and y written once; of the bank what live seeds read at most; statistics and state."""
+    batch, features, seeds, chunk = (case[name] for name in ("batch", "features", "seeds", "chunk"))
+    tiles = _seeds.tiles_of(batch, features, seeds, chunk)
+    elements, covered = float(batch * features), min(features, seeds * chunk)
+    live = min(seeds, triton.cdiv(features, chunk))
+    return Cost(
+        flops=6 * elements,
+        bytes_read=dtype.itemsize * elements + 4.0 * covered + 16 * live,
+        bytes_written=dtype.itemsize * elements + 12.0 * tiles.parts * tiles.granules,
+    )
+
+
+SPEC = KernelSpec(
+    name="seed_blend",
+    reference=seed_blend_reference,
+    optimized=seed_blend,
+    make_inputs=make_inputs,
+    cases=(
+        Case("one", batch=1, features=1, seeds=1, chunk=1, blueprints=1, simple=0, states=1),
+        Case("ragged", batch=67, features=61, seeds=9, chunk=6, blueprints=3, simple=0, states=1),
+        Case("simple", batch=5, features=100, seeds=12, chunk=8, blueprints=3, simple=1, states=0),
+        Case("empty-seeds", batch=3, features=130, seeds=7, chunk=24, blueprints=2, simple=0, states=1),
+        Case("small", large=True, batch=32, features=512, seeds=8, chunk=64, blueprints=10, simple=0, states=1),
+        Case("medium", large=True, batch=64, features=4096, seeds=64, chunk=64, blueprints=10, simple=0, states=1),
+        Case("large", large=True, batch=1024, features=4096, seeds=64, chunk=64, blueprints=10, simple=0, states=1),
+        Case("extreme", large=True, batch=4096, features=8192, seeds=128, chunk=64, blueprints=10, simple=0, states=1),
+        Case(
+            "extreme-simple",
+            large=True,
+            batch=4096,
+            features=8192,
+            seeds=128,
+            chunk=64,
+            blueprints=10,
+            simple=1,
+            states=0,
+        ),
+        Case(
+            "5000-seeds",
+            large=True,
+            batch=128,
+            features=640_000,
+            seeds=5000,
+            chunk=128,
+            blueprints=10,
+            simple=0,
+            states=1,
+        ),
+    ),
+    tolerance={"float32": Tolerance(), "bfloat16": Tolerance(), "float16": Tolerance()},
+    cost=cost,
+    sizes={
+        "batch": Sizes(most=150, block=_seeds.MOST_ROWS),
+        "features": Sizes(most=400, block=_seeds.MOST_WIDTH),
+        "seeds": Sizes(least=1, most=40),
+        "chunk": Sizes(least=1, most=200, block=_seeds.MOST_WIDTH),
+        "blueprints": Sizes(least=1, most=5),
+        "simple": Sizes(most=1),
+        "states": Sizes(most=1),
+    },
+    values={"x": Values(nonfinite=True)},
+    differentiable=True,
+    source="Kasmina's Triton forward kernels (tachyon-beep/esperlite, RC1), with the same semantics for every size",
+)
