@@ -22,28 +22,52 @@ issues of the specification's section 10, and on what it leaves open:
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from kernbench.device import WARNINGS
 from kernbench.workload import Phase, Swap, Workload
 
-from . import checks, graph, onerow, predictions, syncfree
+from . import checkpoint, checks, graph, onerow, predictions, syncfree
 from .config import PRESETS, TtsConfig
 from .decoder import Decoder
 from .fused import adapt_add_rms_norm, adapt_qk_norm_rope_cache, adapt_swiglu
 from .model import MLP, Attention, Place, Stack
 from .speech import SpeechModel, randomize
-from .text import read_text, tokenize
+from .text import BYTES, read_text, tokenize
 
 AT_THE_END = 10**9
 """Codes are read when an utterance is done, which no race of steps reaches."""
 
+BYTES_SPOKEN = f"tts-decoder reads its text as {BYTES}; the checkpoint was trained on other tokens"
 
-def build(*, preset: TtsConfig, device: torch.device, dtype: torch.dtype, seed: int, data: str | None) -> Decoder:
-    """A decoder after its prompt; ``data`` is the text to speak, by default Python's documentation topics."""
+
+def build(
+    *,
+    preset: TtsConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    data: str | None,
+    weights: str | None = None,
+) -> Decoder:
+    """A decoder after its prompt.
+
+    Args:
+        data: the text to speak, by default Python's documentation topics.
+        weights: the folder of a checkpoint; random weights without one.
+    """
     place = Place(device, dtype)
-    text = tokenize(read_text(data), None, vocabulary=preset.text_vocabulary, most=preset.positions)
+    folder = None if weights is None else Path(weights)
+    text = tokenize(read_text(data), folder, vocabulary=preset.text_vocabulary, most=preset.positions)
     model = SpeechModel(preset, place)
-    randomize(model, seed=seed)
+    if folder is None:
+        randomize(model, seed=seed)
+    else:
+        checkpoint.load(model, folder)
+        if text.tokenizer == BYTES and BYTES_SPOKEN not in WARNINGS:
+            WARNINGS.append(BYTES_SPOKEN)
     for weight in model.parameters():
         weight.requires_grad_(False)
     return Decoder(model, preset, place, seed=seed, text_ids=text.ids)
