@@ -202,6 +202,8 @@ def _check(
         NAME, cos, sin, q=q, k=k, v=v, q_weight=q_weight, k_weight=k_weight, key_cache=key_cache,
         value_cache=value_cache,
     )  # fmt: skip
+    if any(tensor.dim() != 4 for tensor in (q, k, v, key_cache, value_cache)):
+        raise ValueError(f"{NAME} takes q, k and v [batch, tokens, heads, dim] and caches of four dimensions")
     batch, tokens, _, dim = q.shape
     heads, length = k.shape[2], key_cache.shape[2]
     if k.shape != (batch, tokens, heads, dim) or v.shape != k.shape:
