@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .config import BLUEPRINTS
 from .data import CLASSES
 from .layer import KasminaLayer
+from .lifecycle import EPOCHS as EPOCHS_IN
 from .lifecycle import Context, Life, guards
 from .state import EPOCHS, ERRORS, LIFECYCLE, SCORE, STABILITY
 
@@ -41,6 +42,12 @@ class Tamiyo(nn.Module):
         guess = torch.full((), math.log(CLASSES), dtype=torch.promote_types(dtype, torch.float32), device=device)
         self.loss_average: Tensor
         self.entry_loss_S: Tensor
+        self.next_state: Tensor
+        self.least_epochs: Tensor
+        following = torch.tensor([NEXT.get(state, -1) for state in Life], device=device)
+        self.register_buffer("next_state", following, persistent=False)
+        least = torch.tensor([EPOCHS_IN.get(state, 0) for state in Life], device=device)
+        self.register_buffer("least_epochs", least, persistent=False)
         self.register_buffer("loss_average", guess)
         self.register_buffer("entry_loss_S", guess.repeat(seeds))
 

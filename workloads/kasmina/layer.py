@@ -54,12 +54,27 @@ class KasminaLayer(nn.Module):
         self.seeds = SeedState(config.seeds, device=device, dtype=dtype)
         self.schedules = ScheduleMemory(config.seeds)
         self.schedule_of: dict[int, int] = {}
+        self.network_of: dict[int, int] = {}
         self.starts_S: Tensor
         self.ends_S: Tensor
         self.drift_ema_SC: Tensor
-        starts_S = (torch.arange(config.seeds, device=device) * config.chunk).clamp(max=config.width)
+        self.seed_H: Tensor
+        self.covered_H: Tensor
+        self.widths_L: Tensor
+        self.words_S8: Tensor
+        seed_S = torch.arange(config.seeds, device=device)
+        starts_S = (seed_S * config.chunk).clamp(max=config.width)
         self.register_buffer("starts_S", starts_S, persistent=False)
         self.register_buffer("ends_S", (starts_S + config.chunk).clamp(max=config.width), persistent=False)
+        column_H = torch.arange(config.width, device=device)
+        self.register_buffer("seed_H", (column_H // config.chunk).clamp(max=config.seeds - 1), persistent=False)
+        self.register_buffer("covered_H", column_H < config.covered, persistent=False)
+        widths_L = (self.ends_S - self.starts_S)[: config.live].to(self.seeds.performance_S4.dtype)
+        self.register_buffer("widths_L", widths_L, persistent=False)
+        # What the blend kernel reads of a seed: whether it blends, its blueprint, and here for good its operator.
+        words_S8 = torch.zeros(config.seeds, 8, dtype=torch.int32, device=device)
+        words_S8[:, SCHEDULE] = seed_S % OPERATORS
+        self.register_buffer("words_S8", words_S8, persistent=False)
         watched = config.seeds if set(WATCH_DRIFT) & set(config.schedules) else 0
         ema_SC = torch.zeros(watched, config.chunk, device=device, dtype=self.seeds.performance_S4.dtype)
         self.register_buffer("drift_ema_SC", ema_SC)
@@ -68,6 +83,10 @@ class KasminaLayer(nn.Module):
 
     def forward(self, x_BI: Tensor) -> Tensor:
         """The linear layer's output [B, H] with what the active seeds blend in. In evaluation nothing else happens."""
+        return self.forward_seed_by_seed(x_BI)
+
+    def forward_seed_by_seed(self, x_BI: Tensor) -> Tensor:
+        """The loop; phase 0 comes back to it for networks that it cannot batch."""
         y_BH: Tensor = self.linear(x_BI)
         mask_S = self.active_mask()
         if not self.training:
@@ -266,6 +285,7 @@ class KasminaLayer(nn.Module):
         if state != Life.DORMANT:
             if self.config.blueprint == "network" and str(blueprint) not in self.networks:
                 self.networks[str(blueprint)] = self.new_network()
+            self.network_of[seed] = blueprint
             self.check_blueprint(blueprint)
             self.seeds.state_S8[seed, BLUEPRINT] = blueprint
             self.watch_drift(seed, blueprint)
@@ -279,6 +299,14 @@ class KasminaLayer(nn.Module):
         if len(self.drift_ema_SC):
             w_C = self.bank_KH[blueprint, seed * self.config.chunk : (seed + 1) * self.config.chunk]
             self.drift_ema_SC[seed, : len(w_C)] = w_C
+
+    @torch.no_grad()
+    def rows_of_seeds(self) -> Tensor:
+        """The blueprint of every seed on its own columns [S, C], zero where there is no column."""
+        column_SC = self.starts_S[:, None] + torch.arange(self.config.chunk, device=self.starts_S.device)
+        row_S1 = self.seeds.blueprint_S.clamp(min=0).long()[:, None]
+        w_SC = self.bank_KH[row_S1, column_SC.clamp(max=self.config.width - 1)]
+        return w_SC.masked_fill(column_SC >= self.ends_S[:, None], 0.0)
 
     def check_seed(self, seed: int) -> None:
         if not 0 <= seed < self.config.seeds:
@@ -296,9 +324,11 @@ class KasminaLayer(nn.Module):
             ValueError: a seed beyond DORMANT has no blueprint.
         """
         self.schedule_of.clear()
+        self.network_of.clear()
         for seed, row in enumerate(self.seeds.state_S8.tolist()):
             if row[LIFECYCLE] != Life.DORMANT:
                 try:
                     self.check_blueprint(row[BLUEPRINT])
                 except ValueError as error:
                     raise ValueError(f"seed {seed} is {Life(row[LIFECYCLE]).name}: {error}") from None
+                self.network_of[seed] = row[BLUEPRINT]

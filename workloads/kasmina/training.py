@@ -68,6 +68,9 @@ class Training:
         place_seeds(self.model.kasmina)
         self.tamiyo = Tamiyo(config.seeds, rate=config.loss_average_rate, device=device, dtype=dtype)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=config.momentum)
+        for weight in self.model.parameters():
+            # Zeroed and never dropped: the loop leaves idle blueprints without a gradient, which momentum would notice.
+            weight.grad = torch.zeros_like(weight)
         forward_only = config.step == "forward"
         self.output_BH = torch.zeros(config.batch, config.width, device=device, dtype=dtype) if forward_only else None
         self.bytes_per_step = forward_bytes(config, pixels, dtype) if forward_only else None
@@ -79,7 +82,7 @@ class Training:
             with torch.no_grad():
                 self.output_BH = self.model.kasmina(images_BF)
             return None
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)
         loss = functional.cross_entropy(self.model(images_BF), classes_B)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -125,14 +128,10 @@ class Training:
         Raises:
             ValueError: a seed has a blueprint that is not there.
         """
-        kasmina = self.model.kasmina
-        for name in state["model"]:
-            if name.startswith("kasmina.networks.") and name.split(".")[2] not in kasmina.networks:
-                kasmina.networks[name.split(".")[2]] = kasmina.new_network()
         self.model.load_state_dict(state["model"])
         self.tamiyo.load_state_dict(state["tamiyo"])
         self.optimizer.load_state_dict(state["optimizer"])
-        kasmina.check_state()
+        self.model.kasmina.check_state()
 
 
 def place_seeds(layer: KasminaLayer) -> None:

@@ -34,6 +34,7 @@ import torch
 from kernbench.workload import Workload
 
 from .config import PRESETS, KasminaConfig
+from .phases import PHASES
 from .training import Training
 
 
@@ -48,5 +49,6 @@ WORKLOAD = Workload(
     summary="Kasmina seeds: a chunked layer that grafts blueprints into an MLP while it learns to read digits",
     presets=PRESETS,
     build=build,
+    phases=PHASES,
     source="Phase 3 GPU Optimization report of 2025-01-24; layout after tachyon-beep/esperlite, morphogenetic_v2",
 )
