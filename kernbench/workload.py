@@ -122,8 +122,8 @@ class Workload:
         dtypes: the same for some of the presets.
         steady: ``steady(built)`` makes the steps comparable that parity runs, where one that rounds another way would
             change all that follow: a decoder is fed fixed codes.
-        compare: ``compare(before, after, steps)`` checks what steps do not show; ``steps`` is what parity runs, few
-            where kernels are interpreted.
+        compare: ``compare(unswapped, before, after, steps)`` checks what steps do not show; ``steps`` is what parity
+            runs, few where kernels are interpreted.
 
     Raises:
         ValueError: no presets, or two phases with one number.
@@ -140,7 +140,7 @@ class Workload:
     dtype: str = "float32"
     dtypes: Mapping[str, str] = field(default_factory=dict)
     steady: Callable[[Any], None] | None = None
-    compare: Callable[[Side, Side, int], Iterator[Compared]] | None = None
+    compare: Callable[[Side, Side, Side, int], Iterator[Compared]] | None = None
     source: str = ""
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from test_tts_decoder import CPU, decoder, module, small, workload
 from torch import Tensor
 
-from kernbench import swap
+from kernbench import registry, swap
 from kernbench.errors import WorkloadFailed
 from kernbench.parity import phasecheck
 from kernbench.record import ParityResult
@@ -147,3 +147,15 @@ def test_fixed_codes_are_the_same_in_every_dtype_and_inside_the_vocabularies() -
 def test_presets_for_a_gpu_default_to_bfloat16() -> None:
     declared = workload()
     assert [declared.default_dtype(preset) for preset in declared.presets] == ["float32", "bfloat16", "bfloat16"]
+
+
+def test_kernels_that_take_no_float64_are_held_against_the_unswapped_model() -> None:
+    declared = dataclasses.replace(workload(), presets={"small": small()})
+    kernels = {name: found.declaration for name, found in registry.kernels().items()}
+    plans = [swap.plan(declared, numbers, use={1: "triton"}, kernels=kernels.__getitem__) for numbers in ([1], [0, 1])]
+    found = phasecheck.check_phase(declared, *plans, preset="small", device=CPU, seed=0, data=None, steps=2)
+    rows = {row.case: row for row in found}
+    assert all(row.passed for row in rows.values()), [row.reason for row in rows.values()]
+    # A row that passes has a reason where there was no oracle.
+    assert rows["1 step"].reason == rows["2 steps"].reason == ""
+    assert "against float64" in rows["teacher-forced logits"].reason

@@ -114,7 +114,8 @@ def _own_comparisons(runs: _Runs, steps: int, name: str, dtype: str) -> Iterator
 
     try:
         started = time.perf_counter()
-        for found in runs.workload.compare(side(BEFORE, runs.before), side(AFTER, runs.after), steps):
+        sides = (side(BEFORE, runs.bare), side(BEFORE, runs.before), side(AFTER, runs.after))
+        for found in runs.workload.compare(*sides, steps):
             now = time.perf_counter()
             yield ParityResult(
                 kernel=name, case=found.name, dtype=dtype, mode="comparison", passed=found.passed, reason=found.note,
@@ -160,6 +161,11 @@ class _Runs:
         return self.workload.faults if self.with_faults else ()
 
     @property
+    def bare(self) -> Plan:
+        """The workload as it stands."""
+        return Plan(self.workload, (), (), ())
+
+    @property
     def length(self) -> int:
         """Steps of one run."""
         return max(self.marks) + 2 * len(self.faults)
@@ -179,9 +185,14 @@ class _Runs:
             raise WorkloadFailed(text, traceback.format_exc()) from error
 
     def oracle(self, before: Trajectory) -> tuple[Trajectory | None, str]:
-        """The side before in float64, or why there is none."""
+        """The side before in float64, or the unswapped workload where its kernels take none, or why there is none."""
         try:
-            oracle = self.run(self.before, torch.float64, before.initial)
+            try:
+                oracle = self.run(self.before, torch.float64, before.initial)
+            except Exception:
+                if not self.before.kernels:
+                    raise
+                oracle = self.run(self.bare, torch.float64, before.initial)
         except Exception as error:  # noqa: BLE001 - a workload need not support float64, and the reason is reported
             return None, f"no float64 oracle ({raised(error)}): held against the side before"
         own, exact = (side.points[trajectory.after_steps(1)].get(LOSS) for side in (before, oracle))

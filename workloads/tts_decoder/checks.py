@@ -39,10 +39,10 @@ def feed_fixed_codes(decoder: Decoder) -> None:
     decoder.force(drawn.to(torch.int64) % min(config.sampling.suppress_from, config.acoustic_vocabulary))
 
 
-def compare(before: Side, after: Side, steps: int) -> Iterator[Compared]:
+def compare(unswapped: Side, before: Side, after: Side, steps: int) -> Iterator[Compared]:
     """All comparisons of decoding, over few frames where ``steps`` are few."""
     frames = LONG if steps >= ENOUGH_STEPS else SHORT
-    yield compare_logits(before, after, frames)
+    yield compare_logits(unswapped, before, after, frames)
     yield from compare_speech(before, after, frames, greedy=True)
     yield from compare_speech(before, after, frames, greedy=False)
 
@@ -57,15 +57,15 @@ class Distance(NamedTuple):
     top1: float
 
 
-def compare_logits(before: Side, after: Side, frames: int) -> Compared:
-    """Logits of talker and predictor when fixed codes are fed back, against a longer dtype."""
+def compare_logits(unswapped: Side, before: Side, after: Side, frames: int) -> Compared:
+    """Logits of talker and predictor when fixed codes are fed back, against the unswapped model in a longer dtype."""
     with before() as built:
         frames = min(frames, built.config.frames)
         dtype, large = built.place.dtype, _parameters(built) > LARGE
         own_rows = _forced_rows(built, frames)
     with after() as built:
         rows = _forced_rows(built, frames)
-    with before(torch.float32 if large else torch.float64) as built:
+    with unswapped(torch.float32 if large else torch.float64) as built:
         truth = _forced_rows(built, frames)
     found, own = (_distance(one, truth) for one in (rows, own_rows))
     limit = TIMES_OWN * own.rms + FLOOR_ULP * torch.finfo(dtype).eps
