@@ -69,6 +69,11 @@ def run_frame(self: Decoder) -> None:
         KernbenchError: the frame cannot be captured, because phases 0 and 3 are not in place.
     """
     _check_phases()
+    replayed_frame(self)
+
+
+def replayed_frame(self: Decoder) -> None:
+    """Decode the next frame by a replay, or where there is no GPU by the same code as it stands."""
     resident(self).catch_up(self)
     kept = _counting(self)
     with _on_device(self, kept):

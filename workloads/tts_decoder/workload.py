@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 
 from kernbench.device import WARNINGS
-from kernbench.workload import Phase, Swap, Workload
+from kernbench.workload import Peer, Phase, Swap, Workload
 
-from . import checkpoint, checks, graph, onerow, predictions, syncfree
+from . import checkpoint, checks, graph, onerow, peers, predictions, syncfree
 from .config import PRESETS, TtsConfig
 from .decoder import Decoder
 from .fused import adapt_add_rms_norm, adapt_qk_norm_rope_cache, adapt_swiglu
@@ -150,6 +150,10 @@ WORKLOAD = Workload(
                 Swap(site=(onerow, "gate_up"), kernel="decode_gate_up"),
             ),
         ),
+    ),
+    peers=(
+        Peer(name="CUDA graph", prepare=peers.capture),
+        Peer(name="torch.compile + CUDA graph", prepare=peers.compile_and_capture),
     ),
     dtypes={"0.6b": "bfloat16", "1.7b": "bfloat16"},
     steady=checks.feed_fixed_codes,
