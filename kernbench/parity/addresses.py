@@ -322,7 +322,9 @@ def _tensors(inputs: Inputs) -> dict[str, Tensor]:
 def _placed(inputs: Inputs, memory: Memory) -> Inputs:
     """The inputs with every tensor in ``memory``, under its name."""
     names = {id(leaf): name for name, leaf in reversed(_tensors(inputs).items())}
-    placed: Inputs = compare.map_tensors(inputs, lambda tensor: memory.place(tensor, names[id(tensor)]))
+    placed: Inputs = compare.map_tensors(
+        inputs, lambda tensor: memory.place(tensor, names[id(tensor)]).requires_grad_(tensor.requires_grad)
+    )
     return placed
 
 

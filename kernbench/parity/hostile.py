@@ -135,11 +135,23 @@ def _right_at_first(setting: Setting, inputs: Inputs) -> Any:
 
 
 def _runs_twice_at_first(setting: Setting, inputs: Inputs) -> Any:
-    """A result that is added to, by two runs of the first call at these sizes."""
+    """A result that is added to, by two runs of the first call at these sizes.
+
+    Where a second run changes nothing, as one that overwrites, what is added to is the result itself.
+    """
     output, sizes = setting.right(inputs), tuple(map(_shape, _tensors(inputs)))
     if setting.kept.setdefault(sizes, setting.calls) < setting.calls:
         return output
-    return setting.right(inputs) if setting.spec.mutates else compare.map_tensors(output, lambda leaf: leaf + leaf)
+    mutated = setting.spec.mutates
+    once = compare.leaves(compare.clone([inputs[name] for name in mutated]), "")
+    again = setting.right(inputs) if mutated else output
+    if compare.ulps_apart(once, compare.leaves([inputs[name] for name in mutated], "")) != 0.0:
+        return again
+    if not _tensors({"output": output}):
+        with torch.no_grad():
+            for name in mutated:
+                _write(inputs[name], compare.map_tensors(inputs[name], lambda leaf: leaf + leaf))
+    return compare.map_tensors(output, lambda leaf: leaf + leaf)
 
 
 def _remembers(key: Callable[[Tensor], Any], setting: Setting, inputs: Inputs) -> Any:
