@@ -66,7 +66,7 @@ def grid_of(tiles: Tiles, batch: int, features: int, itemsize: int) -> Grid:
     elements = (SMALL_TILE_BYTES if batch * features <= FEW else TILE_BYTES) // itemsize
     there = int(triton.next_power_of_2(max(1, triton.cdiv(features, tiles.width))))
     granules = min(there, max(1, elements // (tiles.rows * tiles.width)))
-    warps = max(1, min(8, tiles.rows * granules * tiles.width * itemsize // (32 * 32)))
+    warps = max(1, min(8, tiles.rows * granules * tiles.width * itemsize // (32 * 16)))
     return Grid(granules, triton.cdiv(features, granules * tiles.width), warps)
 
 
