@@ -11,7 +11,7 @@ product is summed in float32 and rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernbench.spec import Tolerance
 
@@ -31,6 +32,10 @@ PLAIN, LATE, EARLY = 0, 1, 2
 """When the next kernel may start: once this one has ended, all its programs wait no more, or all have started."""
 LARGEST_INNER = 2**16
 """Columns of a weight: a program keeps the row that it multiplies with in registers."""
+
+
+MOST_ROWS = 2**30
+"""Rows of a weight: they are counted in 32 bits, a few tiles beyond the end included."""
 
 
 class Tiles(NamedTuple):
@@ -91,6 +96,41 @@ def linear_tiles(rows: int, inner: int, itemsize: int, table: Mapping[tuple[int,
         fitting = max(1, TILE_BYTES // (pair * columns * chunks * itemsize))
         found = Tiles(min(8, 2 ** (fitting.bit_length() - 1)), columns, warps)
     return found.fitted(inner)
+
+
+class Plan(NamedTuple):
+    """A launch but for its tensors; ``compiled_in`` is what a kernel is compiled for, in the order of its arguments."""
+
+    programs: int
+    compiled_in: tuple[int, ...]
+    warps: int
+    overlap: int
+
+
+def linear_plan(
+    rows: int,
+    inner: int,
+    itemsize: int,
+    tiles: Sequence[int] | None,
+    table: Mapping[tuple[int, int], Tiles],
+    pair: int = 1,
+) -> Plan:
+    """For a weight [pair * rows, inner], with ROWS, COLUMNS, CHUNKS, STEPS, AHEAD, EVEN and EVICT compiled in.
+
+    Raises:
+        ValueError: the weight has more rows or columns than are counted here.
+    """
+    if pair * rows >= MOST_ROWS:
+        raise ValueError(f"a weight with fewer than {MOST_ROWS} rows can be multiplied, and this one has {pair * rows}")
+    chosen = Tiles(*tiles).fitted(inner) if tiles else linear_tiles(rows, inner, itemsize, table, pair)
+    chunks = -(-inner // chosen.columns)
+    even = inner == chunks * chosen.columns
+    return Plan(
+        -(-rows // (chosen.rows * chosen.steps)),
+        (chosen.rows, chosen.columns, chunks, chosen.steps, chosen.ahead, even, bool(chosen.evict)),
+        chosen.warps,
+        chosen.overlap,
+    )
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -194,25 +234,15 @@ def products(  # type: ignore[no-untyped-def]
     return tl.sum(total, 1), queue
 
 
-def compiled_in(tiles: Tiles, inner: int) -> tuple[int | bool, ...]:
-    """What a kernel is compiled for, in its order: ROWS, COLUMNS, CHUNKS, STEPS, AHEAD, EVEN and EVICT."""
-    chunks = -(-inner // tiles.columns)
-    even = inner == chunks * tiles.columns
-    return tiles.rows, tiles.columns, chunks, tiles.steps, tiles.ahead, even, bool(tiles.evict)
-
-
-def launch(
-    kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], warps: int, overlap: int
-) -> None:
-    """Launches ``programs`` programs; ``overlap`` is handed on as the last argument, after what the device can do."""
+def launch(kernel: Any, plan: Plan, device: torch.device, *tensors: Any) -> None:
+    """Launches a kernel with its tensors, what it is compiled for, and the overlap that the device is capable of."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, programs, torch.device("cuda", torch.cuda.current_device()), arguments, warps, overlap)
-        return
-    if overlap and overlaps():
-        kernel[(programs,)](*arguments, overlap, num_warps=warps, launch_pdl=True)
+            launch(kernel, plan, torch.device("cuda", torch.cuda.current_device()), *tensors)
+    elif plan.overlap and overlaps():
+        kernel[(plan.programs,)](*tensors, *plan.compiled_in, plan.overlap, num_warps=plan.warps, launch_pdl=True)
     else:
-        kernel[(programs,)](*arguments, PLAIN, num_warps=warps)
+        kernel[(plan.programs,)](*tensors, *plan.compiled_in, PLAIN, num_warps=plan.warps)
 
 
 def overlaps() -> bool:
@@ -242,6 +272,13 @@ def check(kernel: str, first: Tensor, shapes: Mapping[str, tuple[Tensor, tuple[i
         )
     if dtype not in DTYPES or not all(tensor.numel() for tensor, _ in shapes.values()):
         raise ValueError(f"{kernel} takes float32, bfloat16 and float16, at least one number of each; it got {dtype}")
+
+
+def watched() -> bool:
+    """Whether someone has to see an operator; else its function is called without the dispatcher, which saves time."""
+    return (
+        torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
+    )
 
 
 _LIBRARY = torch.library.Library("kernbench", "FRAGMENT")  # type: ignore[no-untyped-call]

@@ -19,6 +19,7 @@ Shapes: Hq query heads, Hk key and value heads, D head dimension, L length of th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -279,7 +280,8 @@ def decode_attention(
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
-    y: Tensor = _OPERATOR(qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, eps, shares)
+    call = _OPERATOR if _decode.watched() else _launch
+    y: Tensor = call(qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, eps, shares)
     return y
 
 
@@ -290,27 +292,33 @@ def _launch(
     kv_heads, length, dim = key_cache.shape
     heads = qkv.numel() // max(1, dim) - 2 * kv_heads
     _check(qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, heads)
-    chosen = Shares(*shares) if shares else shares_for(length)
-    columns = triton.next_power_of_2(dim)
+    shared, combined = _plans(heads, kv_heads, length, dim, qkv.itemsize, tuple(shares) if shares else None)
     y = torch.empty(heads * dim, dtype=qkv.dtype, device=qkv.device)
     partial = y
-    if chosen.shares > 1:
-        partial = torch.empty(heads * chosen.shares * (dim + 2), dtype=torch.float32, device=qkv.device)
-    lines = triton.next_power_of_2(-(-dim * qkv.itemsize // LINE_BYTES))
+    if combined:
+        partial = torch.empty(shared.programs * (dim + 2), dtype=torch.float32, device=qkv.device)
     _decode.launch(
-        _kernel, heads * chosen.shares, qkv.device,
-        (
-            qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, y, partial, dim**-0.5, eps, length,
-            heads, heads // kv_heads, dim, columns, lines, chosen.shares, chosen.tokens,
-        ),
-        chosen.warps, chosen.overlap,
+        _kernel, shared, qkv.device,
+        qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, y, partial, dim**-0.5, eps, length,
     )  # fmt: skip
-    if chosen.shares > 1:
-        _decode.launch(
-            _combine_kernel, heads, qkv.device, (partial, y, heads, dim, columns, chosen.shares), COMBINE_WARPS,
-            chosen.overlap,
-        )  # fmt: skip
+    if combined:
+        _decode.launch(_combine_kernel, combined, qkv.device, partial, y)
     return y
+
+
+@lru_cache(maxsize=1024)
+def _plans(
+    heads: int, kv_heads: int, length: int, dim: int, itemsize: int, shares: tuple[int, ...] | None
+) -> tuple[_decode.Plan, _decode.Plan | None]:
+    """The launch over all shares, and that which combines more than one."""
+    chosen = Shares(*shares) if shares else shares_for(length)
+    columns, lines = triton.next_power_of_2(dim), triton.next_power_of_2(-(-dim * itemsize // LINE_BYTES))
+    shared = (heads, heads // kv_heads, dim, columns, lines, chosen.shares, chosen.tokens)
+    combined = _decode.Plan(heads, (heads, dim, columns, chosen.shares), COMBINE_WARPS, chosen.overlap)
+    return (
+        _decode.Plan(heads * chosen.shares, shared, chosen.warps, chosen.overlap),
+        combined if chosen.shares > 1 else None,
+    )
 
 
 def _check(

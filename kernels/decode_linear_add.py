@@ -10,6 +10,7 @@ Shapes: K inner, N outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -69,8 +70,14 @@ def decode_linear_add(x: Tensor, weight: Tensor, residual: Tensor, *, tiles: Seq
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
-    y: Tensor = _OPERATOR(x, weight, residual, tiles)
+    call = _OPERATOR if _decode.watched() else _launch
+    y: Tensor = call(x, weight, residual, tiles)
     return y
+
+
+@lru_cache(maxsize=1024)
+def _plan(count: int, inner: int, itemsize: int, tiles: tuple[int, ...] | None) -> _decode.Plan:
+    return _decode.linear_plan(count, inner, itemsize, tiles, TABLE)
 
 
 def _launch(x: Tensor, weight: Tensor, residual: Tensor, tiles: Sequence[int] | None = None) -> Tensor:
@@ -79,12 +86,9 @@ def _launch(x: Tensor, weight: Tensor, residual: Tensor, tiles: Sequence[int] | 
         "decode_linear_add", x,
         {"x": (x, (inner,)), "weight": (weight, (count, inner)), "residual": (residual, (count,))},
     )  # fmt: skip
-    chosen = Tiles(*tiles).fitted(inner) if tiles else _decode.linear_tiles(count, inner, x.itemsize, TABLE)
+    plan = _plan(count, inner, x.itemsize, tuple(tiles) if tiles else None)
     y = torch.empty(count, dtype=x.dtype, device=x.device)
-    _decode.launch(
-        _kernel, -(-count // (chosen.rows * chosen.steps)), x.device,
-        (x, weight, residual, y, count, inner, *_decode.compiled_in(chosen, inner)), chosen.warps, chosen.overlap,
-    )  # fmt: skip
+    _decode.launch(_kernel, plan, x.device, x, weight, residual, y, count, inner)
     return y
 
 

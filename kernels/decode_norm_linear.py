@@ -9,6 +9,7 @@ Shapes: H inner, N outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -71,8 +72,14 @@ def decode_norm_linear(
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
-    y: Tensor = _OPERATOR(x, norm_weight, weight, eps, tiles)
+    call = _OPERATOR if _decode.watched() else _launch
+    y: Tensor = call(x, norm_weight, weight, eps, tiles)
     return y
+
+
+@lru_cache(maxsize=1024)
+def _plan(count: int, inner: int, itemsize: int, tiles: tuple[int, ...] | None) -> _decode.Plan:
+    return _decode.linear_plan(count, inner, itemsize, tiles, TABLE)
 
 
 def _launch(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, tiles: Sequence[int] | None = None) -> Tensor:
@@ -81,13 +88,9 @@ def _launch(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, tiles: S
         "decode_norm_linear", x,
         {"x": (x, (inner,)), "norm_weight": (norm_weight, (inner,)), "weight": (weight, (count, inner))},
     )  # fmt: skip
-    chosen = Tiles(*tiles).fitted(inner) if tiles else _decode.linear_tiles(count, inner, x.itemsize, TABLE)
+    plan = _plan(count, inner, x.itemsize, tuple(tiles) if tiles else None)
     y = torch.empty(count, dtype=x.dtype, device=x.device)
-    _decode.launch(
-        _kernel, -(-count // (chosen.rows * chosen.steps)), x.device,
-        (x, norm_weight, weight, y, eps, count, inner, *_decode.compiled_in(chosen, inner)),
-        chosen.warps, chosen.overlap,
-    )  # fmt: skip
+    _decode.launch(_kernel, plan, x.device, x, norm_weight, weight, y, eps, count, inner)
     return y
 
 
