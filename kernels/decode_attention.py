@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Values
 
-from . import _decode
+from . import _attend, _decode
 
 LARGEST_DIM = 256
 COMBINE_WARPS = 4
@@ -94,63 +94,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _rotated_head(  # type: ignore[no-untyped-def]
-    head, weight, turned_weight, cosine, sine, column, turned, mask, eps,
-    DIM: tl.constexpr, DTYPE: tl.constexpr, PRODUCT: tl.constexpr,
-):  # fmt: skip
-    """A head [DIM] over its root mean square, times its weight, rotated; ``turned`` has each column's other half."""
-    x = tl.load(head + column, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(head + turned, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x) / DIM + eps)
-    x = _decode.round_to(_decode.round_to(x * scale, DTYPE) * weight, DTYPE)
-    y = _decode.round_to(_decode.round_to(y * scale, DTYPE) * turned_weight, DTYPE)
-    return _decode.round_to(_decode.round_to(x * cosine, PRODUCT) + _decode.round_to(y * sine, PRODUCT), DTYPE)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _share(place, SHARES: tl.constexpr, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First position of this program's share of those up to place, and the one behind its last; it may be empty."""
-    span = tl.cdiv(tl.cdiv(place + 1, SHARES), TOKENS) * TOKENS
-    first = (tl.program_id(0) % SHARES) * span
-    return first, tl.minimum(first + span, place + 1)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _ask_for(cache, first, length, DIM: tl.constexpr, LINES: tl.constexpr, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Has rows of cache [length, DIM] from first on brought to the L2 cache, LINES of 128 bytes each."""
-    LINE: tl.constexpr = 1024 // cache.dtype.element_ty.primitive_bitwidth
-    token = tl.minimum(tl.maximum(first + tl.arange(0, TOKENS), 0), length - 1)
-    address = (cache + token[:, None].to(tl.int64) * DIM + tl.minimum(tl.arange(0, LINES) * LINE, DIM - 1)[None, :]).to(
-        tl.int64
-    )
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // $0", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _rows(cache, token, limit, column, mask, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows token [TOKENS] of a cache of rows [DIM], those below limit, as float32; zeros beyond."""
-    inside = (token < limit)[:, None] & mask[None, :]
-    pointer = cache + token[:, None].to(tl.int64) * DIM + column[None, :]
-    return tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _met(largest, weights, mixed):  # type: ignore[no-untyped-def]
-    """Largest score, sum of weights and mixed values [D] of all slots; zeros if none has seen a token."""
-    most = tl.max(largest, 0)
-    factor = tl.exp(largest - _pivot(most))
-    return most, tl.sum(weights * factor, 0), tl.sum(mixed * factor[:, None], 0)
-
-
-@triton.jit
-def _pivot(largest):  # type: ignore[no-untyped-def]
-    """What scores are taken relative to: the largest, or zero where there is none, as infinities have no difference."""
-    return tl.where(largest == float("-inf"), 0.0, largest)
-
-
 @triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
     qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, y, partial, scale, eps, length,
@@ -177,19 +120,19 @@ def _kernel(  # type: ignore[no-untyped-def]
     value_cache += kv_head * length * DIM
     if OVERLAP > 0:
         # This may be the position of a token before, which asks for nearly the same rows.
-        first, _ = _share(tl.load(position, volatile=True).to(tl.int32), SHARES, TOKENS)
-        _ask_for(key_cache, first, length, DIM, LINES, TOKENS)
-        _ask_for(value_cache, first, length, DIM, LINES, TOKENS)
+        first, _ = _attend.share(tl.load(position, volatile=True).to(tl.int32), SHARES, TOKENS)
+        _attend.ask_for(key_cache, first, length, DIM, LINES, TOKENS)
+        _attend.ask_for(value_cache, first, length, DIM, LINES, TOKENS)
     _decode.wait(OVERLAP)
 
     place = tl.load(position).to(tl.int32)
-    first, end = _share(place, SHARES, TOKENS)
+    first, end = _attend.share(place, SHARES, TOKENS)
     old = tl.minimum(tl.minimum(end, place), length)
     slot = tl.arange(0, TOKENS)
     # What lies behind the position was never written, and may be anything. With one share its keys are read all the
     # same: where they lie does not depend on the position, which is on its way.
-    keys = _rows(key_cache, first + slot, length if SHARES == 1 else old, column, mask, DIM)
-    values = _rows(value_cache, first + slot, old, column, mask, DIM)
+    keys = _attend.rows(key_cache, first + slot, length if SHARES == 1 else old, column, mask, DIM)
+    values = _attend.rows(value_cache, first + slot, old, column, mask, DIM)
 
     row = place + tl.zeros_like(column)
     in_table = mask & (row >= 0) & (row < length)
@@ -200,11 +143,13 @@ def _kernel(  # type: ignore[no-untyped-def]
     sine = tl.where(column < HALF, -sine, sine)
     DTYPE: tl.constexpr = qkv.dtype.element_ty
     PRODUCT: tl.constexpr = DTYPE if cos.dtype.element_ty == DTYPE else tl.float32
-    query = _rotated_head(
+    query = _attend.rotated_head(
         qkv + head * DIM, q_factor, q_turned, cosine, sine, column, turned, mask, eps, DIM, DTYPE, PRODUCT
     )
     new = qkv + (HEADS + kv_head) * DIM
-    new_key = _rotated_head(new, k_factor, k_turned, cosine, sine, column, turned, mask, eps, DIM, DTYPE, PRODUCT)
+    new_key = _attend.rotated_head(
+        new, k_factor, k_turned, cosine, sine, column, turned, mask, eps, DIM, DTYPE, PRODUCT
+    )
     new_value = tl.load(new + (HEADS // GROUP) * DIM + column, mask=mask, other=0.0).to(tl.float32)
     # Of the group's heads the first one writes, and of its shares the one with the position.
     owns = in_table & (row >= first) & (row < end) & (column < tl.where(head % GROUP == 0, DIM, 0))
@@ -215,20 +160,20 @@ def _kernel(  # type: ignore[no-untyped-def]
     weights = tl.full([TOKENS], 1.0, tl.float32)
     mixed = values
     for start in range(first + TOKENS, old, TOKENS):
-        keys = _rows(key_cache, start + slot, old, column, mask, DIM)
-        values = _rows(value_cache, start + slot, old, column, mask, DIM)
+        keys = _attend.rows(key_cache, start + slot, old, column, mask, DIM)
+        values = _attend.rows(value_cache, start + slot, old, column, mask, DIM)
         scores = tl.where(start + slot < old, tl.sum(keys * query[None, :], 1) * scale, float("-inf"))
         larger = tl.maximum(largest, scores)
-        kept = tl.exp(largest - _pivot(larger))
-        added = tl.exp(scores - _pivot(larger))
+        kept = tl.exp(largest - _attend.pivot(larger))
+        added = tl.exp(scores - _attend.pivot(larger))
         weights = weights * kept + added
         mixed = mixed * kept[:, None] + values * added[:, None]
         largest = larger
-    largest, weights, mixed = _met(largest, weights, mixed)
+    largest, weights, mixed = _attend.met(largest, weights, mixed)
     score = tl.where((place >= first) & (place < end), tl.sum(query * new_key) * scale, float("-inf"))
     larger = tl.maximum(largest, score)
-    kept = tl.exp(largest - _pivot(larger))
-    added = tl.exp(score - _pivot(larger))
+    kept = tl.exp(largest - _attend.pivot(larger))
+    added = tl.exp(score - _attend.pivot(larger))
     weights = weights * kept + added
     mixed = mixed * kept + new_value * added
     if SHARES == 1:
@@ -255,7 +200,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     mixed = tl.load(partial + share[:, None] * DIM + column[None, :], mask=mask[None, :], other=0.0)
     weights = tl.load(partial + HEADS * SHARES * DIM + share)
     largest = tl.load(partial + HEADS * SHARES * (DIM + 1) + share)
-    _, weights, mixed = _met(largest, weights, mixed)
+    _, weights, mixed = _attend.met(largest, weights, mixed)
     DTYPE: tl.constexpr = y.dtype.element_ty
     tl.store(y + head * DIM + column, _decode.round_to(mixed / weights, DTYPE).to(DTYPE), mask=mask)
 

@@ -1,0 +1,65 @@
+"""Parts of the attention of one token: a rotated head, a share of the cache, its rows, and where slots meet."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import _decode
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def rotated_head(  # type: ignore[no-untyped-def]
+    head, weight, turned_weight, cosine, sine, column, turned, mask, eps,
+    DIM: tl.constexpr, DTYPE: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """A head [DIM] over its root mean square, times its weight, rotated; ``turned`` has each column's other half."""
+    x = tl.load(head + column, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(head + turned, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x) / DIM + eps)
+    x = _decode.round_to(_decode.round_to(x * scale, DTYPE) * weight, DTYPE)
+    y = _decode.round_to(_decode.round_to(y * scale, DTYPE) * turned_weight, DTYPE)
+    return _decode.round_to(_decode.round_to(x * cosine, PRODUCT) + _decode.round_to(y * sine, PRODUCT), DTYPE)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def share(place, SHARES: tl.constexpr, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """First position of this program's share of those up to place, and the one behind its last; it may be empty."""
+    span = tl.cdiv(tl.cdiv(place + 1, SHARES), TOKENS) * TOKENS
+    first = (tl.program_id(0) % SHARES) * span
+    return first, tl.minimum(first + span, place + 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def ask_for(cache, first, length, DIM: tl.constexpr, LINES: tl.constexpr, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Has rows of cache [length, DIM] from first on brought to the L2 cache, LINES of 128 bytes each."""
+    LINE: tl.constexpr = 1024 // cache.dtype.element_ty.primitive_bitwidth
+    token = tl.minimum(tl.maximum(first + tl.arange(0, TOKENS), 0), length - 1)
+    address = (cache + token[:, None].to(tl.int64) * DIM + tl.minimum(tl.arange(0, LINES) * LINE, DIM - 1)[None, :]).to(
+        tl.int64
+    )
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def rows(cache, token, limit, column, mask, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows token [TOKENS] of a cache of rows [DIM], those below limit, as float32; zeros beyond."""
+    inside = (token < limit)[:, None] & mask[None, :]
+    pointer = cache + token[:, None].to(tl.int64) * DIM + column[None, :]
+    return tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def met(largest, weights, mixed):  # type: ignore[no-untyped-def]
+    """Largest score, sum of weights and mixed values [D] of all slots; zeros if none has seen a token."""
+    most = tl.max(largest, 0)
+    factor = tl.exp(largest - pivot(most))
+    return most, tl.sum(weights * factor, 0), tl.sum(mixed * factor[:, None], 0)
+
+
+@triton.jit
+def pivot(largest):  # type: ignore[no-untyped-def]
+    """What scores are taken relative to: the largest, or zero where there is none, as infinities have no difference."""
+    return tl.where(largest == float("-inf"), 0.0, largest)
