@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 MULTIPLY, SCALE, SHIFT = range(3)
+TABLE = "alpha"
 """Blend operators of the elementwise bank, in the table of upstream's second kernel, which uses alpha."""
 
 

@@ -61,7 +61,7 @@ class KasminaLayer(nn.Module):
         self.seed_H: Tensor
         self.covered_H: Tensor
         self.widths_L: Tensor
-        self.words_S8: Tensor
+        self.operator_S: Tensor
         seed_S = torch.arange(config.seeds, device=device)
         starts_S = (seed_S * config.chunk).clamp(max=config.width)
         self.register_buffer("starts_S", starts_S, persistent=False)
@@ -71,10 +71,7 @@ class KasminaLayer(nn.Module):
         self.register_buffer("covered_H", column_H < config.covered, persistent=False)
         widths_L = (self.ends_S - self.starts_S)[: config.live].to(self.seeds.performance_S4.dtype)
         self.register_buffer("widths_L", widths_L, persistent=False)
-        # What the blend kernel reads of a seed: whether it blends, its blueprint, and here for good its operator.
-        words_S8 = torch.zeros(config.seeds, 8, dtype=torch.int32, device=device)
-        words_S8[:, SCHEDULE] = seed_S % OPERATORS
-        self.register_buffer("words_S8", words_S8, persistent=False)
+        self.register_buffer("operator_S", (seed_S % OPERATORS).to(torch.int32), persistent=False)
         watched = config.seeds if set(WATCH_DRIFT) & set(config.schedules) else 0
         ema_SC = torch.zeros(watched, config.chunk, device=device, dtype=self.seeds.performance_S4.dtype)
         self.register_buffer("drift_ema_SC", ema_SC)

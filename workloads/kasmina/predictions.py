@@ -6,6 +6,8 @@ import statistics
 
 from kernbench.record import Prediction, ProfileRecord
 
+from .config import PRESETS
+
 SYNC_CLAIM = "Zero-copy operations: all processing stays on GPU"
 SYNC_PROMISE = "No host read is left in a forward pass; the gain is the time the device idled behind them, at most."
 
@@ -31,3 +33,76 @@ def predict_no_reads(before: ProfileRecord) -> Prediction:
 def step_seconds(before: ProfileRecord) -> float | None:
     """Median time of a step."""
     return statistics.median(before.steps.seconds) if before.steps and before.steps.seconds else None
+
+
+BLEND_CLAIM = "15 us latency, 480 GB/s memory bandwidth, above 100 % of the GPU's through caching"
+BLEND_PROMISE = (
+    "The blend reads and writes the layer's output once, with its statistics, at the speed of a copy at best."
+)
+MOVE_CLAIM = "Batch state updates, atomic operations for thread safety"
+MOVE_PROMISE = "A change of state is one kernel and the two launches that prepare it, whatever the number of seeds."
+MEASURE_CLAIM = "Telemetry reduction: mean/variance calculation, memory-efficient accumulation"
+MEASURE_PROMISE = "Telemetry reads what the blend left of each tile, and no longer the layer's output."
+
+GRAPH_CLAIM = "Kernel launch: about 5 us of a latency of 15 us"
+GRAPH_PROMISE = "A step is one launch of a graph; the gain is the time the device idled, at most."
+
+
+def predict_blend(before: ProfileRecord) -> Prediction:
+    """The forward blend falls to one launch that moves its unique bytes."""
+    config = PRESETS.get(before.workload.preset)
+    moved = None if config is None else 2.0 * 4 * config.batch * config.width
+    return predict_kernel(before, phase=1, launches=1, moved=moved, text=BLEND_PROMISE, claim=BLEND_CLAIM)
+
+
+def predict_move(before: ProfileRecord) -> Prediction:
+    """A change of state becomes three launches, of next to no bytes."""
+    return predict_kernel(before, phase=2, launches=3, moved=0.0, text=MOVE_PROMISE, claim=MOVE_CLAIM)
+
+
+def predict_measure(before: ProfileRecord) -> Prediction:
+    """Measuring becomes one launch, of next to no bytes."""
+    return predict_kernel(before, phase=3, launches=1, moved=0.0, text=MEASURE_PROMISE, claim=MEASURE_CLAIM)
+
+
+def predict_kernel(
+    before: ProfileRecord, *, phase: int, launches: int, moved: float | None, text: str, claim: str
+) -> Prediction:
+    """All but ``launches`` launches a step of the phase's hotspots go; their time falls to that of ``moved`` bytes."""
+    spots = [spot for spot in before.hotspots if spot.phase == phase]
+    # On the CPU hotspots are operators, which call each other: their calls are not launches.
+    on_gpu = before.environment.device.type == "cuda"
+    fewer = sum(spot.calls_per_step for spot in spots) - launches if spots and on_gpu else None
+    ratio_high, basis = None, "no hotspot of this phase, no step time or no measured copy speed in the profile before"
+    step = step_seconds(before)
+    ceilings = before.environment.ceilings
+    speed = ceilings.copy_bytes_per_second if ceilings else None
+    if spots and step and speed and moved is not None:
+        now = sum(spot.self_seconds_per_step for spot in spots)
+        least = moved / speed
+        ratio_high = step / (step - max(now - least, 0.0)) if now - least < step else None
+        basis = f"{now * 1e6:.3g} us now; {moved:.3g} bytes at {speed / 1e9:.3g} GB/s take {least * 1e6:.3g} us"
+    return Prediction(
+        text=text,
+        claim=claim,
+        launches_per_step=fewer,
+        ratio_low=None if ratio_high is None else 1.0,
+        ratio_high=ratio_high,
+        basis=basis,
+    )
+
+
+def predict_graph(before: ProfileRecord) -> Prediction:
+    """All idle time of the device goes, at best."""
+    step, ratio_high, basis = step_seconds(before), None, "no busy time of a device in the profile before"
+    busy = before.idle.busy_seconds_per_step if before.idle else 0.0
+    if step and 0.0 < busy < step:
+        ratio_high = step / busy
+        basis = f"step {step * 1e3:.3g} ms, of which the device is busy {busy * 1e3:.3g} ms"
+    return Prediction(
+        text=GRAPH_PROMISE,
+        claim=GRAPH_CLAIM,
+        ratio_low=None if ratio_high is None else 1.0,
+        ratio_high=ratio_high,
+        basis=basis,
+    )

@@ -43,12 +43,12 @@ def advance_all(layer: KasminaLayer, grafting_S: Tensor) -> Tensor:
     if set(config.schedules) != {LINEAR}:
         kind_S = seeds.state_S8[:, SCHEDULE]
         drift_S = drift(layer, grafting_S & is_any(kind_S, WATCH_DRIFT)).double() if len(layer.drift_ema_SC) else None
-        delta_S = torch.where(rows_SK[:, SEEN] > 0, accuracy_S - rows_SK[:, LAST_ACCURACY], 0.0)
+        delta_S = (accuracy_S - rows_SK[:, LAST_ACCURACY]).masked_fill(rows_SK[:, SEEN] == 0, 0.0)
         if drift_S is not None:
             adaptive_S = kind_S == ADAPTIVE
             drifting_S = adaptive_S & (drift_S > config.adaptive_drift)
             moving_S = adaptive_S & ~drifting_S & (delta_S > config.adaptive_delta)
-            kind_S = torch.where(drifting_S, DRIFT, torch.where(moving_S, MOMENTUM, kind_S))
+            kind_S = kind_S.masked_fill(moving_S, MOMENTUM).masked_fill(drifting_S, DRIFT)
             alpha_S = hold(rows_SK, grafting_S & (kind_S == DRIFT), alpha_S, drift_S, layer)
         alpha_S = push(rows_SK, grafting_S & (kind_S == MOMENTUM), alpha_S, progress_S, delta_S, layer)
         loss_S = seeds.performance_S4[:, LOSS].double()

@@ -36,6 +36,9 @@ class SeedState(nn.Module):
         self.register_buffer("history_SH2", torch.zeros(seeds, HISTORY, 2, dtype=torch.int32, device=device))
         self.register_buffer("pointer_S", torch.zeros(seeds, dtype=torch.int32, device=device))
         self.register_buffer("performance_S4", torch.zeros(seeds, 4, dtype=real, device=device))
+        # Scratch of phase 2: lifecycle, blueprint, epochs and schedule that an update would set.
+        self.values_S4: Tensor
+        self.register_buffer("values_S4", torch.zeros(seeds, 4, dtype=torch.int32, device=device), persistent=False)
         # Sum and sum of squares of the last forward pass in which no seed was active.
         self.register_buffer("telemetry_S2", torch.zeros(seeds, 2, dtype=real, device=device))
         # Mean and population variance of the last forward pass in which one was.

@@ -1,13 +1,12 @@
 """Phase 0: the layer and the controller for all seeds at once, with every decision on the device.
 
-What later phases replace by kernels are the functions :func:`blend`, :func:`move` and :func:`moments` of this file.
+What later phases replace by kernels are the functions :func:`blend`, :func:`move` and :func:`measure` of this file.
 
 Shapes: B batch, H width, S seeds, L live seeds, C columns of a chunk, P x Q tiles of the blend kernel.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -21,26 +20,29 @@ from .controller import Tamiyo
 from .layer import SPARSE_BELOW, TUNED_SHARE, KasminaLayer
 from .lifecycle import LEAST_EPOCHS, Context, Life, guards
 from .ramps import keep
+from .saying import say
 from .schedules import ALPHA
 from .state import BLUEPRINT, ERRORS, HISTORY, LIFECYCLE, PARENT, SCORE, STABILITY, SeedState
 
 GRAFTING_EPOCHS = LEAST_EPOCHS[Life.GRAFTING][Life.STABILIZATION]
-Tiles = tuple[Tensor, Tensor]
-"""Mean and squared distances from it, [P, Q] each, as a kernel leaves them for the layer's whole input."""
+UNBATCHED = "a blueprint of kasmina is no NetworkBlueprint, so seeds cannot be batched: its layer runs seed by seed"
+BLENDING = (Life.GRAFTING, Life.FINE_TUNING)
+Tiles = tuple[Tensor, Tensor, Tensor]
+"""Mean, squared distances from it and near zeros [P, Q], as a kernel leaves them of parts of the layer's input."""
 
 
-class Moments(NamedTuple):
-    """Of every seed's chunk: mean and population variance, [S] each; 0 for an empty seed."""
+class Figures(NamedTuple):
+    """Of every seed's chunk: mean, population variance and share of near zeros, [S] each; 0 for an empty seed."""
 
     mean: Tensor
     variance: Tensor
+    sparsity: Tensor
 
 
 def forward(self: KasminaLayer, x_BI: Tensor) -> Tensor:
     """``KasminaLayer.forward`` without a read. Networks of another form run seed by seed, and it says so."""
     if not all(isinstance(network, NetworkBlueprint) for network in self.networks.values()):
-        message = "a blueprint is no NetworkBlueprint, so that seeds cannot be batched: this layer runs seed by seed"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        say(UNBATCHED)
         return self.forward_seed_by_seed(x_BI)
     y_BH: Tensor = self.linear(x_BI)
     life_S = self.seeds.lifecycle_S
@@ -54,39 +56,42 @@ def forward(self: KasminaLayer, x_BI: Tensor) -> Tensor:
     if self.config.blueprint == "network":
         blended_BH = networks.blend(self, y_BH, alpha_S, grafting_S, tuning_S)
     else:
-        blended_BH, tiles = blend(self, y_BH, alpha_S, grafting_S | tuning_S)
+        blended_BH, tiles = blend(self, y_BH, alpha_S)
     if self.training:
         active = (grafting_S | tuning_S | (life_S == Life.TRAINING)).any()
-        record(self, y_BH.detach(), moments(self, y_BH.detach(), tiles), active)
+        record(self, len(y_BH), measure(self, y_BH.detach(), tiles), active)
         self.seeds.age()
         due_S = grafting_S & (self.seeds.epochs_S >= GRAFTING_EPOCHS * self.config.pace)
         move(self.seeds, Life.STABILIZATION, due_S)
     return blended_BH
 
 
-def blend(layer: KasminaLayer, y_BH: Tensor, alpha_S: Tensor, blends_S: Tensor) -> tuple[Tensor, Tiles | None]:
+def blend(layer: KasminaLayer, y_BH: Tensor, alpha_S: Tensor) -> tuple[Tensor, Tiles | None]:
     """The elementwise blend of the seeds that do, and statistics of ``y_BH`` where they fall off on the way."""
     seed_H = layer.seed_H
+    life_S = layer.seeds.lifecycle_S
+    blends_H = ((life_S == BLENDING[0]) | (life_S == BLENDING[1]))[seed_H] & layer.covered_H
     row_H = layer.seeds.blueprint_S.clamp(min=0)[seed_H].long()
     w_H = layer.bank_KH.gather(0, row_H[None])[0]
-    alpha_H = alpha_S[seed_H]
-    operator_H = layer.words_S8[:, 3][seed_H]
-    scale_H = torch.where(
-        operator_H == MULTIPLY, alpha_H * w_H + (1 - alpha_H), torch.where(operator_H == SCALE, w_H, 1.0)
-    )
-    shift_H = torch.where(operator_H > SCALE, w_H, 0.0)
-    blends_H = blends_S[seed_H] & layer.covered_H
+    alpha_H, operator_H = alpha_S[seed_H], layer.operator_S[seed_H]
+    lerped_H = alpha_H * w_H + (1 - alpha_H)
+    # No torch.where with a number: it would be copied to the device, and the host would wait for that.
+    scale_H = torch.where(operator_H == MULTIPLY, lerped_H, w_H.masked_fill(operator_H != SCALE, 1.0))
+    shift_H = w_H.masked_fill(operator_H <= SCALE, 0.0)
     return torch.where(blends_H, (y_BH * scale_H + shift_H).to(y_BH.dtype), y_BH), None
 
 
-def moments(layer: KasminaLayer, y_BH: Tensor, tiles: Tiles | None) -> Moments:
-    """Mean and variance per seed, from one pass over ``y_BH``."""
+@torch.no_grad()
+def measure(layer: KasminaLayer, y_BH: Tensor, tiles: Tiles | None) -> Figures:
+    """The figures of every seed, from passes over ``y_BH``."""
     wide_BH = y_BH.to(layer.seeds.moments_S2.dtype)
     variance_H, mean_H = torch.var_mean(wide_BH, dim=0, correction=0)
-    width_L = layer.widths_L
-    mean_L = chunks(layer, mean_H).sum(1) / width_L
-    spread_LC = chunks(layer, variance_H + (mean_H - mean_L[layer.seed_H.clamp(max=layer.config.live - 1)]) ** 2)
-    return Moments(to_seeds(layer, mean_L), to_seeds(layer, spread_LC.sum(1) / width_L))
+    mean_L = chunks(layer, mean_H).sum(1) / layer.widths_L
+    distance_H = mean_H - mean_L[layer.seed_H.clamp(max=layer.config.live - 1)]
+    variance_L = chunks(layer, variance_H + distance_H * distance_H).sum(1) / layer.widths_L
+    near_H = (y_BH.abs() < SPARSE_BELOW).sum(0, dtype=mean_H.dtype)
+    sparsity_L = chunks(layer, near_H).sum(1) / (layer.widths_L * len(y_BH))
+    return Figures(to_seeds(layer, mean_L), to_seeds(layer, variance_L), to_seeds(layer, sparsity_L))
 
 
 def chunks(layer: KasminaLayer, values_H: Tensor) -> Tensor:
@@ -103,27 +108,31 @@ def to_seeds(layer: KasminaLayer, values_L: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def record(layer: KasminaLayer, y_BH: Tensor, found: Moments, active: Tensor) -> None:
+def record(layer: KasminaLayer, batch: int, found: Figures, active: Tensor) -> None:
     """Write the figures of every seed; only their sums where no seed is ``active``."""
     seeds = layer.seeds
-    sparse_H = (y_BH.abs() < SPARSE_BELOW).sum(0, dtype=found.mean.dtype)
-    count_S = to_seeds(layer, layer.widths_L * y_BH.shape[0])
-    sparsity_S = to_seeds(layer, chunks(layer, sparse_H).sum(1)) / count_S.clamp(min=1)
-    mean_S, variance_S = found
+    mean_S, variance_S, sparsity_S = found
+    count_S = to_seeds(layer, layer.widths_L * batch)
     squares_S = count_S * (variance_S + mean_S * mean_S)
-    figures_S4 = torch.stack(
+    performance_S4 = torch.stack(
         [variance_S + 0.1 * sparsity_S, 1 - sparsity_S, 1 / (1 + variance_S), squares_S.sqrt().clamp(max=1.0)], dim=1
     )
-    keep(seeds.performance_S4, figures_S4.to(seeds.performance_S4.dtype), active)
-    keep(seeds.moments_S2, torch.stack(found, dim=1), active)
+    keep(seeds.performance_S4, performance_S4, active)
+    keep(seeds.moments_S2, torch.stack([mean_S, variance_S], dim=1), active)
     keep(seeds.telemetry_S2, torch.stack([count_S * mean_S, squares_S], dim=1), ~active)
 
 
 @torch.no_grad()
-def move(seeds: SeedState, target: int | Tensor, moving_S: Tensor) -> None:
-    """``SeedState.change`` for every seed of ``moving_S`` at once; ``target`` is one state or one per seed."""
+def move(seeds: SeedState, target: int | Tensor, moving_S: Tensor, blueprint_S: Tensor | None = None) -> None:
+    """``SeedState.change`` for every seed of ``moving_S`` at once; ``target`` is one state or one per seed.
+
+    Their blueprints are set where some are given.
+    """
     before_S = seeds.lifecycle_S.clone()
-    target_S = torch.where(moving_S, target, before_S)
+    if isinstance(target, Tensor):
+        target_S = torch.where(moving_S, target, before_S)
+    else:
+        target_S = before_S.masked_fill(moving_S, target)
     entry_S1 = seeds.pointer_S.long()[:, None]
     for column, value_S in enumerate((before_S, target_S)):
         history_SH = seeds.history_SH2[:, :, column]
@@ -133,6 +142,8 @@ def move(seeds: SeedState, target: int | Tensor, moving_S: Tensor) -> None:
     keep(seeds.state_S8[:, LIFECYCLE], target_S, moving_S)
     seeds.epochs_S.masked_fill_(moving_S, 0)
     keep(seeds.state_S8[:, PARENT], before_S, moving_S)
+    if blueprint_S is not None:
+        keep(seeds.state_S8[:, BLUEPRINT], blueprint_S, moving_S)
 
 
 @torch.no_grad()
@@ -171,8 +182,7 @@ def germinate_next(layer: KasminaLayer) -> None:
     seeds = layer.seeds
     dormant_S = seeds.lifecycle_S == Life.DORMANT
     first_S = dormant_S & (dormant_S.cumsum(0) == 1)
-    move(seeds, Life.GERMINATED, first_S)
     turn_S = torch.arange(layer.config.seeds, dtype=torch.int32, device=first_S.device) % BLUEPRINTS
-    keep(seeds.state_S8[:, BLUEPRINT], turn_S, first_S)
+    move(seeds, Life.GERMINATED, first_S, turn_S)
     if len(layer.drift_ema_SC):
         keep(layer.drift_ema_SC, layer.rows_of_seeds().to(layer.drift_ema_SC.dtype), first_S[:, None])

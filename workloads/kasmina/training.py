@@ -71,13 +71,20 @@ class Training:
         for weight in self.model.parameters():
             # Zeroed and never dropped: the loop leaves idle blueprints without a gradient, which momentum would notice.
             weight.grad = torch.zeros_like(weight)
+        self.captured: dict[Any, Any] = {}
         forward_only = config.step == "forward"
         self.output_BH = torch.zeros(config.batch, config.width, device=device, dtype=dtype) if forward_only else None
         self.bytes_per_step = forward_bytes(config, pixels, dtype) if forward_only else None
 
     def step(self, index: int) -> Tensor | None:
         """Forward, backward and update on batch ``index``, the loss 0-dim and detached; or one forward pass."""
-        images_BF, classes_B = self.digits.slice(index)
+        loss = self.run_batch(*self.digits.slice(index))
+        if loss is not None and (index + 1) % PERIOD == 0:
+            self.tamiyo.act(self.model.kasmina)
+        return loss
+
+    def run_batch(self, images_BF: Tensor, classes_B: Tensor) -> Tensor | None:
+        """A step but for the controller's round: what it launches is the same every time."""
         if self.output_BH is not None:
             with torch.no_grad():
                 self.output_BH = self.model.kasmina(images_BF)
@@ -88,8 +95,6 @@ class Training:
         self.optimizer.step()
         loss = loss.detach()
         self.tamiyo.observe(loss)
-        if (index + 1) % PERIOD == 0:
-            self.tamiyo.act(self.model.kasmina)
         return loss
 
     def accuracy(self) -> float:

@@ -1,0 +1,93 @@
+"""Phase 4: a step as one CUDA graph, but for the controller's round, which comes only now and then.
+
+Shapes: B batch, F pixels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernbench.errors import KernbenchError
+
+from . import together
+from .layer import KasminaLayer
+from .saying import say
+from .training import Training
+
+EAGER_STEPS = 3
+"""Steps before a capture: in them kernels are built, and libraries allocate what they work with."""
+UNCAPTURED = "phase 4 of kasmina runs uncaptured here: a CUDA graph needs a CUDA device"
+SITES: tuple[tuple[Any, str], ...] = (
+    (KasminaLayer, "forward"),
+    *((together, name) for name in ("blend", "move", "measure")),
+)
+"""What a captured step consists of; with something else in place, it is captured anew."""
+
+# As it is before any swap.
+_run_batch = Training.run_batch
+
+
+@dataclass
+class Captured:
+    """A graph, after some steps without one; what it reads, and what it leaves."""
+
+    eager_steps: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+    inputs: tuple[Tensor, ...] = ()
+    loss: Tensor | None = None
+    output: Tensor | None = None
+    stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
+
+
+def run_batch(self: Training, images_BF: Tensor, classes_B: Tensor) -> Tensor | None:
+    """``Training.run_batch`` by a replay, or where there is no GPU by the same code as it stands.
+
+    Raises:
+        KernbenchError: the step cannot be captured, because phase 0 is not in place.
+    """
+    if inspect.unwrap(KasminaLayer.forward) is not together.forward:
+        raise KernbenchError(
+            "phase 4 of kasmina captures a step without host reads: keep phase 0 first, or type --phases 0,4"
+        )
+    if images_BF.device.type != "cuda":
+        say(UNCAPTURED)
+        return _run_batch(self, images_BF, classes_B)
+    captured = self.captured.setdefault(_in_place(self, images_BF.device), Captured())
+    if captured.eager_steps < EAGER_STEPS:
+        captured.eager_steps += 1
+        # On the stream that will be captured, so that what autograd remembers of a stream is of this one.
+        captured.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(captured.stream):
+            loss = _run_batch(self, images_BF, classes_B)
+        torch.cuda.current_stream().wait_stream(captured.stream)
+        return loss
+    if captured.graph is None:
+        _capture(self, captured, images_BF, classes_B)
+    assert captured.graph is not None
+    for target, source in zip(captured.inputs, (images_BF, classes_B), strict=True):
+        target.copy_(source)
+    captured.graph.replay()
+    self.output_BH = captured.output
+    # The graph writes the next loss over this one.
+    return None if captured.loss is None else captured.loss.clone()
+
+
+def _capture(self: Training, captured: Captured, images_BF: Tensor, classes_B: Tensor) -> None:
+    captured.inputs = (images_BF.clone(), classes_B.clone())
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, as one that reads clocks, may use the device meanwhile.
+    with torch.cuda.graph(graph, stream=captured.stream, capture_error_mode="thread_local"):
+        captured.loss = _run_batch(self, *captured.inputs)
+    captured.graph, captured.output = graph, self.output_BH
+
+
+def _in_place(self: Training, device: torch.device) -> tuple[int | Callable[..., Any], ...]:
+    """The functions that a step consists of, without what counts their calls, and where the schedules' memory lies."""
+    memory = self.model.kasmina.schedules.on_device(device).data_ptr()
+    return memory, *(inspect.unwrap(getattr(owner, name)) for owner, name in SITES)
