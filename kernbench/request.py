@@ -57,7 +57,7 @@ def settings(request: Request, reference: str) -> Settings:
     workload = registry.workload(reference).declaration
     preset = request.preset or workload.default_preset
     registry.nearest(preset, workload.presets, f"preset of {workload.name}")
-    dtype = request.dtype or workload.dtype
+    dtype = request.dtype or workload.default_dtype(preset)
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise KernbenchError(f"there is no dtype {dtype!r}; use float32, bfloat16, float16 or float64")
     if request.data is not None and not Path(request.data).is_file():
