@@ -24,7 +24,7 @@ PARTS, LANES = 16, 64
 def _backward_kernel(  # type: ignore[no-untyped-def]
     dy, x, bank, choices, alpha, dx, sums, shares, batch, features, blocks, granules, per_seed, bank_rows,
     dy_stride, x_stride, bank_stride, alpha_stride, SIMPLE: tl.constexpr, TO_X: tl.constexpr, TO_SEEDS: tl.constexpr,
-    ROWS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One program handles ROWS rows and N granules of WIDTH columns of dy, x and dx [batch, features].
 
@@ -32,14 +32,15 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     and of da in shares [parts, granules]. choices and alpha are [seeds].
     """
     part = (tl.program_id(0) // blocks).to(tl.int64)
-    granule = (tl.program_id(0) % blocks).to(tl.int64) * N + tl.arange(0, N)[None, :, None]
+    granule = (tl.program_id(0) % blocks) * N + tl.arange(0, N)[None, :, None]
     row = part * ROWS + tl.arange(0, ROWS)[:, None, None]
-    column = granule * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    inside = (row < batch) & (column < features)
+    column = granule.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    inside = EVEN | ((row < batch) & (column < features))
     upstream = tl.load(dy + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
-    covered = granule < granules
-    choice = tl.load(choices + granule // per_seed, mask=covered, other=-1)
-    a = tl.load(alpha + granule // per_seed * alpha_stride, mask=covered, other=0.0)
+    covered = EVEN | (granule < granules)
+    seed = (granule // per_seed).to(tl.int64)
+    choice = tl.load(choices + seed, mask=covered, other=-1)
+    a = tl.load(alpha + seed * alpha_stride, mask=covered, other=0.0)
     weight = _seeds.weight_of(bank, choice, column, features, bank_rows, bank_stride)
     if TO_X:
         scale, _ = _seeds.scale_and_shift(choice, a, weight, SIMPLE)
@@ -130,7 +131,7 @@ def backward(
         return dx, dbank.zero_(), dalpha.zero_()
     batch, features, bank_rows = math.prod(x.shape[:-1]), x.shape[-1], bank.shape[0]
     tiles = _seeds.tiles_of(batch, features, seeds, chunk)
-    grid = _seeds.grid_of(tiles, batch, features, x.element_size())
+    grid = _seeds.grid_of(tiles, batch, features)
     per_seed = chunk // tiles.width
     sums = bank.new_empty(tiles.parts, features) if to_seeds else dbank
     shares = bank.new_empty(tiles.parts, tiles.granules) if to_seeds else dalpha
@@ -142,7 +143,7 @@ def backward(
         _backward_kernel[(tiles.parts * grid.blocks,)](
             dy, x, bank, choices, alpha, dx, sums, shares, batch, features, grid.blocks, tiles.granules, per_seed,
             bank_rows, dy_stride, x_stride, bank_stride, alpha_stride, simple, to_x, to_seeds,
-            tiles.rows, grid.granules, tiles.width, num_warps=grid.warps,
+            tiles.rows, grid.granules, tiles.width, grid.even, num_warps=grid.warps,
         )  # fmt: skip
         if to_seeds:
             column_programs, at_once = triton.cdiv(features, LANES), min(LANES, triton.next_power_of_2(per_seed))

@@ -21,11 +21,13 @@ GRAFTING_TO_FINE_TUNING = 0b1111000
 """Lifecycles 3 to 6, a bit each: those in which a seed blends its blueprint in, as upstream's kernels have it."""
 MOST_ROWS = 64
 MOST_WIDTH = 64
-TILE_BYTES = 16 * 1024
-"""Of x, in one program: enough are under way on a multiprocessor to fill its memory pipe, with registers to spare."""
-SMALL_TILE_BYTES = 4 * 1024
+TILE = 4096
+"""Elements of one program: enough bytes are under way on a multiprocessor, with registers to spare."""
+SMALL_TILE = 1024
 FEW = 2**18
 """Up to so many elements, small tiles spread over more multiprocessors."""
+FEW_A_THREAD, MANY_A_THREAD = 8, 32
+"""Elements of small and other tiles: many share the price of addresses, of what is looked up, and of reductions."""
 
 
 class Tiles(NamedTuple):
@@ -38,11 +40,15 @@ class Tiles(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """How x is handed to programs: each takes a tile of some granules side by side; ``blocks`` of them make a part."""
+    """How x is handed to programs: each takes a tile of some granules side by side; ``blocks`` of them make a part.
+
+    ``even`` says that all programs have all of their rows and columns, so that nothing needs a mask.
+    """
 
     granules: int
     blocks: int
     warps: int
+    even: bool
 
 
 def rows_of(batch: int) -> int:
@@ -61,13 +67,30 @@ def tiles_of(batch: int, features: int, seeds: int, chunk: int) -> Tiles:
     return Tiles(rows, width, triton.cdiv(batch, rows), triton.cdiv(min(features, seeds * chunk), width))
 
 
-def grid_of(tiles: Tiles, batch: int, features: int, itemsize: int) -> Grid:
+def grid_of(tiles: Tiles, batch: int, features: int) -> Grid:
     """Programs for all of x, also for columns that nobody owns."""
-    elements = (SMALL_TILE_BYTES if batch * features <= FEW else TILE_BYTES) // itemsize
+    small = batch * features <= FEW
     there = int(triton.next_power_of_2(max(1, triton.cdiv(features, tiles.width))))
-    granules = min(there, max(1, elements // (tiles.rows * tiles.width)))
-    warps = max(1, min(8, tiles.rows * granules * tiles.width * itemsize // (32 * 16)))
-    return Grid(granules, triton.cdiv(features, granules * tiles.width), warps)
+    granules = min(there, max(1, (SMALL_TILE if small else TILE) // (tiles.rows * tiles.width)))
+    columns = granules * tiles.width
+    warps = max(1, min(8, tiles.rows * columns // (32 * (FEW_A_THREAD if small else MANY_A_THREAD))))
+    even = batch % tiles.rows == 0 == features % columns and tiles.granules * tiles.width == features
+    return Grid(granules, triton.cdiv(features, columns), warps, even)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def choice_of(  # type: ignore[no-untyped-def]
+    lifecycle, blueprint, operator, seed, covered, bank_rows,
+    lifecycle_stride, blueprint_stride, operator_stride, ACTIVE_STATES: tl.constexpr,
+):  # fmt: skip
+    """The choices of some seeds, [1, N, 1]."""
+    state = tl.load(lifecycle + seed * lifecycle_stride, mask=covered, other=-1)
+    row = tl.load(blueprint + seed * blueprint_stride, mask=covered, other=0)
+    kind = tl.load(operator + seed * operator_stride, mask=covered, other=0)
+    active = (state >= 0) & (state < 32) & (((ACTIVE_STATES >> (state & 31)) & 1) == 1)
+    row = tl.where((row >= 0) & (row < bank_rows), row, bank_rows)
+    kind = tl.where((kind == 0) | (kind == 1), kind, 2)
+    return tl.where(active, row * 4 + kind, -1)
 
 
 @triton.jit
@@ -89,3 +112,10 @@ def scale_and_shift(choice, a, weight, SIMPLE: tl.constexpr):  # type: ignore[no
         scale = tl.where(operator == 0, a * weight + (1.0 - a), tl.where(operator == 1, weight, 1.0))
         shift = tl.where(operator <= 1, -0.0, weight)
     return tl.where(choice >= 0, scale, 1.0), tl.where(choice >= 0, shift, -0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def sum_of_granule(tile, ROWS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums over the rows and columns of each granule of a tile [ROWS, N, WIDTH], [1, N, 1]."""
+    # One reduction, not one by rows and one by columns, so that threads wait for each other once.
+    return tl.reshape(tl.sum(tl.reshape(tl.permute(tile, (1, 0, 2)), (N, ROWS * WIDTH)), 1), (1, N, 1))

@@ -51,9 +51,8 @@ def seed_blend_reference(
     seeds = len(lifecycle)
     column = torch.arange(x.shape[-1], device=x.device)
     seed = (column // chunk).clamp(max=seeds - 1)
-    states = [state for state in range(32) if active_states >> state & 1]
-    among = torch.isin(lifecycle, torch.tensor(states, device=x.device, dtype=torch.int32))
-    active = (column < seeds * chunk) & among[seed]
+    chosen = (lifecycle >= 0) & (lifecycle < 32) & ((active_states >> lifecycle.clamp(0, 31)) & 1 == 1)
+    active = (column < seeds * chunk) & chosen[seed]
     row, strategy = blueprint[seed], operator[seed]
     known = (row >= 0) & (row < bank.shape[0])
     weight = bank[torch.where(known, row, 0), column]
@@ -86,49 +85,29 @@ def _statistics(x: Tensor, seeds: int, chunk: int, near_zero: float) -> tuple[Te
     return means, distances.square().sum((1, 3)), zeros.to(means.dtype)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _choice(  # type: ignore[no-untyped-def]
-    lifecycle, blueprint, operator, seed, covered, bank_rows,
-    lifecycle_stride, blueprint_stride, operator_stride, ACTIVE_STATES: tl.constexpr,
-):  # fmt: skip
-    """The choices of some seeds, [1, N, 1]."""
-    state = tl.load(lifecycle + seed * lifecycle_stride, mask=covered, other=-1)
-    row = tl.load(blueprint + seed * blueprint_stride, mask=covered, other=0)
-    kind = tl.load(operator + seed * operator_stride, mask=covered, other=0)
-    active = (state >= 0) & (state < 32) & (((ACTIVE_STATES >> (state & 31)) & 1) == 1)
-    row = tl.where((row >= 0) & (row < bank_rows), row, bank_rows)
-    kind = tl.where((kind == 0) | (kind == 1), kind, 2)
-    return tl.where(active, row * 4 + kind, -1)
-
-
-@triton.jit
-def _sum(tile):  # type: ignore[no-untyped-def]
-    """Sums over the rows and columns of each granule of a tile [ROWS, N, WIDTH], [1, N, 1]."""
-    return tl.sum(tl.sum(tile, 0, keep_dims=True), 2, keep_dims=True)
-
-
 @triton.jit(do_not_specialize=["batch", "blocks", "granules", "bank_rows"])  # type: ignore[untyped-decorator]
 def _forward_kernel(  # type: ignore[no-untyped-def]
     x, bank, lifecycle, blueprint, operator, alpha, y, means, squares, zeros, choices,
     batch, features, blocks, granules, per_seed, bank_rows, near_zero,
     x_stride, bank_stride, lifecycle_stride, blueprint_stride, operator_stride, alpha_stride,
     SIMPLE: tl.constexpr, ACTIVE_STATES: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """One program handles ROWS rows and N granules of WIDTH columns of x and y [batch, features].
 
     Grid is the parts of ROWS rows times blocks of N granules; statistics are [parts, granules], and the first part
-    leaves the choices [seeds] of those that own columns.
+    leaves the choices [seeds] of those that own columns. ``EVEN`` says that rows and columns are all there.
     """
     part = (tl.program_id(0) // blocks).to(tl.int64)
-    granule = (tl.program_id(0) % blocks).to(tl.int64) * N + tl.arange(0, N)[None, :, None]
+    granule = (tl.program_id(0) % blocks) * N + tl.arange(0, N)[None, :, None]
     row = part * ROWS + tl.arange(0, ROWS)[:, None, None]
-    column = granule * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    inside = (row < batch) & (column < features)
+    column = granule.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    inside = EVEN | ((row < batch) & (column < features))
     # Asked for first, because the blueprint's row is known only after two loads, one after the other.
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    covered = granule < granules
-    seed = granule // per_seed
-    choice = _choice(
+    covered = EVEN | (granule < granules)
+    seed = (granule // per_seed).to(tl.int64)
+    choice = _seeds.choice_of(
         lifecycle, blueprint, operator, seed, covered, bank_rows,
         lifecycle_stride, blueprint_stride, operator_stride, ACTIVE_STATES,
     )  # fmt: skip
@@ -139,14 +118,20 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     # One program tells of a seed: that with its first granule, in the first part.
     leads = granule + part * granules == seed * per_seed
     tl.store(choices + seed, choice, mask=covered & leads)
-    rows = tl.minimum(batch - part * ROWS, ROWS)
-    count = (rows * tl.minimum(features - granule * WIDTH, WIDTH)).to(tl.float32)
-    mean = tl.math.div_rn(_sum(value), count)
-    distance = tl.where(inside, value - mean, 0.0)
+    if EVEN:
+        mean = _seeds.sum_of_granule(value, ROWS, N, WIDTH) * (1.0 / (ROWS * WIDTH))
+        distance = value - mean
+        near = tl.where(tl.abs(value) < near_zero, 1.0, 0.0)
+    else:
+        rows = tl.minimum(batch - part * ROWS, ROWS)
+        columns = tl.minimum(features - granule.to(tl.int64) * WIDTH, WIDTH)
+        mean = tl.math.div_rn(_seeds.sum_of_granule(value, ROWS, N, WIDTH), (rows * columns).to(tl.float32))
+        distance = tl.where(inside, value - mean, 0.0)
+        near = tl.where(inside & (tl.abs(value) < near_zero), 1.0, 0.0)
     place = part * granules + granule
     tl.store(means + place, mean, mask=covered)
-    tl.store(squares + place, _sum(distance * distance), mask=covered)
-    tl.store(zeros + place, _sum(tl.where(inside & (tl.abs(value) < near_zero), 1.0, 0.0)), mask=covered)
+    tl.store(squares + place, _seeds.sum_of_granule(distance * distance, ROWS, N, WIDTH), mask=covered)
+    tl.store(zeros + place, _seeds.sum_of_granule(near, ROWS, N, WIDTH), mask=covered)
 
 
 def seed_blend(
@@ -189,9 +174,9 @@ def seed_blend(
 
 
 @lru_cache(maxsize=1024)
-def _plan(batch: int, features: int, seeds: int, chunk: int, itemsize: int) -> tuple[_seeds.Tiles, _seeds.Grid]:
+def _plan(batch: int, features: int, seeds: int, chunk: int) -> tuple[_seeds.Tiles, _seeds.Grid]:
     tiles = _seeds.tiles_of(batch, features, seeds, chunk)
-    return tiles, _seeds.grid_of(tiles, batch, features, itemsize)
+    return tiles, _seeds.grid_of(tiles, batch, features)
 
 
 def _forward(
@@ -202,7 +187,7 @@ def _forward(
     _check(x, bank, lifecycle, blueprint, operator, alpha, chunk, table)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     batch, features, seeds = math.prod(x.shape[:-1]), x.shape[-1], len(lifecycle)
-    tiles, grid = _plan(batch, features, seeds, chunk, x.element_size())
+    tiles, grid = _plan(batch, features, seeds, chunk)
     means, squares, zeros = (bank.new_empty(tiles.parts, tiles.granules) for _ in range(3))
     choices = lifecycle.new_empty(seeds)
     if y.numel():
@@ -213,7 +198,8 @@ def _forward(
                 x, bank, lifecycle, blueprint, operator, alpha, y, means, squares, zeros, choices,
                 batch, features, grid.blocks, tiles.granules, chunk // tiles.width, bank.shape[0], near_zero,
                 x_stride, bank_stride, lifecycle.stride(0), blueprint.stride(0), operator.stride(0), alpha.stride(0),
-                table == "simple", active_states, tiles.rows, grid.granules, tiles.width, num_warps=grid.warps,
+                table == "simple", active_states, tiles.rows, grid.granules, tiles.width, grid.even,
+                num_warps=grid.warps,
             )  # fmt: skip
     return y, means, squares, zeros, choices
 
@@ -367,6 +353,7 @@ SPEC = KernelSpec(
         Case("one", batch=1, features=1, seeds=1, chunk=1, blueprints=1, simple=0, states=1),
         Case("ragged", batch=67, features=61, seeds=9, chunk=6, blueprints=3, simple=0, states=1),
         Case("simple", batch=5, features=100, seeds=12, chunk=8, blueprints=3, simple=1, states=0),
+        Case("even", batch=16, features=64, seeds=4, chunk=16, blueprints=2, simple=0, states=1),
         Case("empty-seeds", batch=3, features=130, seeds=7, chunk=24, blueprints=2, simple=0, states=1),
         Case("small", large=True, batch=32, features=512, seeds=8, chunk=64, blueprints=10, simple=0, states=1),
         Case("medium", large=True, batch=64, features=4096, seeds=64, chunk=64, blueprints=10, simple=0, states=1),
