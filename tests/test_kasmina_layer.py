@@ -221,7 +221,10 @@ def test_training_learns_to_read() -> None:
     # log(10) = 2.3 is what guessing costs.
     assert 2.2 < losses[0] < 2.5
     assert built.accuracy() > 0.85
-    assert built.figures(0.01)["test accuracy"][1] == "%"
+    assert built.figures(0.01) == {
+        "test accuracy": (100 * built.accuracy(), "%"),
+        "after steps of training": (250, "steps"),
+    }
 
 
 def test_seeds_live_through_their_lifecycle() -> None:

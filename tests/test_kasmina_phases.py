@@ -96,6 +96,7 @@ def test_kernels_train_like_the_baseline(preset: str) -> None:
         for index in range(10):
             after.step(index)
         assert all(hit.calls for hit in receipt.hits(10))
+        assert after.accuracy() == before.accuracy()
     assert_same_state(after, before, rtol=1e-5)
 
 

@@ -247,6 +247,7 @@ class KasminaLayer(nn.Module):
         return self.transition(seed, target, context)
 
     def transition(self, seed: int, target: Life, context: Context) -> bool:
+        """:meth:`request_transition` to any state, for a seed that is there."""
         state = Life(int(self.seeds.state_S8[seed, LIFECYCLE].item()))
         if not ALLOWED[state][target]:
             return False
@@ -306,10 +307,12 @@ class KasminaLayer(nn.Module):
         return w_SC.masked_fill(column_SC >= self.ends_S[:, None], 0.0)
 
     def check_seed(self, seed: int) -> None:
+        """Refuse a seed that is not there, by ValueError."""
         if not 0 <= seed < self.config.seeds:
             raise ValueError(f"there is no seed {seed}; this layer has 0 to {self.config.seeds - 1}")
 
     def check_blueprint(self, blueprint: int) -> None:
+        """Refuse a blueprint that is not there, by ValueError."""
         known = sorted(map(int, self.networks)) if self.config.blueprint == "network" else range(BLUEPRINTS)
         if blueprint not in known:
             raise ValueError(f"there is no blueprint {blueprint}; this layer has {', '.join(map(str, known))}")

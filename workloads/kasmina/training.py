@@ -71,6 +71,7 @@ class Training:
         for weight in self.model.parameters():
             # Zeroed and never dropped: the loop leaves idle blueprints without a gradient, which momentum would notice.
             weight.grad = torch.zeros_like(weight)
+        self.steps = 0
         self.captured: dict[Any, Any] = {}
         forward_only = config.step == "forward"
         self.output_BH = torch.zeros(config.batch, config.width, device=device, dtype=dtype) if forward_only else None
@@ -79,6 +80,7 @@ class Training:
     def step(self, index: int) -> Tensor | None:
         """Forward, backward and update on batch ``index``, the loss 0-dim and detached; or one forward pass."""
         loss = self.run_batch(*self.digits.slice(index))
+        self.steps += 1
         if loss is not None and (index + 1) % PERIOD == 0:
             self.tamiyo.act(self.model.kasmina)
         return loss
@@ -110,7 +112,7 @@ class Training:
     def figures(self, seconds_per_step: float) -> dict[str, tuple[float, str]]:
         """Test accuracy so far, or bandwidth; for a size of the source document its own figure beside the real one."""
         if self.bytes_per_step is None:
-            return {"test accuracy": (100 * self.accuracy(), "%")}
+            return {"test accuracy": (100 * self.accuracy(), "%"), "after steps of training": (self.steps, "steps")}
         figures = {"bandwidth": (self.bytes_per_step / seconds_per_step / 1e9, "GB/s")}
         if self.config.document:
             counted = document_bytes(self.config)
