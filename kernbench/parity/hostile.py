@@ -47,9 +47,9 @@ class Setting:
         return self.spec.reference(**inputs)
 
     def results(self, output: Any, inputs: Inputs) -> list[Tensor]:
-        """The floating tensors that a call gives: of its output, and of its mutated arguments."""
+        """The tensors that a call gives: of its output, and of its mutated arguments."""
         values = [output, *(inputs[name] for name in self.spec.mutates)]
-        return [leaf for value in values for leaf in _tensors(value) if leaf.is_floating_point() and leaf.numel()]
+        return [leaf for value in values for leaf in _tensors(value) if leaf.numel()]
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,7 @@ def _writes_inputs(setting: Setting, inputs: Inputs) -> Any:
     with torch.no_grad():
         for name in inputs.keys() - set(setting.spec.mutates):
             for leaf in _tensors(inputs[name]):
-                if leaf.is_floating_point():
-                    leaf.mul_(2).add_(1)
+                leaf.logical_not_() if leaf.dtype == torch.bool else leaf.mul_(2).add_(1)
     return output
 
 
@@ -273,14 +272,20 @@ def _same_buffer(setting: Setting, inputs: Inputs) -> Any:
 
 
 def _noisy(setting: Setting, inputs: Inputs) -> Any:
-    """Each result is off by a unit in the last place, another one than in the call before."""
+    """Each result is off by a unit in the last place, another one than in the call before, and whole numbers by one."""
     output = setting.right(inputs)
     if torch.is_grad_enabled():
         return output
     output = compare.map_tensors(output, torch.clone)
-    ulps = (setting.calls % 3 - 1) * (1 + setting.spec.run_to_run_ulp)
+    turn = setting.calls % 3 - 1
+    ulps = turn * (1 + setting.spec.run_to_run_ulp)
     for leaf in setting.results(output, inputs):
-        leaf.mul_(1 + ulps * torch.finfo(leaf.dtype).eps)
+        if leaf.is_floating_point():
+            leaf.mul_(1 + ulps * torch.finfo(leaf.dtype).eps)
+        elif leaf.dtype == torch.bool:
+            leaf.logical_xor_(torch.tensor(turn > 0))
+        else:
+            leaf.add_(turn)
     return output
 
 
