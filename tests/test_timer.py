@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernbench import arms, calls, timing
+from kernbench import arms, calls, replays, timing
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Tolerance
 
 LAUNCHES = 1000
@@ -133,7 +133,7 @@ def test_warm_replay_agrees_with_a_replay_of_1000_launches(
     call: Callable[..., None], size: int, chosen: torch.device
 ) -> None:
     inputs = calls.InputSets(spec_of(double, vectors, ("out",)), Case("c", size=size), torch.float32, chosen)
-    block = calls.GraphCalls(inputs, chosen, 1e-4).prepare(call)
+    block = replays.GraphCalls(inputs, chosen, 1e-4).prepare(call)
     graph = captured(lambda: call(**inputs.witness.inputs), LAUNCHES)
     pairs = [(block(number), replay_seconds(graph, LAUNCHES)) for number in range(10)]
     assert compare(f"{call.__name__} of {size}, same data again", pairs) == pytest.approx(1, abs=0.03)
