@@ -54,7 +54,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         tl.store(sums + part * features + column, total, mask=active & (column < features))
         if not SIMPLE:
             lerped = active & ((choice & 3) == 0) & (column < features)
-            share = tl.sum(tl.where(lerped, total * (weight - 1.0), 0.0), 2, keep_dims=True)
+            share = tl.sum(tl.where(lerped, total * weight - total, 0.0), 2, keep_dims=True)
             tl.store(shares + part * granules + granule, share, mask=covered)
 
 
@@ -130,8 +130,7 @@ def backward(
     if not x.numel():
         return dx, dbank.zero_(), dalpha.zero_()
     batch, features, bank_rows = math.prod(x.shape[:-1]), x.shape[-1], bank.shape[0]
-    tiles = _seeds.tiles_of(batch, features, seeds, chunk)
-    grid = _seeds.grid_of(tiles, batch, features)
+    tiles, grid = _seeds.plan_of(batch, features, seeds, chunk)
     per_seed = chunk // tiles.width
     sums = bank.new_empty(tiles.parts, features) if to_seeds else dbank
     shares = bank.new_empty(tiles.parts, tiles.granules) if to_seeds else dalpha

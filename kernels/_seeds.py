@@ -11,6 +11,7 @@ the blueprint bank times four plus its operator, 0, 1 or 2. A row that the bank 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -67,15 +68,17 @@ def tiles_of(batch: int, features: int, seeds: int, chunk: int) -> Tiles:
     return Tiles(rows, width, triton.cdiv(batch, rows), triton.cdiv(min(features, seeds * chunk), width))
 
 
-def grid_of(tiles: Tiles, batch: int, features: int) -> Grid:
-    """Programs for all of x, also for columns that nobody owns."""
+@lru_cache(maxsize=1024)
+def plan_of(batch: int, features: int, seeds: int, chunk: int) -> tuple[Tiles, Grid]:
+    """The tiles of statistics, and programs for all of x, also for columns that nobody owns."""
+    tiles = tiles_of(batch, features, seeds, chunk)
     small = batch * features <= FEW
     there = int(triton.next_power_of_2(max(1, triton.cdiv(features, tiles.width))))
     granules = min(there, max(1, (SMALL_TILE if small else TILE) // (tiles.rows * tiles.width)))
     columns = granules * tiles.width
     warps = max(1, min(8, tiles.rows * columns // (32 * (FEW_A_THREAD if small else MANY_A_THREAD))))
     even = batch % tiles.rows == 0 == features % columns and tiles.granules * tiles.width == features
-    return Grid(granules, triton.cdiv(features, columns), warps, even)
+    return tiles, Grid(granules, triton.cdiv(features, columns), warps, even)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

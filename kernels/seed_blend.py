@@ -13,7 +13,7 @@ leaves the mean, the squared distances from it added up, which are shifted sums 
 numbers are near zero. No atomics.
 
     dx = dy * scale;  t = sum over rows of dy * x, or dy where w is added;  dw = t times the factor of w;
-    da = sum over columns of t * (w - 1)
+    da = sum over columns of t * w - t
 
 Cast order: scale and shift are float32, like the bank and alpha; x is cast up when read and y rounded once.
 
@@ -24,7 +24,6 @@ Shapes: B rows, H columns, S seeds, N blueprints, P x Q tiles as ``_seeds.tiles_
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -173,12 +172,6 @@ def seed_blend(
     return y, means, squares, zeros
 
 
-@lru_cache(maxsize=1024)
-def _plan(batch: int, features: int, seeds: int, chunk: int) -> tuple[_seeds.Tiles, _seeds.Grid]:
-    tiles = _seeds.tiles_of(batch, features, seeds, chunk)
-    return tiles, _seeds.grid_of(tiles, batch, features)
-
-
 def _forward(
     x: Tensor, bank: Tensor, lifecycle: Tensor, blueprint: Tensor, operator: Tensor, alpha: Tensor, chunk: int,
     table: str, active_states: int, near_zero: float,
@@ -186,9 +179,11 @@ def _forward(
     """What :func:`seed_blend` returns, and the choices [S], which the backward pass needs as they were."""
     _check(x, bank, lifecycle, blueprint, operator, alpha, chunk, table)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    batch, features, seeds = math.prod(x.shape[:-1]), x.shape[-1], len(lifecycle)
-    tiles, grid = _plan(batch, features, seeds, chunk)
-    means, squares, zeros = (bank.new_empty(tiles.parts, tiles.granules) for _ in range(3))
+    *rows, features = x.shape
+    batch, seeds = math.prod(rows), lifecycle.shape[0]
+    tiles, grid = _seeds.plan_of(batch, features, seeds, chunk)
+    shape = tiles.parts, tiles.granules
+    means, squares, zeros = bank.new_empty(shape), bank.new_empty(shape), bank.new_empty(shape)
     choices = lifecycle.new_empty(seeds)
     if y.numel():
         x, x_stride = _rows.as_rows(x)

@@ -177,8 +177,7 @@ def seed_state_update(
 def _launch(
     state: Tensor, history: Tensor, pointer: Tensor, seeds: Tensor | None, values: Tensor, fields: Tensor
 ) -> None:
-    _check(state, history, pointer, seeds, values, fields)
-    updates, count = len(fields), len(state)
+    count, length, updates = _sizes(state, history, pointer, seeds, values, fields)
     if not updates or not count:
         return
     by_id, pairs = seeds is not None, seeds is not None and updates <= PAIRS
@@ -191,25 +190,30 @@ def _launch(
         block = PAIRS if pairs else BLOCK
         _update_kernel[(triton.cdiv(updates, block),)](
             state, history, pointer, seeds, values.contiguous(), fields.contiguous(), claims, updates, count,
-            history.shape[1], by_id, pairs, block, num_warps=4,
+            length, by_id, pairs, block, num_warps=4,
         )  # fmt: skip
     torch.autograd.graph.increment_version([state, history, pointer])
 
 
-def _check(
+def _sizes(
     state: Tensor, history: Tensor, pointer: Tensor, seeds: Tensor | None, values: Tensor, fields: Tensor
-) -> None:
-    count, updates, device = len(state), len(fields), state.get_device()
-    given = {"state": state, "history": history, "pointer": pointer, "values": values, "fields": fields}
+) -> tuple[int, int, int]:
+    """How many seeds, entries of a history and updates there are, if all fits."""
+    count, updates, device = state.shape[0], fields.shape[0], state.get_device()
     length = history.shape[1] if history.dim() == 3 else 0
-    shapes = ((count, 8), (count, length, 2), (count,), (updates, 4), (updates,))
-    for (name, tensor), shape in zip(given.items(), shapes, strict=True):
-        if tensor.shape != shape or tensor.dtype != torch.int32 or tensor.get_device() != device:
-            raise ValueError(
-                f"seed_state_update takes int32 {name} {shape} on {state.device} for this state, not {tensor.dtype} "
-                f"{tuple(tensor.shape)} on {tensor.device}"
-            )
-    if not (state.is_contiguous() and history.is_contiguous() and pointer.is_contiguous() and length):
+    if not (
+        state.shape == (count, 8) and history.shape == (count, length, 2) and pointer.shape == (count,) and length
+        and values.shape == (updates, 4) and fields.shape == (updates,)
+        and state.dtype == history.dtype == pointer.dtype == values.dtype == fields.dtype == torch.int32
+        and history.get_device() == pointer.get_device() == values.get_device() == fields.get_device() == device
+    ):  # fmt: skip
+        tensors = (state, history, pointer, values, fields)
+        described = ", ".join(f"{one.dtype} {tuple(one.shape)} on {one.device}" for one in tensors)
+        raise ValueError(
+            f"seed_state_update takes int32 state [S, 8], history [S, L, 2], pointer [S], values [U, 4] and fields "
+            f"[U], on one device; they are {described}"
+        )
+    if not (state.is_contiguous() and history.is_contiguous() and pointer.is_contiguous()):
         raise ValueError("seed_state_update writes into state, history and pointer, which have to be contiguous")
     if seeds is None and updates != count:
         raise ValueError(f"without seed ids give one update per seed: {count}, not {updates}")
@@ -220,6 +224,7 @@ def _check(
             f"seed_state_update takes one int32 or int64 seed id per update on {state.device}, not {seeds.dtype} "
             f"{tuple(seeds.shape)} on {seeds.device}"
         )
+    return count, length, updates
 
 
 _LIBRARY = torch.library.Library("kernbench", "FRAGMENT")  # type: ignore[no-untyped-call]

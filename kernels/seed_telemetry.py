@@ -118,6 +118,11 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=1024)
 def _plan(batch: int, features: int, seeds: int, chunk: int) -> _Plan:
     """Tiles of the statistics, and how many parts, seeds and granules of a seed a program takes at once."""
+    if batch < 0 or features < 0 or seeds < 1 or chunk < 1:
+        raise ValueError(
+            f"seed_telemetry takes at least one seed and one column of each, not {seeds} seeds with chunks of {chunk} "
+            f"on [{batch}, {features}]"
+        )
     tiles = _seeds.tiles_of(batch, features, seeds, chunk)
     granules = min(64, triton.next_power_of_2(chunk // tiles.width))
     at_once = min(MOST_SEEDS, max(1, 64 // granules), triton.next_power_of_2(seeds))
@@ -155,8 +160,8 @@ def seed_telemetry(
 def _launch(
     means: Tensor, squares: Tensor, zeros: Tensor, batch: int, features: int, seeds: int, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check((means, squares, zeros), batch, features, seeds, chunk)
     tiles, parts, at_once, granules = _plan(batch, features, seeds, chunk)
+    _check(means, squares, zeros, tiles[2:])
     mean, variance, sparsity = means.new_empty(seeds), means.new_empty(seeds), means.new_empty(seeds)
     means, squares, zeros = means.contiguous(), squares.contiguous(), zeros.contiguous()
     with _rows.on_device(means):
@@ -167,19 +172,18 @@ def _launch(
     return mean, variance, sparsity
 
 
-def _check(statistics: tuple[Tensor, ...], batch: int, features: int, seeds: int, chunk: int) -> None:
-    if batch < 0 or features < 0 or seeds < 1 or chunk < 1:
+def _check(means: Tensor, squares: Tensor, zeros: Tensor, shape: tuple[int, ...]) -> None:
+    device = means.get_device()
+    if not (
+        means.shape == squares.shape == zeros.shape == shape
+        and means.dtype == squares.dtype == zeros.dtype == torch.float32
+        and squares.get_device() == zeros.get_device() == device
+    ):
+        described = ", ".join(f"{one.dtype} {tuple(one.shape)} on {one.device}" for one in (means, squares, zeros))
         raise ValueError(
-            f"seed_telemetry takes at least one seed and one column of each, not {seeds} seeds with chunks of {chunk} "
-            f"on [{batch}, {features}]"
+            f"seed_telemetry takes float32 means, squares and zeros {shape} for these sizes, on one device; they are "
+            f"{described}"
         )
-    shape, device = _plan(batch, features, seeds, chunk).tiles[2:], statistics[0].get_device()
-    for name, tensor in zip(("means", "squares", "zeros"), statistics, strict=True):
-        if tensor.shape != shape or tensor.dtype != torch.float32 or tensor.get_device() != device:
-            raise ValueError(
-                f"seed_telemetry takes float32 {name} {shape} for these sizes, not {tensor.dtype} "
-                f"{tuple(tensor.shape)} on {tensor.device}"
-            )
 
 
 _LIBRARY = torch.library.Library("kernbench", "FRAGMENT")  # type: ignore[no-untyped-call]
