@@ -20,6 +20,7 @@ from kernbench.workload import Built
 
 BLOCK_SECONDS = 0.05
 """A block of steps takes at least this long, so that starting and ending it does not count."""
+FIRST_STEPS = 2
 RECEIPT_STEPS = 2
 BASELINE = "baseline"
 
@@ -80,14 +81,17 @@ def run_race(
         WorkloadFailed: a side raised, or its loss is not finite.
     """
     sides: dict[str, Side] = {}
+    blocks: dict[str, int] = {}
     start = 0
     with progress.stage("warming up both sides"):
         for name, plan in {"before": before, **{f"after {name}": plan for name, plan in candidates.items()}}.items():
             begin(name)
             sides[name] = Side(settings, plan)
             start = max(start, _warm(sides[name]))
-        begin("before")
-        steps = _steps_per_block(sides["before"], start)
+        for name, side in sides.items():
+            begin(name)
+            blocks[name] = _steps_per_block(side, start)
+        steps, start = blocks["before"], start + FIRST_STEPS
     receipts = {name: sides[f"after {name}"].plan.receipt() for name in candidates}
     twice = {"before": sides["before"], "again": sides["before"]}
     arms = {name: _arm(name, side, start, steps, begin) for name, side in {**twice, **sides}.items()}
@@ -180,10 +184,17 @@ def _race_variants(
                 except WorkloadFailed as error:
                     failures[variant.name] = _drop(run, variants, variant.name, error)
             advance(1)
+    blocks: dict[str, int] = {}
+    for name, side in list(sides.items()):
+        begin(name)
+        try:
+            blocks[name] = _steps_per_block(side, start)
+        except WorkloadFailed as error:
+            failures[name] = _drop(run, variants, name, error)
+            del sides[name]
     baseline = sides[variants[0].name]
     result.workload = settings.describe(variants[0].plan, baseline.built)
-    begin(variants[0].name)
-    steps = _steps_per_block(baseline, start)
+    steps, start = blocks[variants[0].name], start + FIRST_STEPS
     arms = {name: _arm(name, side, start, steps, begin) for name, side in sides.items()}
     with run.progress.stage("interleaving variants", rounds) as advance:
         finished = bench.race(
@@ -247,8 +258,13 @@ def _warm(side: Side) -> int:
 
 
 def _steps_per_block(side: Side, first: int) -> int:
+    """How many steps make a block, from the time of the first after the warm-up.
+
+    Every side runs them: one whose warm-up was shorter may have to catch up, as a decoder that needs the frames before,
+    and must not do so while it is timed.
+    """
     with side.plan.applied(side.built):
-        seconds = bench.timed_block(side.step, first=first, count=2, device=side.settings.device)
+        seconds = bench.timed_block(side.step, first=first, count=FIRST_STEPS, device=side.settings.device)
     return max(1, math.ceil(BLOCK_SECONDS / seconds))
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -208,7 +208,9 @@ class _RemoteProgress:
             yield advance
         finally:
             self.depth -= 1
-            self.connection.send(("stage ends", None))
+            # Without a parent nobody counts stages any more, and what ended this one is on its way already.
+            with suppress(BrokenPipeError):
+                self.connection.send(("stage ends", None))
 
     def note(self, text: str) -> None:
         self.connection.send(("note", text))

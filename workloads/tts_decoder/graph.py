@@ -96,7 +96,7 @@ def attend(self: Attention, mixed: Mixed, bias_TS: Tensor | None) -> Tensor:
             queries, keys, values, attn_mask=bias_TS, is_causal=bias_TS is None, enable_gqa=True
         )
     grouped = queries.reshape(1, self.config.kv_heads, -1, self.config.head_dim)
-    return functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias_TS).view(queries.shape)
+    return functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias_TS).reshape(queries.shape)
 
 
 def _check_phases() -> None:
