@@ -145,7 +145,7 @@ for name, found in registry.kernels().items():
     declaration = found.declaration
     with bf16lint.watching() as watch:
         for case in declaration.cases:
-            if not case.large:
+            if not case.large and "bfloat16" in declaration.tolerance:
                 inputs = declaration.make_inputs(case, torch.bfloat16, torch.device("cpu"), 0)
                 declaration.optimized(**inputs)
     results["clean " + name] = None, watch.findings
