@@ -293,8 +293,12 @@ def bench_headline(record: BenchRecord) -> str:
     for rows in groups.values():
         best = fastest(rows)
         if best is not None and best.seconds:
-            rival = rows[0] if record.workload else fastest([row for row in rows if row is not best])
-            ahead = (rival.seconds or 0.0) / best.seconds if rival else 1.0
+            if record.workload:
+                # Paired by round, as the row shows it.
+                ahead = best.speedup[0] if best.speedup else 1.0
+            else:
+                rival = fastest([row for row in rows if row is not best])
+                ahead = (rival.seconds or 0.0) / best.seconds if rival else 1.0
             # What eager against itself shows too is no lead.
             leads.setdefault(best.implementation, []).append(ahead if ahead > 1 + (noise_floor(rows) or 0.0) else 1.0)
     if not leads:
