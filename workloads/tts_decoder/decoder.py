@@ -123,7 +123,7 @@ class Decoder:
         embedded_11H = model.codec_embedding(codes[0])[None]
         sum_11H = embedded_11H
         hidden_11H = self.here(self.hidden_MH)[None]
-        project = model.predictor_input
+        project = model.into_predictor
         x_11P = model.predictor.decode_two(project(hidden_11H), project(embedded_11H), cache)
         for group in range(1, self.config.groups):
             if group > 1:

@@ -23,6 +23,7 @@ from kernbench.errors import KernbenchError
 from . import onerow
 from .decoder import Decoder
 from .model import MLP, Attention, Mixed, Stack
+from .speech import SpeechModel
 from .syncfree import resident
 
 KEY = "graph"
@@ -35,6 +36,7 @@ SITES: tuple[tuple[Any, str], ...] = (
     (Stack, "forward"),
     (Stack, "decode_one"),
     (Stack, "decode_two"),
+    (SpeechModel, "into_predictor"),
     (MLP, "activate"),
     (Attention, "rotate_and_store"),
     (Attention, "attend"),

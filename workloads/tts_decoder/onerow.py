@@ -1,6 +1,6 @@
-"""Phase 5: a transformer for one position of one sequence, five operators a layer.
+"""Phase 5: a transformer for one position of one sequence, five operators a layer, and the projection in front.
 
-Each operator stands here in plain PyTorch, and is a site that its kernel takes. Without them the two functions at the
+Each operator stands here in plain PyTorch, and is a site that its kernel takes. Without them the functions at the
 end do not run either: they belong to the same phase.
 
 Shapes: H width, N query heads, K heads of keys and values, D features a head, F = D / 2 frequencies, M most positions,
@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from .cache import KVCache
 from .model import Stack
 from .rotary import rotate
+from .speech import SpeechModel
 
 
 def norm_row(x_H: Tensor, nothing_H: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -78,6 +79,14 @@ def decode_two(self: Stack, first_11H: Tensor, second_11H: Tensor, cache: KVCach
     """``Stack.decode_two`` one after the other: twice the weights, but a third of the launches."""
     _through_layers(self, first_11H[0, 0], cache)
     return self.decode_one(second_11H, cache)
+
+
+def into_predictor(self: SpeechModel, x_11H: Tensor) -> Tensor:
+    """``SpeechModel.into_predictor``, with the bias as what was there before."""
+    layer = self.predictor_input
+    if not isinstance(layer, nn.Linear):
+        return x_11H
+    return linear_add(x_11H[0, 0], layer.weight, layer.bias)[None, None]
 
 
 def _through_layers(stack: Stack, x_H: Tensor, cache: KVCache) -> Tensor:

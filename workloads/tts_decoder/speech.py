@@ -69,6 +69,11 @@ class SpeechModel(nn.Module):
         embedded: Tensor = self.codec_embedding(ids_T)
         return embedded
 
+    def into_predictor(self, x_11H: Tensor) -> Tensor:
+        """What the predictor is given of one position of the talker's width, [1, 1, P]."""
+        projected: Tensor = self.predictor_input(x_11H)
+        return projected
+
     def frame_weight_bytes(self) -> int:
         """Bytes of weights that one frame has to read: the predictor's once for each of its passes, no embeddings."""
         talker = _bytes(self.talker) + _bytes(self.codec_head)
