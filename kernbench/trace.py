@@ -17,6 +17,7 @@ import numpy as np
 from kernbench import kineto, nesting
 from kernbench.errors import KernbenchError
 from kernbench.nesting import ANNOTATION, CALL, OP, Bools, Ints
+from kernbench.record import SourceLine, TraceInfo
 
 KERNEL, COPY, MEMSET = 0, 1, 2
 
@@ -58,7 +59,10 @@ class Host:
 
 @dataclass(frozen=True, eq=False)
 class Device:
-    """Device events by start. ``call`` is the launch's host row; ``op``, ``phase`` and ``step`` are the launch's."""
+    """Device events by start. ``call`` is the launch's host row; ``op``, ``phase`` and ``step`` are the launch's.
+
+    ``graph`` is 1 where a graph launch issued the event; ``collective`` indexes the collective's name, -1 for others.
+    """
 
     kind: Ints
     name: Ints
@@ -71,6 +75,8 @@ class Device:
     op: Ints
     phase: Ints
     step: Ints
+    graph: Ints
+    collective: Ints
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -86,6 +92,72 @@ class DeviceSyncs:
     start_ns: Ints
     end_ns: Ints
     call: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Waits:
+    """Stream waits on the device (``cudaStreamWaitEvent``) by time: ``stream`` goes on after the work of ``on_stream``.
+
+    ``record`` is the host row of the call that recorded the awaited event, -1 where the trace does not tell; ``call``
+    is the host row of the wait's own call. The awaited work is what ``on_stream`` was given before ``record``.
+    """
+
+    time_ns: Ints
+    device: Ints
+    stream: Ints
+    on_stream: Ints
+    call: Ints
+    record: Ints
+
+    def __len__(self) -> int:
+        return len(self.time_ns)
+
+
+@dataclass(frozen=True, eq=False)
+class Collectives:
+    """Collectives in the order of device rows (``row``). ``bytes`` and ``group`` (ranks) are -1 if not recorded."""
+
+    row: Ints
+    name: Ints
+    bytes: Ints
+    group: Ints
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Allocations and releases by time. ``device`` is -1 for host memory; -1 bytes where a total is not recorded."""
+
+    time_ns: Ints
+    device: Ints
+    allocated: Ints
+    reserved: Ints
+    delta: Ints
+
+    def __len__(self) -> int:
+        return len(self.time_ns)
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """Python calls, sorted by thread, then start, then outermost first. ``parent`` is a row of this table.
+
+    ``name`` and ``file`` index ``Trace.names``; ``line`` is the function's definition line. Built-in functions and
+    modules have no file (-1).
+    """
+
+    name: Ints
+    thread: Ints
+    start_ns: Ints
+    end_ns: Ints
+    parent: Ints
+    file: Ints
+    line: Ints
+
+    def __len__(self) -> int:
+        return len(self.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +180,13 @@ class Steps:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One loaded trace; ``names`` resolves the ``name`` columns, ``threads`` the ``thread`` column."""
+    """One loaded trace; ``names`` resolves the ``name`` columns, ``threads`` the ``thread`` column.
+
+    Beside each host row stand ``frame`` (row in ``frames``: the innermost Python call around it), ``source`` (index in
+    ``sources``: the innermost Python call outside of installed libraries), ``modules`` (index in ``names`` of the
+    innermost ``nn.Module`` call) and ``shapes`` (index in ``shape_texts``: dimensions and types of the inputs as JSON
+    text); -1 where the trace does not tell. A source line is a function's definition line.
+    """
 
     names: list[str]
     threads: list[str]
@@ -116,6 +194,17 @@ class Trace:
     device: Device
     device_syncs: DeviceSyncs
     steps: Steps
+    info: TraceInfo
+    frames: Frames
+    frame: Ints
+    sources: list[SourceLine]
+    source: Ints
+    modules: Ints
+    shapes: Ints
+    shape_texts: list[tuple[str, str]]
+    collectives: Collectives
+    memory: Memory
+    waits_on: Waits
 
     @property
     def on_gpu(self) -> bool:
@@ -187,7 +276,27 @@ def load(path: Path) -> Trace:
     )
     device, syncs = _device(table, full, steps)
     steps = replace(steps, complete=_complete(steps, full, device, table.names))
-    return Trace(table.names, table.threads, full, device, syncs, steps)
+    nothing = np.zeros(0, np.int64)
+    unknown = np.full(len(full), -1, np.int64)
+    return Trace(
+        names=table.names,
+        threads=table.threads,
+        host=full,
+        device=device,
+        device_syncs=syncs,
+        steps=steps,
+        info=TraceInfo(file=path.name, bytes=path.stat().st_size, events=len(full) + len(device)),
+        frames=Frames(*[nothing] * 7),
+        frame=unknown,
+        sources=[],
+        source=unknown,
+        modules=unknown,
+        shapes=unknown,
+        shape_texts=[],
+        collectives=Collectives(*[nothing] * 4),
+        memory=Memory(*[nothing] * 5),
+        waits_on=Waits(*[nothing] * 6),
+    )
 
 
 def _host_columns(table: kineto.Tables) -> tuple[dict[str, Ints], Ints, Bools]:
@@ -291,6 +400,8 @@ def _device(table: kineto.Tables, host: Host, steps: Steps) -> tuple[Device, Dev
         op=np.where(linked, host.parent[call], -1) if len(host) else call,
         phase=np.where(linked, host.phase[call], -1) if len(host) else call,
         step=step,
+        graph=np.zeros(len(order), np.int64),
+        collective=np.full(len(order), -1, np.int64),
     )
     order = np.argsort(table.syncs.start_ns, kind="stable")
     syncs = DeviceSyncs(
