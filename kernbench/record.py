@@ -655,6 +655,52 @@ class BenchResult(Struct, frozen=True, kw_only=True):
     note: str = ""
 
 
+class Sweep(Struct, frozen=True, kw_only=True):
+    """Cases of a kernel that differ in one size, in the order of its values; their rows stand among the results.
+
+    ``fixed`` says what is the same for all of them.
+    """
+
+    kernel: str
+    size: str
+    values: list[int]
+    cases: list[str]
+    fixed: str = ""
+
+
+class ClaimCheck(Struct, frozen=True, kw_only=True):
+    """A figure that somebody states for a case, beside what exists and what was measured here.
+
+    ``counted`` are the bytes that give ``bytes_per_second`` over ``stated_seconds``, ``real_bytes`` those that there
+    are. ``seconds`` is our kernel's time, None where it was not measured; ``sentence`` says what follows.
+    """
+
+    kernel: str
+    case: str
+    source: str
+    title: str
+    bytes_per_second: float
+    counted_bytes: float
+    real_bytes: float
+    stated_seconds: Seconds
+    device: str = ""
+    roof_bytes_per_second: float | None = None
+    seconds: Seconds | None = None
+    launch_seconds: Seconds | None = None
+    copy_seconds: Seconds | None = None
+    sentence: str = ""
+
+
+class Curve(Struct, frozen=True, kw_only=True):
+    """One figure of a training run over its steps, of one implementation: its ``values`` after so many ``steps``."""
+
+    name: str
+    implementation: str
+    steps: list[int]
+    values: list[float]
+    unit: str = ""
+
+
 class Build(Struct, frozen=True, kw_only=True):
     """One Triton function compiled for one architecture: what ptxas made of it, and whether that is allowed.
 
@@ -757,6 +803,9 @@ class BenchRecord(Header, kw_only=True, tag="bench"):
     builds: list[Build] = []
     workload: WorkloadInfo | None = None
     arms: list[Arm] = []
+    sweeps: list[Sweep] = []
+    claims: list[ClaimCheck] = []
+    curves: list[Curve] = []
 
 
 class CompareRecord(Header, kw_only=True, tag="compare"):
