@@ -298,6 +298,26 @@ def compare(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
+@app.command(epilog="Example: kernbench analyze trace.json.gz")
+@_reported
+def analyze(
+    traces: Annotated[
+        list[Path], typer.Argument(metavar="TRACE...", help="A torch.profiler trace; several are the ranks of one run.")
+    ],
+    no_html: Annotated[bool, typer.Option("--no-html", help="Keep the record alone, without a page.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Explain any Kineto trace (.json or .json.gz): what costs time, at which line, and what is won without it.
+
+    Results go to reports/analyze/ of the workspace that the current folder is in, else of the current folder.
+    """
+    from kernbench import analyze
+
+    _show(analyze.analyze(traces, _command(), _progress(quiet), page=not no_html), as_json)
+    return OK
+
+
     """Set two runs side by side, with a report; exit code 1 if the second one is slower."""
     from kernbench import reading
 

@@ -7,14 +7,12 @@ import os
 import platform
 import re
 import subprocess
-import sys
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import kernbench
-from kernbench import nvml, record
+from kernbench import host, nvml, record
 from kernbench.ceilings import cpu_cache_bytes
 from kernbench.ceilings import measure_ceilings as measure_ceilings
 from kernbench.errors import KernbenchError
@@ -60,10 +58,10 @@ def fingerprint(device: torch.device, *, ceilings: record.Ceilings | None = None
         device=_cuda(device) if device.type == "cuda" else _cpu(),
         python=platform.python_version(),
         torch=str(torch.__version__),
-        triton=_version("triton") or _version("pytorch-triton"),
+        triton=host.version("triton") or host.version("pytorch-triton"),
         kernbench=kernbench.__version__,
-        platform=f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}".rstrip(", "),
-        cpu=_cpu_model(),
+        platform=host.platform_name(),
+        cpu=host.cpu_model(),
         cpu_threads=torch.get_num_threads(),
         ceilings=ceilings,
     )
@@ -129,32 +127,13 @@ def _cuda(device: torch.device) -> record.Device:
 def _cpu() -> record.Device:
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return record.Device(
-        type="cpu", name=_cpu_model(), memory_bytes=max(0, pages * page_bytes), l2_bytes=cpu_cache_bytes(2)
+        type="cpu", name=host.cpu_model(), memory_bytes=max(0, pages * page_bytes), l2_bytes=cpu_cache_bytes(2)
     )
-
-
-@functools.cache
-def _cpu_model() -> str:
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        match = None
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
 
 
 @functools.cache
 def _uuid(index: int) -> str:
     return str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
-
-
-def _version(package: str) -> str:
-    loaded = sys.modules.get(package)
-    if loaded is not None and hasattr(loaded, "__version__"):
-        return str(loaded.__version__)
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _warn_once(reason: str) -> None:

@@ -1,0 +1,105 @@
+"""Traces of any program, in one record: what profile finds in its own trace, without torch and without a workload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kernbench import host, registry, runfolder, trace
+from kernbench.analysis import breakdown, hotspots, idle, launches, stalls, timeline
+from kernbench.errors import KernbenchError
+from kernbench.progress import Progress
+from kernbench.publish import Outcome, publish
+from kernbench.record import AnalyzeRecord, Ceilings, LineLog, Stall, TraceAnalysis
+from kernbench.trace import Trace
+
+GROUP = "analyze"
+"""The folder under reports/ that runs of this command go to."""
+
+
+def analyze(paths: Sequence[Path], command: str, progress: Progress, *, page: bool = True) -> Outcome:
+    """Analyse one trace, or those of the ranks of one run, into a run folder of the current workspace.
+
+    The first verdict is noted as soon as it is known. Nothing is written before all traces are read.
+
+    Args:
+        page: also render the report and the index; else the folder holds the record alone.
+
+    Raises:
+        KernbenchError: a file is absent, damaged or no trace; two are of one rank; the workspace cannot be written.
+    """
+    with progress.stage("reading"):
+        traces = load(paths)
+    workspace = registry.current()
+    run_id = runfolder.new_run_id(GROUP)
+    result = AnalyzeRecord(
+        run_id=run_id,
+        created_utc=runfolder.now_utc().isoformat(timespec="seconds"),
+        command=command,
+        environment=host.environment(),
+        traces=[one.info for one in traces],
+    )
+    run = runfolder.Run(runfolder.make_folder(workspace, GROUP, run_id), result, progress)
+    with run.stage("analysis"), progress.stage("analysing"):
+        measure(traces, result, progress)
+    for note in dict.fromkeys(note for one in traces for note in one.info.notes):
+        run.warn(note)
+    if page:
+        return publish(run, workspace)
+    run.complete()
+    return Outcome(result, None)
+
+
+def load(paths: Sequence[Path]) -> list[Trace]:
+    """The traces in order of rank, else as given.
+
+    Raises:
+        KernbenchError: as ``trace.load``, or two files are one, or of one rank.
+    """
+    resolved = [path.resolve() for path in paths]
+    for position, path in enumerate(resolved):
+        if path in resolved[:position]:
+            raise KernbenchError(f"{paths[position]} is named twice; name each rank's trace once")
+    traces = [trace.load(path) for path in paths]
+    if len(traces) == 1:
+        return traces
+    files: dict[int, Path] = {}
+    for path, one in zip(paths, traces, strict=True):
+        rank = one.info.rank
+        if rank is None:
+            raise KernbenchError(
+                f"{path} does not tell its rank, so it cannot be set beside others; analyze one trace at a time, or "
+                "compare two with kernbench compare"
+            )
+        if rank in files:
+            raise KernbenchError(
+                f"{files[rank]} and {path} are both of rank {rank}; name the traces of different ranks of one run, or "
+                "compare the two with kernbench compare"
+            )
+        files[rank] = path
+    return sorted(traces, key=lambda one: one.info.rank or 0)
+
+
+def measure(traces: Sequence[Trace], result: AnalyzeRecord, progress: Progress) -> None:
+    """Fill ``result``, what the first verdict needs before all else."""
+    chosen = traces[0]
+    windows = idle.step_windows(chosen)
+    result.step_seconds = [float(length) / 1e9 for length in windows.end - windows.start]
+    result.idle = idle.idle(chosen)
+    result.stalls = stalls.stalls(chosen, None)
+    result.launches = launches.launches(chosen)
+    result.breakdown = breakdown.breakdown(chosen, windows.mean_ns / 1e9)
+    result.analysis = enrich(chosen, None, None, result.stalls)
+    result.hotspots = hotspots.hotspots(chosen, None)
+    result.timeline = timeline.timeline(chosen)
+
+
+def enrich(trace: Trace, lines: LineLog | None, ceilings: Ceilings | None, found: Sequence[Stall]) -> TraceAnalysis:
+    """All that a trace tells beyond a profile's own fields; ``profile`` and ``analyze`` alike call this.
+
+    Args:
+        lines: the log of the line pass over the same steps; None for a trace of others.
+        ceilings: the roofs of the device that the trace is from; None where nobody measured them.
+        found: the stalls of this trace, by ``stalls.stalls``.
+    """
+    return TraceAnalysis(trace=trace.info)
