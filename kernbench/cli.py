@@ -290,14 +290,6 @@ def bench(
     return NEGATIVE if outcome.negative else OK
 
 
-@app.command(epilog="Example: kernbench compare 20261121-1015 20261121-1100")
-@_reported
-def compare(
-    run_a: Annotated[str, typer.Argument(help="The run before: a folder, a record.json, or part of a run id.")],
-    run_b: Annotated[str, typer.Argument(help="The run after.")],
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> int:
 @app.command(epilog="Example: kernbench analyze trace.json.gz")
 @_reported
 def analyze(
@@ -318,6 +310,14 @@ def analyze(
     return OK
 
 
+@app.command(epilog="Example: kernbench compare 20261121-1015 20261121-1100")
+@_reported
+def compare(
+    run_a: Annotated[str, typer.Argument(help="The run before: a folder, a record.json, or part of a run id.")],
+    run_b: Annotated[str, typer.Argument(help="The run after.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
     """Set two runs side by side, with a report; exit code 1 if the second one is slower."""
     from kernbench import reading
 
