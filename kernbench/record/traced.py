@@ -93,9 +93,10 @@ class IdleSite(Struct, frozen=True, kw_only=True):
 
 
 class FusionCandidate(Struct, frozen=True, kw_only=True):
-    """Neighbouring short kernels that one kernel could do. ``saving`` is None where neither bytes nor shapes are known.
+    """Neighbouring kernels that one could do; ``seconds_per_step`` runs from the first one's begin to the last end.
 
-    ``low`` counts the launches and gaps between them alone, ``high`` also the intermediate tensors never written.
+    The low saving counts the gaps between them alone, the high one also the intermediate tensors that are never
+    written, where shapes are recorded; None where neither says anything. ``basis`` says which of the two it is.
     """
 
     kernels: list[str]
@@ -109,7 +110,10 @@ class FusionCandidate(Struct, frozen=True, kw_only=True):
 
 
 class RooflinePoint(Struct, frozen=True, kw_only=True):
-    """One operator with one set of shapes: the work that its shapes imply over the time its kernels took."""
+    """One operator with one set of shapes: the work that its shapes imply over the time its kernels took.
+
+    ``flops`` and ``bytes`` are those of one call, each input read once and each output written once.
+    """
 
     op: str
     shapes: str
