@@ -118,13 +118,17 @@ class Overhead(Struct, frozen=True, kw_only=True):
 
 
 class Span(Struct, frozen=True, kw_only=True, array_like=True):
-    """One bar of the timeline; ``track`` is a host thread or a device stream, times count from the step's start."""
+    """One bar of the timeline; ``track`` is a host thread or a device stream, times count from the step's start.
+
+    ``source`` is the line of a wait of the host, where it is known.
+    """
 
     track: str
     name: str
     start_seconds: Seconds
     duration_seconds: Seconds
     kind: str
+    source: SourceLine | None = None
 
 
 class Clocks(Struct, frozen=True, kw_only=True):
