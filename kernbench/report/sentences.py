@@ -12,6 +12,7 @@ from statistics import median
 from typing import Literal
 
 from kernbench.record import (
+    AnalyzeRecord,
     BenchRecord,
     BenchResult,
     Build,
@@ -30,7 +31,7 @@ from kernbench.record import (
     WorkloadInfo,
     kind,
 )
-from kernbench.report import units
+from kernbench.report import tracewords, units
 
 Tone = Literal["good", "bad", "neutral", "warn"]
 
@@ -66,6 +67,7 @@ KINDS: Mapping[str, str] = {
     "parity": "Parity",
     "bench": "Bench",
     "compare": "Comparison",
+    "analyze": "Trace analysis",
 }
 
 
@@ -123,6 +125,8 @@ def headline(record: Record) -> str:
             return bench_headline(record)
         case CompareRecord():
             return compare_headline(record)
+        case AnalyzeRecord():
+            return tracewords.headline(record) or unfinished(record, "The trace was not analysed")
 
 
 def profile_headline(record: ProfileRecord) -> str:
@@ -463,7 +467,13 @@ def kind_in_words(record: Record) -> str:
 
 def workload_of(record: Record) -> WorkloadInfo | None:
     """The workload that a record is about, if it is about one."""
-    return record.after.workload if isinstance(record, CompareRecord) else record.workload
+    match record:
+        case CompareRecord():
+            return record.after.workload
+        case AnalyzeRecord():
+            return None
+        case _:
+            return record.workload
 
 
 def _sentence(text: str) -> str:
