@@ -44,6 +44,7 @@ IMPOSSIBLE = "impossible"
 LESS_EXACT = "less exact"
 NOT_MEASURED = "not measured here"
 LARGE = "a large case, meant for a GPU; on the CPU it is timed only if asked for with --case"
+LARGE_SWEEP = "the sizes of this sweep are meant for a GPU, and so they are not timed on the CPU"
 INTERPRETED = "on the CPU a Triton kernel runs in its interpreter, whose speed says nothing of the kernel's"
 
 # Implementations that kernbench makes itself, which are not suspected of anything.

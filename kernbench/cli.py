@@ -253,7 +253,14 @@ def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Kernels or one workload; all kernels if left out.")] = None,
     device: Device = "auto",
     dtype: Dtype = None,
-    case: Annotated[str | None, typer.Option(help="Only the case of this name.")] = None,
+    case: Annotated[str | None, typer.Option(help="Only the case of this name; * stands for anything.")] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE[=FROM:TO|=A,B,C]",
+            help="Walk through one size of kernels, or of a workload's: seeds=100:10000.",
+        ),
+    ] = None,
     preset: Preset = None,
     seed: Seed = 0,
     data: Data = None,
@@ -277,6 +284,8 @@ def bench(
         raise KernbenchError("--arch goes with --compile-only; a timed kernel is built for the device that runs it")
     if compile_only and direction != "both":
         raise KernbenchError("--direction chooses what is timed; --compile-only times nothing and builds both")
+    if sweep is not None and (case is not None or compile_only):
+        raise KernbenchError("--sweep makes its own cases and times them; leave out --case and --compile-only")
     pipeline, Request = _measuring(device, in_process)
     request = Request(
         command=_command(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, weights=weights,
@@ -285,7 +294,7 @@ def bench(
     if compile_only:
         outcome = pipeline.build(request, names or [], case, arch, _progress(quiet))
     else:
-        outcome = pipeline.time(request, names or [], case, _progress(quiet))
+        outcome = pipeline.time(request, names or [], case, _progress(quiet), over=sweep)
     _show(outcome, as_json)
     return NEGATIVE if outcome.negative else OK
 
@@ -324,6 +333,53 @@ def compare(
     outcome = reading.compare(run_a, run_b, _command())
     _show(outcome, as_json)
     return NEGATIVE if outcome.negative else OK
+
+
+@app.command(epilog='Example: kernbench query 20261121-1015 "select op, sum(duration_ns) from kernels group by op"')
+@_reported
+def query(
+    run: Annotated[str, typer.Argument(help="A run folder, a record.json, part of a run id, or a trace file.")],
+    sql: Annotated[
+        str | None, typer.Argument(help="One SELECT; tables and columns are shown if it is left out.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Ask a run's trace in SQL: tables events, kernels, stalls and steps, times in whole nanoseconds."""
+    from kernbench import query
+
+    answer = query.schema() if sql is None else query.query(run, sql)
+    print(json.dumps(query.plain(answer), indent=1) if as_json else query.in_words(answer))
+    return OK
+
+
+@app.command(epilog="Example: kernbench gate --baseline 20261121-1015 --max-slowdown 2% --no-new-syncs")
+@_reported
+def gate(
+    baseline: Annotated[str, typer.Option(metavar="RUN", help="The run to hold against, named as for compare.")],
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="The run to judge; the newest like the baseline if left out.")
+    ] = None,
+    max_slowdown: Annotated[str | None, typer.Option(metavar="SHARE", help="Longest step allowed, as in 2%.")] = None,
+    no_new_syncs: Annotated[bool, typer.Option("--no-new-syncs", help="Allow no new host read.")] = False,
+    max_launches: Annotated[
+        str | None, typer.Option(metavar="MORE", help="Launches a step allowed beyond the baseline's, as in +0 or +5%.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """For CI: exit code 1 and the reason, if a run is worse than a baseline.
+
+    Without any limit all three are judged: 2 % slower, no new host read, no more launches.
+    """
+    from kernbench import gate, record
+
+    found = gate.gate(baseline, run, gate.limits(max_slowdown, no_new_syncs, max_launches))
+    if as_json:
+        print(json.dumps(record.to_builtins(found), indent=1))
+    else:
+        print(gate.in_words(found))
+    return OK if found.passed else NEGATIVE
 
 
 @app.command(epilog="Example: kernbench report 20261121-1015")

@@ -174,7 +174,6 @@ class KernelTimes:
         spec = registry.kernel(self.kernel).declaration
         chosen = device.resolve(self.device)
         watch = _Watch(tell, chosen)
-        cases = {case.name: case for case in spec.cases}
         without = self.without
         for case, dtype, direction in self.units:
             try:
@@ -183,7 +182,7 @@ class KernelTimes:
                     spec,
                     device=chosen,
                     dtypes=[dtype],
-                    cases=[cases[case]],
+                    cases=[spec.case(case)],
                     rounds=self.rounds,
                     ceilings=self.ceilings,
                     progress=tell.progress,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from kernbench import (
     state,
     statistics,
     supervised,
+    sweep,
 )
 from kernbench import request as asked
 from kernbench.backward import BACKWARD, BOTH, FORWARD
@@ -152,10 +155,11 @@ def check(
             supervised.check_kernels(subjects.kernels, request, subjects.device, progress, keep, dtypes=subjects.dtypes)
     if sanitize:
         with run.stage("compute-sanitizer"):
-            kernels = [spec.name for spec, _ in subjects.kernels]
-            for found in sanitizer.sanitize(kernels, dtype=request.dtype, case=case, progress=progress):
-                result.sanitizer.append(found)
-                run.write()
+            for spec, cases in subjects.kernels:
+                for one in [None] if cases is None else [chosen.name for chosen in cases]:
+                    for found in sanitizer.sanitize([spec.name], dtype=request.dtype, case=one, progress=progress):
+                        result.sanitizer.append(found)
+                        run.write()
     for named, settings in subjects.workloads:
         plans = [asked.plan(settings.workload, {})]
         for phase in settings.workload.phases:
@@ -166,20 +170,29 @@ def check(
     return publish(run, registry.current())
 
 
-def time(request: Request, names: Sequence[str], case: str | None, progress: Progress) -> Outcome:
+def time(
+    request: Request, names: Sequence[str], case: str | None, progress: Progress, *, over: str | None = None
+) -> Outcome:
     """Time kernels (all if none is named) on the measured roofline, or one workload: baseline, phases, and peers.
+
+    Args:
+        over: the sweep to time instead of the cases, as typed; of a workload, its kernels are swept.
 
     Raises:
         KernbenchError: as for :func:`check`, or kernels and workloads, or several workloads, at once, or a direction
-            that none of the kernels has.
+            that none of the kernels has, or no such sweep.
     """
     supervised.check_declarations(request, progress)
     subjects = _subjects(request, names, case)
+    sweeps: list[record.Sweep] = []
+    if over is not None:
+        subjects, sweeps = _swept(subjects, over, named=bool(names))
     if len(subjects.workloads) + bool(subjects.kernels) > 1:
         raise KernbenchError("bench times either kernels or one workload; name them in separate commands")
     _check_direction(request, subjects)
     run = _start(record.BenchRecord, request, "bench", subjects.group, subjects.device, progress)
     result = run.record
+    result.sweeps = sweeps
 
     def take(row: record.BenchResult) -> None:
         result.results.append(row)
@@ -195,9 +208,10 @@ def time(request: Request, names: Sequence[str], case: str | None, progress: Pro
                 subjects.device,
                 progress,
                 take,
-                dtypes=subjects.dtypes,
+                dtypes=subjects.dtypes or ([next(iter(spec.tolerance))] if sweeps else None),
                 cases=cases,
                 ceilings=result.environment.ceilings,
+                swept=bool(sweeps),
             )
     for named, settings in subjects.workloads:
         supervised.bench_workload(run, named, settings)
@@ -217,11 +231,17 @@ def build(
     subjects = _subjects(request, names, case)
     if subjects.workloads:
         raise KernbenchError("--compile-only builds kernels; name kernels, or nothing for all of them")
-    cases = None if case is None else [case]
-    specs = [spec for spec, _ in subjects.kernels]
-    built = builds.compile_kernels(
-        specs, archs=archs or builds.ARCHS, dtypes=subjects.dtypes, cases=cases, progress=progress
-    )
+    chosen = archs or builds.ARCHS
+    if case is None:
+        specs = [spec for spec, _ in subjects.kernels]
+        built = builds.compile_kernels(specs, archs=chosen, dtypes=subjects.dtypes, progress=progress)
+    else:
+        built = chain.from_iterable(
+            [
+                builds.compile_kernel(spec, archs=chosen, dtypes=subjects.dtypes, cases=cases, progress=progress)
+                for spec, cases in subjects.kernels
+            ]
+        )
     run = _start(record.BenchRecord, request, "builds", subjects.group, subjects.device, progress)
     with run.stage("compile"):
         run.record.builds.extend(built)
@@ -248,7 +268,7 @@ class _Subjects:
     """What parity and bench were asked to look at, all of it checked before anything is written."""
 
     device: torch.device
-    kernels: list[tuple[KernelSpec, list[Case] | None]]
+    kernels: Sequence[tuple[KernelSpec, list[Case] | None]]
     workloads: list[tuple[Request, measure.Settings]]
     """Each with the request that names it."""
     dtypes: list[str] | None
@@ -275,7 +295,7 @@ def _subjects(request: Request, names: Sequence[str], case: str | None) -> _Subj
             registry.nearest(request.dtype, spec.tolerance, f"dtype of {spec.name}")
     return _Subjects(
         device=chosen,
-        kernels=[(spec, _one_case(spec, case)) for spec in kernels],
+        kernels=[(spec, _cases(spec, case)) for spec in kernels],
         workloads=[(replace(request, workload=name), asked.settings(request, name)) for name in others],
         dtypes=[request.dtype] if request.dtype else None,
     )
@@ -298,11 +318,30 @@ def _check_sanitizable(subjects: _Subjects) -> None:
     sanitizer.find()
 
 
-def _one_case(spec: KernelSpec, name: str | None) -> list[Case] | None:
+def _cases(spec: KernelSpec, name: str | None) -> list[Case] | None:
+    """The cases of a name or pattern, None for all."""
     if name is None:
         return None
+    found = [case for case in spec.cases if fnmatchcase(case.name, name)]
+    if found:
+        return found
     registry.nearest(name, [case.name for case in spec.cases], f"case of {spec.name}")
-    return [case for case in spec.cases if case.name == name]
+    return None
+
+
+def _swept(subjects: _Subjects, over: str, *, named: bool) -> tuple[_Subjects, list[record.Sweep]]:
+    """The cases of a sweep in the place of all others, and of kernels in that of the workload they are part of."""
+    size = sweep.size_of(over)
+    specs = [spec for spec, _ in subjects.kernels]
+    known = {name: found.declaration for name, found in registry.kernels().items()}
+    for _, settings in subjects.workloads:
+        specs += sweep.kernels_of(settings.workload, known, size) or sweep.kernels_of(settings.workload, known)
+    kernels, sweeps = [], []
+    for spec in sweep.sweepable(specs, size, named=named):
+        one, cases = sweep.cases_of(spec, over)
+        kernels.append((spec, cases))
+        sweeps.append(one)
+    return replace(subjects, kernels=kernels, workloads=[]), sweeps
 
 
 def _start(

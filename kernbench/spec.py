@@ -39,6 +39,67 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """One size that ``bench --sweep`` walks through; the others follow, so that bytes stay the same where they can.
+
+    Attributes:
+        size: name of the size, as the user types it.
+        values: those taken if no range is given, ascending; the first and the last are the least and the most.
+        sizes: ``(value) -> sizes`` of its case, the swept one among them.
+        fixed: what is the same for all values, in words.
+        large: as a case's: on the CPU nothing is timed.
+
+    Raises:
+        ValueError: the values are fewer than two, or do not ascend.
+    """
+
+    size: str
+    values: tuple[int, ...]
+    sizes: Callable[[int], Mapping[str, int]]
+    fixed: str
+    large: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.values) < 2 or list(self.values) != sorted(set(self.values)):
+            raise ValueError(f"a sweep of {self.size} takes two or more ascending values, not {self.values}")
+
+    def case(self, value: int) -> Case:
+        """The case of a value; its name says which one it is."""
+        return Case(f"{self.size}={value}", large=self.large, **self.sizes(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A figure that a document states for a case, so that bench can set what exists beside it.
+
+    Attributes:
+        case: name of the case.
+        title: what the document calls it.
+        bytes_per_second: the figure.
+        counted_bytes: what the document counts to come to it.
+        real_bytes: what exists of them, each once.
+        why: what is counted that does not exist, in words that follow "it counts".
+    """
+
+    case: str
+    title: str
+    bytes_per_second: float
+    counted_bytes: float
+    real_bytes: float
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims:
+    """What one document states: its name, its device, and that device's memory bandwidth."""
+
+    source: str
+    device: str
+    roof_bytes_per_second: float
+    claims: tuple[Claim, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tolerance:
     """How far from the float64 oracle a kernel may be, relative to what eager itself misses in the working dtype.
 
@@ -175,11 +236,14 @@ class KernelSpec:
         differentiable: parity compares gradients of all floating inputs that require them, bench times the backward.
         peers: library implementations to time beside ours, by name; each has the reference's signature. One that is
             less exact than eager is a :class:`Peer`, with the tolerance that it is held to.
+        sweeps: sizes to walk through with ``bench --sweep``.
+        claims: what documents state for cases, to be set beside what is measured.
         source: paper and equation, or the file the formula came from.
 
     Raises:
         ValueError: no ragged case, no tolerance, two cases of one name, stateful without ``next_inputs``, sizes that
-            no case has, something else allowed than can be, or ``reference`` and ``optimized`` are the same function.
+            no case has, something else allowed than can be, a claim on a case that is not there, two sweeps of one
+            size, or ``reference`` and ``optimized`` are the same function.
     """
 
     name: str
@@ -200,6 +264,8 @@ class KernelSpec:
     allowed: Mapping[str, str] = field(default_factory=dict)
     differentiable: bool = False
     peers: Mapping[str, Callable[..., Any] | Peer] = field(default_factory=dict)
+    sweeps: tuple[Sweep, ...] = ()
+    claims: Claims | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -226,3 +292,24 @@ class KernelSpec:
             raise ValueError(
                 f"kernel {self.name!r} allows {', '.join(strange)}; it can allow {', '.join(sorted(ALLOWABLE))}"
             )
+        missing = sorted({claim.case for claim in self.claims.claims} - set(names)) if self.claims else []
+        if missing:
+            raise ValueError(f"kernel {self.name!r} has claims on {', '.join(missing)}, which are no cases of it")
+        swept = [sweep.size for sweep in self.sweeps]
+        if len(set(swept)) != len(swept):
+            raise ValueError(f"kernel {self.name!r} has two sweeps of one size: {', '.join(swept)}")
+
+    def case(self, name: str) -> Case:
+        """The case of this name, or that of a value of a sweep: "seeds=100".
+
+        Raises:
+            KeyError: there is none.
+        """
+        for case in self.cases:
+            if case.name == name:
+                return case
+        size, _, value = name.partition("=")
+        for sweep in self.sweeps:
+            if sweep.size == size and value.isdigit() and sweep.values[0] <= int(value) <= sweep.values[-1]:
+                return sweep.case(int(value))
+        raise KeyError(name)

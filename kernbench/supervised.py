@@ -190,8 +190,13 @@ def bench_kernel(
     dtypes: Sequence[str] | None = None,
     cases: Sequence[Case] | None = None,
     ceilings: record.Ceilings | None = None,
+    swept: bool = False,
 ) -> None:
     """Hand over the times of every case, dtype and implementation. One that ends the process is labelled "failed".
+
+    Args:
+        cases: by default all; on the CPU large ones are timed only if they stand here.
+        swept: the cases are those of a sweep, of which nobody asked for each.
 
     Raises:
         WorkloadFailed: the device does not answer any more.
@@ -201,8 +206,9 @@ def bench_kernel(
     units: list[tuple[str, str, bench.Direction]] = []
     for case in cases if cases is not None else spec.cases:
         for name in names:
-            if cases is None and case.large and device.type == "cpu":
-                take(_unmeasured(spec, (case.name, name, directions[0]), "eager", bench.NOT_MEASURED, bench.LARGE))
+            if (cases is None or swept) and case.large and device.type == "cpu":
+                why = bench.LARGE_SWEEP if swept else bench.LARGE
+                take(_unmeasured(spec, (case.name, name, directions[0]), "eager", bench.NOT_MEASURED, why))
             else:
                 units += [(case.name, name, direction) for direction in directions]
     failed: dict[str, str] = {}

@@ -30,6 +30,11 @@ FEW = 2**18
 FEW_A_THREAD, MANY_A_THREAD = 8, 32
 """Elements of small and other tiles: many share the price of addresses, of what is looked up, and of reductions."""
 
+SWEPT = (100, 200, 500, 1000, 2000, 5000, 10_000)
+"""Numbers of seeds that bench walks through; the bytes stay, so that a time which changes is the seeds'."""
+SWEPT_ROWS, SWEPT_COLUMNS = 128, 640_000
+SWEPT_FIXED = f"{SWEPT_ROWS} rows of about {SWEPT_COLUMNS:,} columns"
+
 
 class Tiles(NamedTuple):
     """How statistics of x [batch, features] are cut up: tiles of rows x width, [parts, granules] of them in all."""
@@ -66,6 +71,12 @@ def tiles_of(batch: int, features: int, seeds: int, chunk: int) -> Tiles:
     """The tiles of the columns that seeds own; the last ones of a row or column may be cut off by the end of x."""
     rows, width = rows_of(batch), width_of(chunk)
     return Tiles(rows, width, triton.cdiv(batch, rows), triton.cdiv(min(features, seeds * chunk), width))
+
+
+def swept_sizes(seeds: int) -> dict[str, int]:
+    """Sizes of x in a sweep over seeds: chunks of whole granules that fill all columns."""
+    chunk = max(1, round(SWEPT_COLUMNS / seeds / MOST_WIDTH)) * MOST_WIDTH
+    return {"batch": SWEPT_ROWS, "features": seeds * chunk, "seeds": seeds, "chunk": chunk}
 
 
 @lru_cache(maxsize=1024)

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance, Values
+from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Sweep, Tolerance, Values
 
 from . import _rows, _seed_gradients, _seeds
 from ._rows import narrow
@@ -390,5 +390,13 @@ SPEC = KernelSpec(
     },
     values={"x": Values(nonfinite=True)},
     differentiable=True,
+    sweeps=(
+        Sweep(
+            size="seeds",
+            values=_seeds.SWEPT,
+            sizes=lambda seeds: _seeds.swept_sizes(seeds) | {"blueprints": 10, "simple": 0, "states": 1},
+            fixed=_seeds.SWEPT_FIXED,
+        ),
+    ),
     source="Kasmina's Triton forward kernels (tachyon-beep/esperlite, RC1), with the same semantics for every size",
 )

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance
+from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Sweep, Tolerance
 
 from . import _rows
 
@@ -308,5 +308,13 @@ SPEC = KernelSpec(
         "length": Sizes(least=1, most=12),
         "by_id": Sizes(most=1),
     },
+    sweeps=(
+        Sweep(
+            size="seeds",
+            values=(100, 200, 500, 1000, 2000, 5000, 10_000),
+            sizes=lambda seeds: {"updates": 0, "seeds": seeds, "length": 10, "by_id": 0},
+            fixed="one update of each seed, so bytes grow with them",
+        ),
+    ),
     source="Kasmina's state manager and state kernel (tachyon-beep/esperlite, RC1)",
 )

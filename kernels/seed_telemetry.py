@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance, Values
+from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Sweep, Tolerance, Values
 
 from . import _rows, _seeds
 
@@ -255,5 +255,6 @@ SPEC = KernelSpec(
         "squares": Values(least=0.0, nonfinite=True),
         "zeros": Values(least=0.0),
     },
+    sweeps=(Sweep(size="seeds", values=_seeds.SWEPT, sizes=_seeds.swept_sizes, fixed=_seeds.SWEPT_FIXED),),
     source="Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Sample Variances, 1979",
 )

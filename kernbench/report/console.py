@@ -35,7 +35,7 @@ from kernbench.record import (
     Stall,
     SwapRecord,
 )
-from kernbench.report import machine, page, sentences, units
+from kernbench.report import machine, page, sentences, sweepplot, units
 
 TOP_HOTSPOTS, TOP_STALLS, TOP_FAILURES = 8, 6, 8
 BAR_WIDTH = 72
@@ -383,10 +383,14 @@ def _builds(builds: Sequence[Build]) -> list[RenderableType]:
 
 
 def _bench(record: BenchRecord) -> list[RenderableType]:
-    groups = sentences.bench_groups(record.results)
+    sweeps, rest = sweepplot.apart(record)
+    groups = sentences.bench_groups(rest)
     untimed = sentences.not_measured(groups)
     lines = [_text(f"{sentences.NOT_MEASURED}: {'; '.join(names)} ({why})") for why, names in untimed.items()]
     blocks: list[RenderableType] = [Group(*lines)] if lines else []
+    blocks += [
+        _extra(item) for item in (*sweeps, sweepplot.claims(record), sweepplot.curves(record)) if item is not None
+    ]
     for name, rows in groups.items():
         if any(name in names for names in untimed.values()):
             continue
@@ -407,6 +411,15 @@ def _bench(record: BenchRecord) -> list[RenderableType]:
         blocks.append(Group(title, table))
         blocks += _bench_figures(rows)
     return blocks
+
+
+def _extra(item: sweepplot.Table) -> RenderableType:
+    """A table of a bench that is not one of its cases, with what follows from it."""
+    first, *others = item.headings
+    table = _table(first, *(f">{heading}" for heading in others))
+    for row in item.rows:
+        table.add_row(*(_text(cell.text) for cell in row))
+    return Group(_text(item.title, "bold"), _text(item.note, "dim"), table, *map(_text, item.said))
 
 
 def _bench_figures(rows: Sequence[BenchResult]) -> list[RenderableType]:

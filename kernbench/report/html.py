@@ -20,7 +20,7 @@ from kernbench.record import (
     SwapRecord,
 )
 from kernbench.record import kind as kind_of
-from kernbench.report import machine, page, picture, plots, sentences, units
+from kernbench.report import machine, page, picture, plots, sentences, sweepplot, units
 from kernbench.report.sentences import Tone
 
 # Reads, kernels and rows beyond these stand in a fold.
@@ -150,7 +150,8 @@ def _swap(record: SwapRecord) -> dict[str, Any]:
 
 def _bench(record: BenchRecord) -> dict[str, Any]:
     cases = []
-    groups = sentences.bench_groups(record.results)
+    sweeps, rest = sweepplot.apart(record)
+    groups = sentences.bench_groups(rest)
     untimed = sentences.not_measured(groups)
     for name, rows in groups.items():
         if any(name in names for names in untimed.values()):
@@ -174,7 +175,8 @@ def _bench(record: BenchRecord) -> dict[str, Any]:
         )
     ceilings = record.environment.ceilings
     roofline = plots.roofline(record.results, ceilings) if ceilings else None
-    return {"cases": cases, "untimed": untimed, "roofline": roofline}
+    extras = filter(None, (*sweeps, sweepplot.claims(record), sweepplot.curves(record)))
+    return {"cases": cases, "untimed": untimed, "roofline": roofline, "extras": list(extras)}
 
 
 def _bench_columns(rows: Sequence[BenchResult]) -> set[str]:

@@ -1,0 +1,280 @@
+"""What a bench shows beside its rows: sweeps over one size, figures of others beside what exists, training curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kernbench.record import BenchRecord, BenchResult, Ceilings, ClaimCheck, Curve, Sweep
+from kernbench.report import sentences, units
+from kernbench.report.plots import ACCENT, HEIGHT, INK, MUTED, WIDE, Plot, _draw, _values
+
+FLOOR, ROOF = "launch floor", "at copy bandwidth"
+SAME_BYTES = 1.1
+"""Up to this ratio of the most bytes to the least, a sweep is at fixed bytes."""
+
+Rows = dict[str, dict[int, BenchResult]]
+"""Timed rows of one way of timing: of each implementation by the value that is swept."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure as it is read, and as recorded; None where it is no figure."""
+
+    text: str
+    raw: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings, and rows of as many cells; ``plots`` show the same, ``said`` is what follows from it."""
+
+    title: str
+    note: str
+    headings: list[str]
+    rows: list[list[Cell]]
+    said: list[str]
+    plots: list[Plot]
+
+
+def apart(record: BenchRecord) -> tuple[list[Table], list[BenchResult]]:
+    """The sweeps in which something was timed, and the rows that are in none of these."""
+    tables, rest = [], list(record.results)
+    for sweep in record.sweeps:
+        found = _ways(sweep, record.results)
+        for title, rows in found.items():
+            tables.append(_sweep(sweep, title, rows, record.environment.ceilings or Ceilings()))
+        if found:
+            rest = [row for row in rest if row.kernel != sweep.kernel or row.case not in sweep.cases]
+    return tables, rest
+
+
+def _ways(sweep: Sweep, results: Sequence[BenchResult]) -> dict[str, Rows]:
+    values = dict(zip(sweep.cases, sweep.values, strict=True))
+    found: dict[str, Rows] = {}
+    for row in results:
+        if row.kernel == sweep.kernel and row.case in values and row.seconds is not None:
+            backward = "backward" if row.direction == "backward" else ""
+            what = ", ".join(filter(None, (sweep.kernel, row.dtype, backward)))
+            title = f"{what} over {sweep.size}{f': {row.cache}' if row.cache else ''}"
+            found.setdefault(title, {}).setdefault(row.implementation, {})[values[row.case]] = row
+    return found
+
+
+def _sweep(sweep: Sweep, title: str, rows: Rows, ceilings: Ceilings) -> Table:
+    roof = _roof(rows, ceilings)
+    leader = _leader(rows)
+    headings = [sweep.size, *rows, *([ROOF, f"{leader} of roof"] if roof else []), "labels"]
+    lines = []
+    for value in sweep.values:
+        here = {name: timed[value] for name, timed in rows.items() if value in timed}
+        line = [Cell(f"{value:,}", value)]
+        line += [_seconds(here[name].seconds) if name in here else Cell("") for name in rows]
+        if roof:
+            led = here.get(leader)
+            share = led.share_of_roof if led else None
+            line += [_seconds(roof.get(value)), Cell(units.share(share), share) if share is not None else Cell("")]
+        labels = [f"{name}: {row.label}" for name, row in here.items() if row.label]
+        lines.append([*line, Cell("; ".join(labels))])
+    said = [told for name, timed in rows.items() if (told := _evenness(sweep, name, timed))]
+    if ceilings.launch_seconds is not None:
+        said.append(f"The launch floor measured beside it is {units.seconds(ceilings.launch_seconds)}.")
+    return Table(title, sweep.fixed, headings, lines, said, [_plot(sweep, rows, roof, ceilings.launch_seconds)])
+
+
+def _leader(rows: Rows) -> str:
+    """Our kernel where it was timed, else the first implementation."""
+    return "triton" if "triton" in rows else next(iter(rows))
+
+
+def _roof(rows: Rows, ceilings: Ceilings) -> dict[int, float]:
+    """What the bytes of every value take at the measured copy bandwidth."""
+    speed = ceilings.copy_bytes_per_second
+    counted = {value: row.bytes for timed in rows.values() for value, row in timed.items() if row.bytes}
+    return {value: size / speed for value, size in counted.items()} if speed else {}
+
+
+def _evenness(sweep: Sweep, name: str, timed: dict[int, BenchResult]) -> str:
+    """How the time changes from one end of the sweep to the other; per byte, where the bytes are the same."""
+    if len(timed) < 2:
+        return ""
+    seconds = [row.seconds or 0.0 for row in timed.values()]
+    span = f"{min(timed):,} to {max(timed):,} {sweep.size}"
+    text = f"{name} takes {units.seconds_range(min(seconds), max(seconds))} from {span}"
+    counted = [row.bytes for row in timed.values() if row.bytes]
+    if len(counted) == len(seconds) and max(counted) <= SAME_BYTES * min(counted):
+        rates = [took / size for took, size in zip(seconds, counted, strict=True)]
+        text += (
+            f": at fixed bytes, the slowest takes {units.share(max(rates) / min(rates) - 1)} longer than the fastest"
+        )
+    return f"{text}."
+
+
+def _seconds(value: float | None) -> Cell:
+    return Cell("") if value is None else Cell(units.seconds(value), value)
+
+
+def _plot(sweep: Sweep, rows: Rows, roof: dict[int, float], launch: float | None) -> Plot:
+    """Time over the value that is swept, both on logarithmic axes, with what launches and bytes take at least."""
+    largest = max(row.seconds or 0.0 for timed in rows.values() for row in timed.values())
+    unit, unit_name = units.time_unit(largest)
+    points = [
+        {"value": value, "time": (row.seconds or 0.0) / unit, "name": name}
+        for name, timed in rows.items()
+        for value, row in sorted(timed.items())
+    ]
+    ends = [min(point["value"] for point in points), max(point["value"] for point in points)]  # type: ignore[type-var]
+    limits = [{"value": value, "time": took / unit, "name": ROOF} for value, took in sorted(roof.items())]
+    floor = [{"value": value, "time": launch / unit, "name": FLOOR} for value in ends] if launch else []
+    drawn = " and ".join(
+        [
+            *(["dashed: the measured launch floor"] if floor else []),
+            *(["solid: the bytes at the measured copy bandwidth"] if limits else []),
+        ]
+    )
+    label = (
+        f"Time of a call over {sweep.size}, {sweep.fixed}. Lines without marks, {drawn}."
+        if drawn
+        else (f"Time of a call over {sweep.size}, {sweep.fixed}.")
+    )
+
+    def chart(alt: Any, width: int) -> Any:
+        log = alt.Scale(type="log", nice=False)
+        x = alt.X(
+            "value:Q", title=sweep.size, scale=log, axis=alt.Axis(values=sweep.values, format="~s", labelOverlap=True)
+        )
+        y = alt.Y(
+            "time:Q",
+            title=f"{unit_name} per call",
+            scale=alt.Scale(type="log"),
+            axis=alt.Axis(tickCount=5, format="~g"),
+        )
+        shape = alt.Shape(
+            "name:N", title=None, sort=list(rows), legend=alt.Legend(orient="bottom", columns=2 if width < WIDE else 5)
+        )
+        layers = []
+        for line, dash in ((limits, [1, 0]), (floor, [5, 4])):
+            if line:
+                base = _values(alt, line)
+                layers.append(base.mark_line(color=MUTED, strokeWidth=1.5, strokeDash=dash).encode(x=x, y=y))
+                written = _values(alt, line[-1:]).mark_text(align="right", dy=-7, color=MUTED, fontSize=11)
+                layers.append(written.encode(x=x, y=y, text="name:N"))
+        lines = (
+            _values(alt, points).mark_line(color=ACCENT, strokeWidth=1, opacity=0.7).encode(x=x, y=y, detail="name:N")
+        )
+        marks = _values(alt, points).mark_point(size=55, color=INK, filled=False, strokeWidth=1.6)
+        return alt.layer(*layers, lines, marks.encode(x=x, y=y, shape=shape)).properties(
+            width=width, height=HEIGHT + 80
+        )
+
+    return _draw(label, chart)
+
+
+def claims(record: BenchRecord) -> Table | None:
+    """What documents state beside what exists and what was measured; None where nothing is claimed."""
+    if not record.claims:
+        return None
+    timed = any(claim.seconds is not None for claim in record.claims)
+    headings = ["stated", "bandwidth", "counted", "there are", "times too many", "real bandwidth at its time"]
+    headings += ["time here", "of it launch floor", "real bandwidth here", "counted its way"] if timed else []
+    first = record.claims[0]
+    return Table(
+        title=f"What {first.source} states",
+        note=f"On {first.device}. Counted bytes over stated bandwidth give the time that it measured.",
+        headings=headings,
+        rows=[_claim(claim, timed=timed) for claim in record.claims],
+        said=[claim.sentence for claim in record.claims if claim.sentence],
+        plots=[],
+    )
+
+
+def _claim(claim: ClaimCheck, *, timed: bool) -> list[Cell]:
+    times = claim.counted_bytes / claim.real_bytes
+    real = claim.real_bytes / claim.stated_seconds
+    cells = [
+        Cell(claim.title),
+        Cell(units.bytes_rate(claim.bytes_per_second), claim.bytes_per_second),
+        Cell(units.moved(claim.counted_bytes), claim.counted_bytes),
+        Cell(units.moved(claim.real_bytes), claim.real_bytes),
+        Cell(units.times(times), times),
+        Cell(units.bytes_rate(real), real),
+    ]
+    if claim.seconds is None:
+        return cells + [Cell("")] * (4 if timed else 0)
+    share = claim.launch_seconds / claim.seconds if claim.launch_seconds else None
+    rates = (claim.real_bytes / claim.seconds, claim.counted_bytes / claim.seconds)
+    return [
+        *cells,
+        _seconds(claim.seconds),
+        Cell(units.share(share), share) if share is not None else Cell(""),
+        *(Cell(units.bytes_rate(rate), rate) for rate in rates),
+    ]
+
+
+def curves(record: BenchRecord) -> Table | None:
+    """Figures of a training run over its steps, of every implementation; None where there are none."""
+    if not record.curves:
+        return None
+    names = list(dict.fromkeys(curve.name for curve in record.curves))
+    implementations = list(dict.fromkeys(curve.implementation for curve in record.curves))
+    last = {(curve.implementation, curve.name): curve for curve in record.curves}
+    rows = []
+    for implementation in implementations:
+        ends = [last.get((implementation, name)) for name in names]
+        rows.append([Cell(implementation), *(_end(curve) for curve in ends)])
+    steps = max(curve.steps[-1] for curve in record.curves)
+    return Table(
+        title="Training curves",
+        note=f"The same data and seed for all of them; the table shows what they end with, after {steps:,} steps.",
+        headings=["implementation", *names],
+        rows=rows,
+        said=[_spread(name, [curve for curve in record.curves if curve.name == name]) for name in names],
+        plots=[_curves(name, [curve for curve in record.curves if curve.name == name]) for name in names],
+    )
+
+
+def _end(curve: Curve | None) -> Cell:
+    return Cell("") if curve is None else Cell(units.figure(curve.values[-1], curve.unit), curve.values[-1])
+
+
+def _spread(name: str, lines: Sequence[Curve]) -> str:
+    """How far apart the implementations end."""
+    ends = [curve.values[-1] for curve in lines]
+    if max(ends) == min(ends):
+        return f"{sentences.capitalized(name)} ends at {units.figure(ends[0], lines[0].unit)} in all of them."
+    low, high = (units.figure(value, lines[0].unit) for value in (min(ends), max(ends)))
+    apart = units.figure(max(ends) - min(ends), lines[0].unit)
+    return f"{sentences.capitalized(name)} ends between {low} and {high}, {apart} apart."
+
+
+def _curves(name: str, lines: Sequence[Curve]) -> Plot:
+    points = [
+        {"step": step, "value": value, "name": curve.implementation}
+        for curve in lines
+        for step, value in zip(curve.steps, curve.values, strict=True)
+    ]
+    unit = lines[0].unit
+    order = [curve.implementation for curve in lines]
+    label = f"{sentences.capitalized(name)} over the steps of training; equal implementations lie on each other."
+
+    def chart(alt: Any, width: int) -> Any:
+        x = alt.X(
+            "step:Q", title="step", axis=alt.Axis(tickMinStep=1, format="d", tickCount=6), scale=alt.Scale(nice=False)
+        )
+        y = alt.Y(
+            "value:Q",
+            title=f"{name}{f', {unit}' if unit else ''}",
+            scale=alt.Scale(zero=False),
+            axis=alt.Axis(tickCount=5),
+        )
+        # Larger marks first, so that curves which coincide show as marks within marks.
+        legend = alt.Legend(orient="bottom", columns=1 if width < WIDE else 3, labelLimit=250)
+        shape = alt.Shape("name:N", title=None, sort=order, legend=legend)
+        drawn = (
+            _values(alt, points).mark_line(color=ACCENT, strokeWidth=1, opacity=0.7).encode(x=x, y=y, detail="name:N")
+        )
+        marks = _values(alt, points).mark_point(size=42, color=INK, filled=False, strokeWidth=1.3)
+        return alt.layer(drawn, marks.encode(x=x, y=y, shape=shape)).properties(width=width, height=HEIGHT + 30)
+
+    return _draw(label, chart)
