@@ -55,9 +55,10 @@ def test_idle_is_exact_and_its_causes_add_up(two_reading_steps: trace.Trace) -> 
     assert found is not None
     assert found.busy_seconds_per_step == pytest.approx(252 * US)
     assert found.idle_seconds_per_step == pytest.approx(148 * US)
-    # Before the first launch 10 and after the last kernel 10 on the host; 110 from the drained copy to the next launch;
-    # launches take 10 and 6, and 2 pass between the first kernel and the queued copy.
-    assert causes(two_reading_steps) == {"host": 20, "sync": 110, "launch": 18}
+    # 110 from the drained copy to the next launch, less than the wait; launches take 10 and 6, and 2 pass between the
+    # first kernel and the queued copy. The 20 between the steps end with a launch 76 after the one before; the 10
+    # before the first launch of all and the 10 after the last kernel are the host's.
+    assert causes(two_reading_steps) == {"host": 10, "launch-bound": 10, "sync": 110, "launch": 18}
 
 
 def test_host_bound_gaps_are_the_hosts(tmp_path: Path) -> None:
@@ -75,13 +76,66 @@ def test_a_sync_that_came_too_late_costs_only_its_own_time(tmp_path: Path) -> No
     assert causes(one_step(tmp_path, builder, end=310)) == {"sync": 30, "host": 260, "launch": 10}
 
 
+def test_a_sync_is_to_blame_for_no_more_than_the_host_waited(tmp_path: Path) -> None:
+    """Without its 18 us in the read the host would come back 18 us earlier, and still be 282 us late."""
+    builder = KinetoBuilder()
+    builder.launch("first", 0, 5, 30)
+    builder.op("aten::item", 12, 40)
+    copy = builder.call("cudaMemcpyAsync", 14, 18)
+    builder.on_device("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 30, 32, copy)
+    builder.call("cudaStreamSynchronize", 20, 38)
+    builder.launch("second", 332, 337, 350)
+    loaded = one_step(tmp_path, builder, end=350)
+    assert causes(loaded) == {"sync": 18, "host": 282, "launch": 10}
+    found = {(site.cause, site.op): round(site.seconds_per_step / US, 6) for site in idle.sites(loaded, None)}
+    assert found == {
+        ("host", "cudaLaunchKernel"): 282,
+        ("sync", "aten::item"): 18,
+        ("launch", "cudaLaunchKernel"): 10,
+    }
+
+
+def test_waiting_for_a_batch_comes_before_the_read_that_drained_the_device(tmp_path: Path) -> None:
+    builder = KinetoBuilder()
+    builder.launch("first", 0, 5, 200)
+    builder.call("cudaStreamSynchronize", 10, 205)
+    builder.annotation("enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__", 210, 510)
+    builder.launch("second", 540, 545, 600)
+    loaded = one_step(tmp_path, builder, end=600)
+    assert causes(loaded) == {"sync": 40, "data loading": 300, "launch": 10}
+    assert idle.sites(loaded, None)[0].op == "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"
+
+
+def test_a_data_loader_of_another_thread_is_nobodys_wait(tmp_path: Path) -> None:
+    builder = KinetoBuilder()
+    builder.launch("first", 0, 5, 10)
+    builder.annotation("load_batch", 0, 500, tid=300)
+    builder.annotation("dist", 20, 480)
+    builder.op("c10d::barrier", 40, 140)
+    builder.launch("second", 540, 545, 600)
+    assert causes(one_step(tmp_path, builder, end=600)) == {"communication": 100, "host": 430, "launch": 10}
+
+
+def test_a_release_of_memory_is_the_allocators_with_the_wait_before_it(tmp_path: Path) -> None:
+    builder = KinetoBuilder()
+    builder.launch("first", 0, 5, 200)
+    builder.op("aten::empty", 8, 260)
+    builder.call("cudaDeviceSynchronize", 10, 205)
+    builder.call("cudaFree", 206, 230)
+    builder.call("cudaMalloc", 232, 255)
+    builder.launch("second", 270, 275, 300)
+    loaded = one_step(tmp_path, builder, end=300)
+    assert causes(loaded) == {"allocation": 70, "launch": 10}
+    assert idle.sites(loaded, None)[0].op == "aten::empty"
+
+
 def test_allocation_slow_launches_and_queues_are_told_apart(tmp_path: Path) -> None:
     builder = KinetoBuilder()
     builder.launch("first", 0, 5, 10)
     builder.call("cudaMalloc", 20, 70)
     builder.launch("loaded from disk", 100, 195, 200, call_us=90)
     builder.launch("waits for an event", 120, 400, 410, stream=8)
-    expected = {"launch": 5, "allocation": 50, "host": 40, "slow launch": 95, "queued": 200}
+    expected = {"launch": 5, "allocation": 50, "launch-bound": 40, "slow launch": 95, "queued": 200}
     assert causes(one_step(tmp_path, builder, end=410)) == expected
 
 

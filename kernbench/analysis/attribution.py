@@ -7,13 +7,63 @@ n-th comparable row of a name in a step is the n-th call in the log, if both cou
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from kernbench.nesting import OP, Bools, Ints
-from kernbench.record import LineLog
+from kernbench.record import LineLog, SourceLine
 from kernbench.trace import Trace
+
+_ENGINE_PREFIX = "autograd::engine::evaluate_function: "
+# What a program calls; not the autograd engine's nodes, nor the wrappers that compiled functions put around operators.
+_CALLED = re.compile(r"(?!autograd::|torch::)\w+::")
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where each host row comes from: ``line`` indexes ``lines``, ``op`` indexes ``names``; -1 where unknown.
+
+    ``op`` is the operator that the program called, so the outermost one; outside operators the row's own name.
+    """
+
+    names: list[str]
+    lines: list[SourceLine]
+    line: Ints
+    op: Ints
+
+    def op_name(self, index: int) -> str:
+        """The operator's name, a backward node's without the engine's prefix; "" if unknown."""
+        return self.names[index].removeprefix(_ENGINE_PREFIX) if index >= 0 else ""
+
+    def source(self, index: int) -> SourceLine | None:
+        """The line, None if unknown."""
+        return self.lines[index] if index >= 0 else None
+
+
+_known: WeakKeyDictionary[Trace, tuple[LineLog | None, Places]] = WeakKeyDictionary()
+
+
+def places(trace: Trace, lines: LineLog | None) -> Places:
+    """Lines from the log of the line pass, else from the Python stacks of the trace (a function's first line)."""
+    if trace in _known and _known[trace][0] is lines:
+        return _known[trace][1]
+    host, line = trace.host, trace.source
+    if lines is not None:
+        logged = line_of_rows(trace, lines)
+        line = np.where(logged >= 0, logged, np.where(line >= 0, line + len(lines.lines), -1))
+    inherited = np.where(host.forward >= 0, line[host.forward], -1)
+    line = np.where(line >= 0, line, inherited)
+    operators = host.kind == OP
+    called = operators & trace.named(_CALLED)[host.name]
+    top, outer = _outermost(called, host.parent), _outermost(operators, host.parent)
+    top = np.where(top >= 0, top, np.where(outer >= 0, outer, np.arange(len(host))))
+    found = Places(trace.names, [*(lines.lines if lines else []), *trace.sources], line, host.name[top])
+    _known[trace] = (lines, found)
+    return found
 
 
 def line_of_rows(trace: Trace, lines: LineLog) -> Ints:
@@ -50,12 +100,14 @@ def _normalised(name: str) -> str:
 
 
 def _outermost(chosen: Bools, parent: Ints) -> Ints:
-    """For each row its outermost chosen ancestor or itself; -1 where there is none. Parents precede children."""
-    found = np.where(chosen, np.arange(len(chosen)), -1).tolist()
-    for row, above in enumerate(parent.tolist()):
-        if above >= 0 and found[above] >= 0:
-            found[row] = found[above]
-    return np.array(found, np.int64)
+    """For each row its outermost chosen ancestor or itself; -1 where there is none."""
+    found, above = np.where(chosen, np.arange(len(chosen)), -1), parent
+    # Each round looks twice as far up as the one before.
+    while np.any(above >= 0):
+        further = np.where(above >= 0, found[above], -1)
+        found = np.where(further >= 0, further, found)
+        above = np.where(above >= 0, above[above], -1)
+    return found
 
 
 def _by_ordinal(exposed: Bools, is_forward: Bools, found: list[int]) -> Ints:

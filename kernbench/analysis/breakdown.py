@@ -14,9 +14,12 @@ from kernbench.trace import Trace
 OVERHEAD = "Python and framework overhead"
 
 _IDLE_DESCRIPTIONS = {
-    "sync": "device idle because the host waited in a synchronising call, or had just come back from one",
+    "sync": "device idle because the host waited in a synchronising call, and for its next launch, late for that",
     "host": "device idle because the host had nothing queued",
     "allocation": "device idle while the host allocated or freed device memory",
+    "data loading": "device idle while the host waited for its next batch",
+    "communication": "device idle while the host was in an operator of torch.distributed",
+    "launch-bound": "device idle because the host launches short work more slowly than the device does it",
     "launch": "device idle while the next piece of work was on its way",
     "slow launch": "device idle while a launch call took long, as when it loads a kernel",
     "queued": "device idle though work was queued: it waited for another stream or event",
