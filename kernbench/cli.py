@@ -348,7 +348,7 @@ def query(
     """Ask a run's trace in SQL: tables events, kernels, stalls and steps, times in whole nanoseconds."""
     from kernbench import query
 
-    answer = query.schema() if sql is None else query.query(run, sql)
+    answer = query.query(run, sql) if sql is not None else query.schema(run)
     print(json.dumps(query.plain(answer), indent=1) if as_json else query.in_words(answer))
     return OK
 
@@ -358,7 +358,7 @@ def query(
 def gate(
     baseline: Annotated[str, typer.Option(metavar="RUN", help="The run to hold against, named as for compare.")],
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="The run to judge; the newest like the baseline if left out.")
+        str | None, typer.Argument(help="The run to judge; the newest profile like the baseline if left out.")
     ] = None,
     max_slowdown: Annotated[str | None, typer.Option(metavar="SHARE", help="Longest step allowed, as in 2%.")] = None,
     no_new_syncs: Annotated[bool, typer.Option("--no-new-syncs", help="Allow no new host read.")] = False,
