@@ -47,6 +47,7 @@ from kernbench.record.records import (
 from kernbench.record.timed import BenchResult, Build, ClaimCheck, Curve, SanitizerResult, Sweep
 from kernbench.record.traced import (
     Cause,
+    Change,
     Communication,
     Estimate,
     Finding,
@@ -73,6 +74,7 @@ __all__ = [
     "Build",
     "Cause",
     "Ceilings",
+    "Change",
     "ClaimCheck",
     "Clocks",
     "Communication",

@@ -181,13 +181,26 @@ class FlameFrame(Struct, frozen=True, kw_only=True, array_like=True):
     folded: int = 0
 
 
+Change = Literal[
+    "without stall",
+    "without all stalls",
+    "stalls in best order",
+    "roofline kernels",
+    "graph",
+    "without data loading",
+    "without allocation",
+    "without stream waits",
+    "phase",
+]
+
+
 class Estimate(Struct, frozen=True, kw_only=True):
     """What a replay says of one change. ``saving`` is the range over plausible launch latencies.
 
     ``deferred`` marks a value that steers control flow on the host: its read can be put off, not deleted.
     """
 
-    change: Literal["without stall", "without all stalls", "stalls in best order", "roofline kernels", "graph"]
+    change: Change
     title: str
     saving_seconds_per_step: tuple[Seconds, Seconds]
     share: float
@@ -203,10 +216,13 @@ class WhatIf(Struct, frozen=True, kw_only=True):
     """The replay of the trace: its error on the unchanged trace, and estimates only where that is small enough.
 
     ``error`` is (replayed - traced) / traced of the step; beyond ``limit`` there are no estimates and ``refused`` says
-    why in one sentence.
+    why in one sentence. ``baseline_seconds`` is the step that savings and shares are of: the steady state, with host
+    time scaled by ``host_scale`` where the step without the profiler is known.
     """
 
     step_seconds: Seconds
+    baseline_seconds: Seconds | None = None
+    host_scale: float = 1.0
     replayed_seconds: Seconds | None = None
     error: float | None = None
     limit: float = 0.05
