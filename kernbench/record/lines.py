@@ -12,7 +12,8 @@ class HostRead(Struct, frozen=True, kw_only=True):
 
     ``line`` indexes ``LineLog.lines``; ``form`` is how the source asks for it ("item", "if", "tolist", "index",
     "nonzero", "print", "copy", "synchronize", …). ``host_tensor`` marks a read that never waits for a device;
-    ``real`` one for which the runtime itself reported a synchronisation.
+    ``real`` one for which the runtime itself reported a synchronisation. ``thread`` names the Python thread, "" for the
+    one that runs the steps and the autograd engine's that works for it.
     """
 
     step: int
@@ -23,6 +24,7 @@ class HostRead(Struct, frozen=True, kw_only=True):
     real: bool
     wait_seconds: Seconds | None = None
     phase: int | None = None
+    thread: str = ""
 
 
 class LineLog(Struct, frozen=True, kw_only=True):
