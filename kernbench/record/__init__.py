@@ -4,6 +4,7 @@ A record is the value in which the measuring side and the reading side meet. Tim
 are per second; only a report formats them. This package imports nothing of ours, so both sides may import it.
 """
 
+from kernbench.record.difference import Difference, OperatorChange, StepPair
 from kernbench.record.file import RecordError, encode, kind, read, to_builtins, write, write_atomically
 from kernbench.record.lines import HostRead, LineLog
 from kernbench.record.measured import (
@@ -81,6 +82,7 @@ __all__ = [
     "CompareRecord",
     "Curve",
     "Device",
+    "Difference",
     "Environment",
     "Errors",
     "Estimate",
@@ -102,6 +104,7 @@ __all__ = [
     "LineMatch",
     "MemoryPoint",
     "MutantResult",
+    "OperatorChange",
     "Overhead",
     "ParityRecord",
     "ParityResult",
@@ -124,6 +127,7 @@ __all__ = [
     "Stage",
     "Stall",
     "StallClass",
+    "StepPair",
     "Steps",
     "SwapRecord",
     "Sweep",

@@ -6,6 +6,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from kernbench.record.difference import Difference
 from kernbench.record.measured import (
     Clocks,
     Figure,
@@ -100,12 +101,16 @@ class BenchRecord(Header, kw_only=True, tag="bench"):
 
 
 class CompareRecord(Header, kw_only=True, tag="compare"):
-    """Two runs side by side. ``ratio`` is step time before over after, from unpaired steps of separate runs."""
+    """Two runs side by side. ``ratio`` is step time before over after, from unpaired steps of separate runs.
+
+    Of two trace files the sides are profiles whose steps are the traced ones. ``difference`` is that of the traces.
+    """
 
     before: ProfileRecord
     after: ProfileRecord
     ratio: Ratio | None = None
     verdict: Verdict | None = None
+    difference: Difference | None = None
 
 
 class AnalyzeRecord(Header, kw_only=True, tag="analyze"):
