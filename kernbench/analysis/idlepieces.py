@@ -52,11 +52,14 @@ LAUNCH_NS = 15_000
 DISPATCH_NS = 100_000
 # Device times are converted to the host's clock, which is good to about this much.
 SKEW_NS = 2_000
+# A call that copies from pageable memory returns sooner than this where the driver took the bytes along with it.
+STAGED_NS = 20_000
 _ALLOCATION = re.compile(r"(cuda|cu|hip)(Malloc|Free|MemAlloc|MemFree|HostAlloc|HostMalloc|HostFree|MemCreate|MemMap)")
 _FREE = re.compile(r"(cuda|cu|hip)(Free|MemFree|MemUnmap)")
 _LOADING = re.compile(r"enumerate\(DataLoader\)#|(?i:.*\b(data[ _]?load(ing|er)?|(next|get|load|fetch)_?batch)\b)")
 _LOADER_FRAME = re.compile(r".*torch/utils/data/dataloader\.py\(\d+\): __next__")
 _TO_HOST = re.compile(r".*(DtoH|DeviceToHost)")
+_FROM_PAGEABLE = re.compile(r".*Pageable -> Device")
 _NEVER = np.iinfo(np.int64).max
 _NOT_TRACED = np.iinfo(np.int64).min
 _NONE = np.zeros(0, np.int64)
@@ -187,9 +190,13 @@ def _by_host_activity(trace: Trace, gaps: _Gaps) -> tuple[list[_Part], Ints]:
 def blocking_rows(trace: Trace) -> tuple[Ints, Ints]:
     """Host rows that wait for the device on the program's behalf, and those in which the allocator holds it up.
 
-    A synchronisation right before a release of memory is the allocator's too: it waits before it gives blocks back.
+    A copy from pageable memory waits too, unless it is small enough to be handed over at once. A synchronisation right
+    before a release of memory is the allocator's: it waits before it gives blocks back.
     """
-    host, waits = trace.host, trace.sync_calls
+    host, device = trace.host, trace.device
+    copies = device.call[trace.named(_FROM_PAGEABLE)[device.name] & (device.kind == COPY) & (device.call >= 0)]
+    waits = np.union1d(trace.sync_calls, copies[(host.end_ns - host.start_ns)[copies] > STAGED_NS])
+    waits = waits[np.argsort(host.start_ns[waits], kind="stable")]
     allocating = (host.kind == CALL) & trace.named(_ALLOCATION)[host.name]
     calls = np.flatnonzero(host.kind == CALL)
     following = np.append(calls[1:], -1)[np.searchsorted(calls, waits)]
