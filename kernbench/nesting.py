@@ -45,6 +45,23 @@ def enclosing(host: dict[str, Ints]) -> tuple[Ints, Ints]:
     return np.array(parent, np.int64), np.array(annotation, np.int64)
 
 
+def parents(thread: Ints, start_ns: Ints, end_ns: Ints) -> Ints:
+    """Innermost enclosing row of each row of one kind, -1 for the outermost ones."""
+    parent = []
+    stack: list[int] = []
+    ends = end_ns.tolist()
+    current = -1
+    for row, (of, start) in enumerate(zip(thread.tolist(), start_ns.tolist(), strict=True)):
+        if of != current:
+            stack.clear()
+            current = of
+        while stack and ends[stack[-1]] <= start:
+            stack.pop()
+        parent.append(stack[-1] if stack else -1)
+        stack.append(row)
+    return np.array(parent, np.int64)
+
+
 def self_time(host: dict[str, Ints], parent: Ints) -> Ints:
     """Nanoseconds of each operator without its child operators; 0 for other rows."""
     operators = host["kind"] == OP
