@@ -322,15 +322,17 @@ def analyze(
 @app.command(epilog="Example: kernbench compare 20261121-1015 20261121-1100")
 @_reported
 def compare(
-    run_a: Annotated[str, typer.Argument(help="The run before: a folder, a record.json, or part of a run id.")],
-    run_b: Annotated[str, typer.Argument(help="The run after.")],
+    run_a: Annotated[
+        str, typer.Argument(help="The run before: a folder, a record.json, part of a run id, or a trace file.")
+    ],
+    run_b: Annotated[str, typer.Argument(help="The run after; a trace, if the other is one.")],
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Set two runs side by side, with a report; exit code 1 if the second one is slower."""
-    from kernbench import reading
+    """Set two runs or two traces side by side, with a report; exit code 1 if the second one is slower."""
+    from kernbench import comparison
 
-    outcome = reading.compare(run_a, run_b, _command())
+    outcome = comparison.compare(run_a, run_b, _command())
     _show(outcome, as_json)
     return NEGATIVE if outcome.negative else OK
 
