@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernbench import host, registry, runfolder, trace
-from kernbench.analysis import breakdown, hotspots, idle, launches, stalls, timeline
+from kernbench.analysis import breakdown, hotspots, idle, launches, stalls, timeline, whatif
 from kernbench.errors import KernbenchError
 from kernbench.progress import Progress
 from kernbench.publish import Outcome, publish
@@ -54,13 +54,15 @@ def load(paths: Sequence[Path]) -> list[Trace]:
     """The traces in order of rank, else as given.
 
     Raises:
-        KernbenchError: as ``trace.load``, or two files are one, or of one rank.
+        KernbenchError: as ``trace.load`` and ``Trace.check``, or two files are one, or of one rank.
     """
     resolved = [path.resolve() for path in paths]
     for position, path in enumerate(resolved):
         if path in resolved[:position]:
             raise KernbenchError(f"{paths[position]} is named twice; name each rank's trace once")
     traces = [trace.load(path) for path in paths]
+    for one in traces:
+        one.check()
     if len(traces) == 1:
         return traces
     files: dict[int, Path] = {}
@@ -84,22 +86,36 @@ def measure(traces: Sequence[Trace], result: AnalyzeRecord, progress: Progress) 
     """Fill ``result``, what the first verdict needs before all else."""
     chosen = traces[0]
     windows = idle.step_windows(chosen)
-    result.step_seconds = [float(length) / 1e9 for length in windows.end - windows.start]
+    result.step_seconds = ((windows.end - windows.start) / 1e9).tolist()
     result.idle = idle.idle(chosen)
     result.stalls = stalls.stalls(chosen, None)
     result.launches = launches.launches(chosen)
     result.breakdown = breakdown.breakdown(chosen, windows.mean_ns / 1e9)
     result.analysis = enrich(chosen, None, None, result.stalls)
+    result.stalls = whatif.with_savings(result.stalls, result.analysis.whatif)
     result.hotspots = hotspots.hotspots(chosen, None)
     result.timeline = timeline.timeline(chosen)
 
 
-def enrich(trace: Trace, lines: LineLog | None, ceilings: Ceilings | None, found: Sequence[Stall]) -> TraceAnalysis:
+def enrich(
+    trace: Trace,
+    lines: LineLog | None,
+    ceilings: Ceilings | None,
+    found: Sequence[Stall],
+    *,
+    unprofiled_seconds: float | None = None,
+) -> TraceAnalysis:
     """All that a trace tells beyond a profile's own fields; ``profile`` and ``analyze`` alike call this.
 
     Args:
         lines: the log of the line pass over the same steps; None for a trace of others.
         ceilings: the roofs of the device that the trace is from; None where nobody measured them.
         found: the stalls of this trace, by ``stalls.stalls``.
+        unprofiled_seconds: a step's time without the profiler, where it was measured.
     """
-    return TraceAnalysis(trace=trace.info)
+    return TraceAnalysis(
+        trace=trace.info,
+        idle_sites=idle.sites(trace, lines),
+        whatif=whatif.whatif(trace, found, ceilings, lines, unprofiled_seconds=unprofiled_seconds),
+        line_match=stalls.line_match(trace, lines) if lines is not None else None,
+    )

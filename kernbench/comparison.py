@@ -86,6 +86,7 @@ def side(reference: str) -> Side:
     loaded = trace.load(found.trace) if found.trace is not None else None
     if found.record is None:
         assert loaded is not None
+        loaded.check()
         return Side(_of_trace(found.name, loaded), loaded, traced=True)
     if isinstance(found.side, AnalyzeRecord):
         return Side(_of_analysis(found.side), loaded, traced=True)

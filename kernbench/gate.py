@@ -185,6 +185,7 @@ def _of_analysis(name: str, found: AnalyzeRecord) -> Side:
 
 def _of_trace(name: str, path: Path) -> Side:
     loaded = trace.load(path)
+    loaded.check()
     windows = idle.step_windows(loaded)
     return Side(
         name=name,
