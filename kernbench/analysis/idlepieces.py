@@ -144,7 +144,7 @@ def _by_host_activity(trace: Trace, gaps: _Gaps) -> tuple[list[_Part], Ints]:
     waiting, allocating = blocking_rows(trace)
     loading, exchanging = _loading_rows(trace), _exchange_rows(trace)
     syncs, allocations = (union(host.start_ns[rows], host.end_ns[rows]) for rows in (waiting, allocating))
-    loads = _loads(trace, loading)
+    loads = loading_intervals(trace)
     exchanges = union(host.start_ns[exchanging], host.end_ns[exchanging])
     by_sync = syncs.contains(gaps.start) | syncs.contains(gaps.start - SKEW_NS)
     by_allocation = ~by_sync & (allocations.contains(gaps.start) | allocations.contains(gaps.start - SKEW_NS))
@@ -220,9 +220,9 @@ def _loading_rows(trace: Trace) -> Ints:
     return rows[np.argsort(host.start_ns[rows], kind="stable")]
 
 
-def _loads(trace: Trace, rows: Ints) -> Intervals:
+def loading_intervals(trace: Trace) -> Intervals:
     """When the host stood in a data loader, by annotations and, where stacks were recorded, by Python frames."""
-    host, frames = trace.host, trace.frames
+    host, frames, rows = trace.host, trace.frames, _loading_rows(trace)
     calls = np.flatnonzero(trace.named(_LOADER_FRAME)[frames.name]) if len(frames) else _NONE
     calls = calls[frames.thread[calls] == trace.steps.thread]
     return union(

@@ -1,0 +1,200 @@
+"""What costs the steps of a trace their time, in the words of a person: causes, evidence, advice, and a headline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kernbench.analysis import advice, idlepieces
+from kernbench.analysis.advice import duration, percent
+from kernbench.analysis.attribution import places
+from kernbench.analysis.costs import IdleCosts, exposed_communication, idle_costs, taking_turns
+from kernbench.analysis.hotspots import hotspots
+from kernbench.analysis.idle import idle
+from kernbench.analysis.idlepieces import loading_intervals
+from kernbench.analysis.launches import launches
+from kernbench.analysis.readcauses import Place, read_places
+from kernbench.analysis.windows import step_windows
+from kernbench.record import Cause, Communication, Finding, LineLog, SourceLine, WhatIf
+from kernbench.trace import Trace
+
+NOTABLE_SHARE = 0.03
+"""Below this share of the step nothing is worth a finding: runs of one program differ by as much."""
+IDLE_SHARE = 0.1
+"""A device that is idle for less than this is busy; above it something is to blame, however many small things."""
+
+
+def findings(
+    trace: Trace,
+    whatif: WhatIf | None = None,
+    *,
+    lines: LineLog | None = None,
+    communication: Communication | None = None,
+    limit: int = 8,
+) -> list[Finding]:
+    """What costs step time, the largest cost first; only "device-bound" for a healthy trace.
+
+    A cost is the most that a step would win. Costs of two findings can overlap: what one hides, the other shows once
+    the first is gone.
+
+    Args:
+        whatif: the replay, whose estimates for single stalls take the place of idle time where it has any.
+        lines: the log of the line pass over the same steps.
+        communication: of all ranks of the run, this trace's among them.
+    """
+    step = step_windows(trace).mean_ns / 1e9
+    if step <= 0:
+        return []
+    if not trace.on_gpu:
+        return [found for found in _loading_on_cpu(trace, step) if found.share >= NOTABLE_SHARE]
+    costs = idle_costs(trace)
+    found = [
+        *_reads(read_places(trace, lines, costs, whatif), step),
+        *_of_host(trace, costs, lines, step),
+        *_streams(trace, step),
+        *_exchange(trace, costs, communication, step),
+    ]
+    found.sort(key=lambda one: -one.seconds_per_step)
+    notable = [one for one in found if one.share >= NOTABLE_SHARE]
+    known = idle(trace)
+    idle_share = known.idle_seconds_per_step / step if known else 0.0
+    if notable:
+        return notable[:limit]
+    if idle_share >= IDLE_SHARE and found:
+        return found[:1]
+    return [_device_bound(trace, step, idle_share)]
+
+
+def headline(trace: Trace, found: Sequence[Finding]) -> str:
+    """The verdict on a trace in one or two sentences, the cause first."""
+    step = step_windows(trace).mean_ns / 1e9
+    if not trace.on_gpu:
+        return _cpu_headline(trace, found, step)
+    if not found:
+        return "The steps of this trace take no time, so there is nothing to tell of them."
+    first = found[0]
+    if first.cause == "device-bound":
+        return first.sentence
+    known = idle(trace)
+    busy = known.busy_seconds_per_step / step if known else 0.0
+    more = f" {len(found) - 1} more finding{'s' * (len(found) > 2)} below." if len(found) > 1 else ""
+    title = advice.TITLES[first.cause]
+    return f"{title}: {first.sentence} A step takes {duration(step)}, the device is busy {percent(busy)} of it.{more}"
+
+
+def _finding(
+    cause: Cause, sentence: str, seconds: float, step: float, source: SourceLine | None = None, op: str = ""
+) -> Finding:
+    seconds = min(seconds, step)
+    return Finding(
+        cause=cause,
+        sentence=sentence,
+        seconds_per_step=seconds,
+        share=seconds / step,
+        advice=advice.ADVICE[cause],
+        source=source,
+        op=op,
+    )
+
+
+def _reads(found: Sequence[Place], step: float) -> list[Finding]:
+    """One finding per place that matters; for places that only matter together, one per cause."""
+    result = []
+    causes: tuple[Cause, ...] = ("host read", "implicit sync", "pageable copy")
+    for cause in causes:
+        mine = sorted((place for place in found if place.cause == cause), key=lambda place: -place.seconds)
+        large = [place for place in mine if place.seconds >= NOTABLE_SHARE * step]
+        small = [place for place in mine if place.seconds < NOTABLE_SHARE * step]
+        for place in large:
+            single = _finding(cause, advice.read_sentence(place, step), place.seconds, step, place.source, place.op)
+            result.append(advice.deferred(single) if place.deferred else single)
+        if small:
+            together = sum(place.seconds for place in small)
+            result.append(
+                _finding(cause, advice.reads_sentence(small, step), together, step, small[0].source, small[0].op)
+            )
+    return result
+
+
+def _of_host(trace: Trace, costs: IdleCosts, lines: LineLog | None, step: float) -> list[Finding]:
+    """The causes that lie in what the host was doing between its launches."""
+    where, steps = places(trace, lines), len(trace.counted)
+    result = []
+    causes: tuple[tuple[Cause, int], ...] = (
+        ("data loading", idlepieces.DATA),
+        ("allocator", idlepieces.ALLOCATION),
+        ("host-bound", idlepieces.HOST),
+        ("host-bound", idlepieces.SLOW_LAUNCH),
+        ("launch-bound", idlepieces.LAUNCH_BOUND),
+    )
+    for cause, number in causes:
+        seconds = costs.of_cause(number) / steps / 1e9
+        if not seconds:
+            continue
+        mine = (costs.cause == number) & (costs.pieces.cause == number) & (costs.pieces.site >= 0)
+        row = costs.pieces.site[mine]
+        keys, position = np.unique(np.stack([where.op[row], where.line[row]], axis=1), axis=0, return_inverse=True)
+        op, source, share = "", None, 0.0
+        if len(keys):
+            spent = np.bincount(position.ravel(), weights=costs.ns[mine])
+            largest = int(spent.argmax())
+            op = where.op_name(int(keys[largest, 0]))
+            source = where.source(int(keys[largest, 1]))
+            share = float(spent[largest]) / 1e9 / steps / seconds
+        if number == idlepieces.SLOW_LAUNCH:
+            sentence = advice.slow_launch_sentence(seconds, step, op)
+        elif cause == "launch-bound":
+            sentence = advice.launch_sentence(launches(trace), seconds, step)
+        else:
+            sentence = advice.host_sentence(cause, seconds, step, op, source, share)
+        result.append(_finding(cause, sentence, seconds, step, source, op))
+    return result
+
+
+def _streams(trace: Trace, step: float) -> list[Finding]:
+    turns = taking_turns(trace)
+    if turns is None:
+        return []
+    seconds = turns.ns / len(trace.counted) / 1e9
+    return [_finding("serialised streams", advice.streams_sentence(turns.streams, seconds, step), seconds, step)]
+
+
+def _exchange(trace: Trace, costs: IdleCosts, known: Communication | None, step: float) -> list[Finding]:
+    """Communication that nothing hides, less what is only waiting for a slow rank."""
+    windows, steps = step_windows(trace), len(trace.counted)
+    exposed = float(exposed_communication(trace).covered(windows.start, windows.end).sum()) / steps / 1e9
+    seconds = exposed + costs.of_cause(idlepieces.EXCHANGE) / steps / 1e9
+    result = []
+    if known is not None and known.slowest_rank is not None and known.lag_seconds_per_step:
+        lag = known.lag_seconds_per_step
+        result.append(_finding("slow rank", advice.rank_sentence(known, step), lag, step))
+        mine = next((rank for rank in known.ranks if rank.rank == trace.info.rank), None)
+        seconds -= min(seconds, mine.wait_seconds_per_step or 0.0 if mine else lag)
+    if seconds > 0:
+        result.append(_finding("communication", advice.communication_sentence(seconds, step, known), seconds, step))
+    return result
+
+
+def _device_bound(trace: Trace, step: float, idle_share: float) -> Finding:
+    top = next(iter(hotspots(trace, None, limit=1)), None)
+    return _finding(
+        "device-bound", advice.healthy_sentence(step, 1 - idle_share, top), step * (1 - idle_share), step, op=""
+    )
+
+
+def _loading_on_cpu(trace: Trace, step: float) -> list[Finding]:
+    windows = step_windows(trace)
+    loading = loading_intervals(trace)
+    seconds = float(loading.covered(windows.start, windows.end).sum()) / len(windows.start) / 1e9
+    if not seconds:
+        return []
+    return [_finding("data loading", advice.host_sentence("data loading", seconds, step, "", None, 0.0), seconds, step)]
+
+
+def _cpu_headline(trace: Trace, found: Sequence[Finding], step: float) -> str:
+    if found:
+        return f"{advice.TITLES[found[0].cause]}: {found[0].sentence} A step takes {duration(step)} on the CPU."
+    top = next(iter(hotspots(trace, None, limit=1)), None)
+    most = f", most of it in {top.name} ({percent(top.share)})" if top is not None else ""
+    return f"A step takes {duration(step)} on the CPU{most}; the trace holds no device work, so nothing waits for one."

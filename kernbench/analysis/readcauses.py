@@ -1,0 +1,126 @@
+"""Why the host waits: what kind of wait each synchronising call is, and what all waits of one place cost."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from kernbench.analysis.attribution import places
+from kernbench.analysis.costs import IdleCosts, copies_of, exposed_copies
+from kernbench.analysis.stalls import waiting
+from kernbench.analysis.waits import Wait, waits
+from kernbench.nesting import Ints
+from kernbench.record import Cause, Estimate, LineLog, SourceLine, WhatIf
+from kernbench.trace import Trace
+
+# Below this a copy to the host is a read of a few values, whatever memory it goes to.
+_LARGE_BYTES = 64 * 1024
+# Operators whose result has a size that depends on values: they wait without having been asked for a value.
+_SIZED_BY_VALUES = re.compile(
+    r"aten::(nonzero|index|_unsafe_index|_?index_put_?(impl_)?|masked_select|masked_scatter|_?unique\w*|argwhere|"
+    r"repeat_interleave|bincount|histc|linalg_\w+|_linalg_\w+|multinomial|randperm|segment_reduce)$"
+)
+_READS = re.compile(r"aten::(item|_local_scalar_dense|is_nonzero|equal|allclose)$")
+_COPIES = re.compile(r"aten::(copy_|_to_copy|to|lift_fresh|pin_memory|_pin_memory)$")
+_TO_DEVICE = re.compile(r".*(HtoD|HostToDevice)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """All waits of one line and operator. ``seconds`` is what they cost a step at most, ``count`` how often a step.
+
+    ``low`` is the smaller end where a replay gave a range; ``replayed`` tells that one did.
+    """
+
+    cause: Cause
+    op: str
+    source: SourceLine | None
+    seconds: float
+    low: float
+    count: float
+    wait_seconds: float
+    starved: bool
+    replayed: bool = False
+    deferred: bool = False
+
+
+def read_places(trace: Trace, lines: LineLog | None, costs: IdleCosts, whatif: WhatIf | None) -> list[Place]:
+    """Every place at which the host waits, in no order; its cost from the replay if that holds, else from idle time."""
+    where = places(trace, lines)
+    by_row = costs.by_host_row(len(trace.host))
+    stall_of = {row: position for position, known in enumerate(waiting(trace, lines)) for row in known.rows.tolist()}
+    stalls = [known.stall for known in waiting(trace, lines)]
+    groups: dict[tuple[int, str, int], list[Wait]] = defaultdict(list)
+    for wait in waits(trace, where):
+        stall = stall_of.get(wait.rows[0], -1)
+        groups[(stall, "", -1) if stall >= 0 else (-1, wait.op, wait.line)].append(wait)
+    estimates = _by_place(whatif)
+    found = []
+    for (stall, op, line), group in groups.items():
+        rows = np.array([row for wait in group for row in wait.rows], np.int64)
+        source = where.source(line)
+        if stall >= 0:
+            known = stalls[stall]
+            op = known.op
+            source = (
+                SourceLine(file=known.file, line=known.line, text=known.source, function=known.function)
+                if known.file
+                else None
+            )
+        place = (source.file, source.line) if source else ("", 0)
+        found.append(_place(trace, group, rows, op, source, float(by_row[rows].sum()), estimates.get((op, *place))))
+    return found
+
+
+def _place(
+    trace: Trace,
+    group: list[Wait],
+    rows: Ints,
+    op: str,
+    source: SourceLine | None,
+    idle_ns: float,
+    estimate: Estimate | None,
+) -> Place:
+    steps = len(trace.counted)
+    cause = _cause(trace, group[0], copies_of(trace, rows[:1]))
+    low, high = estimate.saving_seconds_per_step if estimate else (idle_ns / steps / 1e9, idle_ns / steps / 1e9)
+    if cause == "pageable copy":
+        # From pinned memory the copy itself could run beside the kernels.
+        alone = exposed_copies(trace, copies_of(trace, rows)) / steps / 1e9
+        low, high = low + alone, high + alone
+    return Place(
+        cause=cause,
+        op=op,
+        source=source,
+        seconds=max(high, 0.0),
+        low=max(low, 0.0),
+        count=len(group) / steps,
+        wait_seconds=sum(wait.wait_ns for wait in group) / steps / 1e9,
+        starved=sum(wait.klass in ("starved", "free") for wait in group) > len(group) / 2,
+        replayed=estimate is not None,
+        deferred=estimate is not None and estimate.deferred,
+    )
+
+
+def _by_place(whatif: WhatIf | None) -> dict[tuple[str, str, int], Estimate]:
+    return {
+        (one.op, one.source.file if one.source else "", one.source.line if one.source else 0): one
+        for one in (whatif.estimates if whatif else ())
+        if one.change == "without stall"
+    }
+
+
+def _cause(trace: Trace, wait: Wait, copies: Ints) -> Cause:
+    device = trace.device
+    if any(_SIZED_BY_VALUES.match(name) for name in wait.operators):
+        return "implicit sync"
+    if any(_READS.match(name) for name in wait.operators) or not wait.operators:
+        return "host read"
+    if len(copies):
+        to_device = any(_TO_DEVICE.match(trace.names[name]) for name in device.name[copies].tolist())
+        large = bool(np.any(device.bytes[copies] >= _LARGE_BYTES))
+        return "pageable copy" if to_device or large else "host read"
+    return "host read" if any(_COPIES.match(name) for name in wait.operators) else "implicit sync"
