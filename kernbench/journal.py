@@ -1,4 +1,6 @@
-"""JOURNAL.md: one entry per swap, appended once and never changed. Text that people write between entries stays."""
+"""JOURNAL.md: one entry per swap, and per bench that set a document's figures beside ours, appended once and never
+changed. Text that people write between entries stays.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,16 @@ from filelock import FileLock
 from msgspec import Struct
 
 from kernbench import record
+from kernbench.claims import conclusion
 from kernbench.errors import KernbenchError
-from kernbench.record import ProfileRecord, SwapRecord
+from kernbench.record import BenchRecord, ClaimCheck, ProfileRecord, SwapRecord
 from kernbench.report import units
 
 HEADER = """# Journal
 
-One entry per swap, written by kernbench: what was predicted, what was measured, what was decided. Entries are only
-added, losers stay in. Prose between entries is welcome and is never touched; leave the `kernbench:run` lines alone,
-they tell which runs are entered already.
+One entry per swap, written by kernbench: what was predicted, what was measured, what was decided; and one per bench
+that set the figures of a document beside what exists. Entries are only added, losers stay in. Prose between entries is
+welcome and is never touched; leave the `kernbench:run` lines alone, they tell which runs are entered already.
 """
 
 MARKER = re.compile(rb"^<!-- kernbench:run (\S+) -->\s*$")
@@ -44,29 +47,39 @@ class Entry(Struct, frozen=True, kw_only=True):
     run_id: str
 
 
-def append(path: Path, swap: SwapRecord, report: Path) -> bool:
-    """Add the entry of ``swap`` with a link to ``report``; False if the run has its entry already.
+Entered = SwapRecord | BenchRecord
+
+
+def belongs(found: record.Record) -> bool:
+    """Whether a run has an entry: a decided swap, or a bench that measured what a document states a figure of."""
+    if isinstance(found, SwapRecord):
+        return found.verdict is not None
+    return isinstance(found, BenchRecord) and any(claim.seconds is not None for claim in found.claims)
+
+
+def append(path: Path, run: Entered, report: Path) -> bool:
+    """Add the entry of ``run`` with a link to ``report``; False if it has its entry already.
 
     Raises:
         KernbenchError: the journal cannot be read or written.
     """
-    return bool(_add(path, [(swap, report)]))
+    return bool(_add(path, [(run, report)]))
 
 
-def rebuild(path: Path, swaps: Iterable[tuple[SwapRecord, Path]]) -> list[str]:
+def rebuild(path: Path, runs: Iterable[tuple[Entered, Path]]) -> list[str]:
     """Add the entries that are missing, oldest first, and touch no other; the ids of the runs added.
 
     Raises:
         KernbenchError: the journal cannot be read or written.
     """
-    return _add(path, sorted(swaps, key=lambda item: (item[0].created_utc, item[0].run_id)))
+    return _add(path, sorted(runs, key=lambda item: (item[0].created_utc, item[0].run_id)))
 
 
-def collect(records: Iterable[Path]) -> tuple[list[tuple[SwapRecord, Path]], list[tuple[Path, str]]]:
-    """Decided swaps among ``records`` (files of any kind of run), each with the report beside it, and what was skipped:
-    damaged records and swaps without a verdict, each with the reason.
+def collect(records: Iterable[Path]) -> tuple[list[tuple[Entered, Path]], list[tuple[Path, str]]]:
+    """The runs with an entry among ``records`` (files of any kind of run), each with the report beside it, and what was
+    skipped: damaged records and swaps without a verdict, each with the reason.
     """
-    swaps: list[tuple[SwapRecord, Path]] = []
+    runs: list[tuple[Entered, Path]] = []
     skipped: list[tuple[Path, str]] = []
     for file in records:
         try:
@@ -74,13 +87,11 @@ def collect(records: Iterable[Path]) -> tuple[list[tuple[SwapRecord, Path]], lis
         except record.RecordError as error:
             skipped.append((file, str(error)))
             continue
-        if not isinstance(found, SwapRecord):
-            continue
-        if found.verdict is None:
+        if isinstance(found, SwapRecord | BenchRecord) and belongs(found):
+            runs.append((found, file.with_name("report.html")))
+        elif isinstance(found, SwapRecord):
             skipped.append((file, f"the swap is {found.status} and has no verdict"))
-        else:
-            swaps.append((found, file.with_name("report.html")))
-    return swaps, skipped
+    return runs, skipped
 
 
 def entries(path: Path) -> list[Entry]:
@@ -105,19 +116,19 @@ def entries(path: Path) -> list[Entry]:
     return found
 
 
-def _add(path: Path, swaps: list[tuple[SwapRecord, Path]]) -> list[str]:
+def _add(path: Path, runs: list[tuple[Entered, Path]]) -> list[str]:
     """Append the entries that are missing, all or none of them; the ids of those added."""
     path = path.resolve()
     with _exclusive(path):
         text = _read(path) or HEADER.encode()
         entered = {match[1].decode(errors="replace") for match in map(MARKER.match, text.splitlines()) if match}
         added: list[str] = []
-        for swap, report in swaps:
-            if swap.run_id not in entered:
+        for run, report in runs:
+            if run.run_id not in entered:
                 gap = b"" if text.endswith(b"\n\n") else b"\n" if text.endswith(b"\n") else b"\n\n"
-                text += gap + render(swap, _link(report, path.parent)).encode()
-                entered.add(swap.run_id)
-                added.append(swap.run_id)
+                text += gap + render(run, _link(report, path.parent)).encode()
+                entered.add(run.run_id)
+                added.append(run.run_id)
         if added:
             record.write_atomically(path, text)
     return added
@@ -155,8 +166,63 @@ def _link(report: Path, folder: Path) -> str:
     return quote(Path(os.path.relpath(report.resolve(), folder)).as_posix())
 
 
-def render(swap: SwapRecord, link: str) -> str:
-    """The entry of one swap as Markdown, its marker included."""
+def render(run: Entered, link: str) -> str:
+    """The entry of one run as Markdown, its marker included."""
+    title, body = _swap(run) if isinstance(run, SwapRecord) else _bench(run)
+    return "\n".join(
+        [
+            f"## {run.created_utc[:10]} {title}",
+            f"<!-- kernbench:run {run.run_id} -->",
+            "",
+            *body,
+            f"- Command: {_code(run.command)}",
+            f"- Report: [{run.run_id}]({link})",
+            "",
+        ]
+    )
+
+
+def _bench(bench: BenchRecord) -> tuple[str, list[str]]:
+    """Title and lines of a bench: a table of what each document states, of what there is, and of what was measured."""
+    first = bench.claims[0]
+    names = " and ".join(dict.fromkeys(claim.kernel for claim in bench.claims))
+    headings = (
+        "stated", "its bandwidth", "its time", "bytes counted", "bytes there are", "too many", "bandwidth then",
+        "device time here", "as called here", "bandwidth here",
+    )  # fmt: skip
+    lines = [
+        _plain(conclusion(bench.claims)),
+        "",
+        f"| {' | '.join(headings)} |",
+        f"|{'---|' * len(headings)}",
+        *(f"| {' | '.join(_cells(claim))} |" for claim in bench.claims),
+        "",
+    ]
+    floors = bench.environment.ceilings
+    if floors and floors.launch_seconds and floors.copy_bytes_per_second:
+        launching, copying = units.seconds(floors.launch_seconds), units.bytes_rate(floors.copy_bytes_per_second)
+        lines.append(f"- Measured beside it: launching nothing takes {launching}, a copy moves {copying}")
+    lines += [f"- Device: {_plain(_device(bench))}", f"- Commit: {_plain(_commit(bench))}"]
+    return f"{_plain(names)} beside the figures of {_plain(first.source)}", lines
+
+
+def _cells(claim: ClaimCheck) -> list[str]:
+    rate, took, size = units.bytes_rate, units.seconds, units.moved
+    return [
+        _plain(claim.title).replace("|", "\\|"),
+        rate(claim.bytes_per_second),
+        took(claim.stated_seconds),
+        size(claim.counted_bytes),
+        size(claim.real_bytes),
+        units.times(claim.counted_bytes / claim.real_bytes),
+        rate(claim.real_bytes / claim.stated_seconds),
+        took(claim.seconds) if claim.seconds else "",
+        took(claim.called_seconds) if claim.called_seconds else "",
+        rate(claim.real_bytes / claim.seconds) if claim.seconds else "",
+    ]
+
+
+def _swap(swap: SwapRecord) -> tuple[str, list[str]]:
     workload, phase, verdict = swap.workload, swap.phase, swap.verdict
     outcome = f": {verdict.decision}" if verdict else ""
     use = f" ({_plain(phase.implementation)})" if phase.implementation not in ("", PYTHON) else ""
@@ -175,18 +241,7 @@ def render(swap: SwapRecord, link: str) -> str:
         ("Device", _device(swap)),
         ("Commit", _commit(swap)),
     ]
-    lines = [f"- {name}: {_plain(text)}" for name, text in facts if text]
-    return "\n".join(
-        [
-            f"## {swap.created_utc[:10]} {title}{outcome}",
-            f"<!-- kernbench:run {swap.run_id} -->",
-            "",
-            *lines,
-            f"- Command: {_code(swap.command)}",
-            f"- Report: [{swap.run_id}]({link})",
-            "",
-        ]
-    )
+    return f"{title}{outcome}", [f"- {name}: {_plain(text)}" for name, text in facts if text]
 
 
 def _verdict(swap: SwapRecord) -> str:
@@ -278,16 +333,16 @@ def _workload(swap: SwapRecord) -> str:
     return f"{workload.name}, preset {workload.preset}, {workload.dtype}, seed {workload.seed}{data}{weights}"
 
 
-def _device(swap: SwapRecord) -> str:
-    environment = swap.environment
+def _device(run: Entered) -> str:
+    environment = run.environment
     triton = f", triton {environment.triton}" if environment.triton else ""
     return f"{environment.device.name}, torch {environment.torch}{triton}"
 
 
-def _commit(swap: SwapRecord) -> str:
-    if swap.git is None:
+def _commit(run: Entered) -> str:
+    if run.git is None:
         return "not in a git repository"
-    return f"{swap.git.commit[:12]}{' with uncommitted changes' if swap.git.dirty else ''}"
+    return f"{run.git.commit[:12]}{' with uncommitted changes' if run.git.dirty else ''}"
 
 
 def _plain(text: str) -> str:

@@ -13,6 +13,7 @@ import torch
 
 import kernbench
 from kernbench import (
+    claims,
     device,
     experiment,
     journal,
@@ -186,7 +187,11 @@ def time(
     subjects = _subjects(request, names, case)
     sweeps: list[record.Sweep] = []
     if over is not None:
-        subjects, sweeps = _swept(subjects, over, named=bool(names))
+        known = {name: found.declaration for name, found in registry.kernels().items()}
+        plans = [settings.workload for _, settings in subjects.workloads]
+        specs = [spec for spec, _ in subjects.kernels] + sweep.kernels_of(plans, known, sweep.size_of(over))
+        kernels, sweeps = sweep.cases_of_all(specs, over, named=bool(names))
+        subjects = replace(subjects, kernels=kernels, workloads=[])
     if len(subjects.workloads) + bool(subjects.kernels) > 1:
         raise KernbenchError("bench times either kernels or one workload; name them in separate commands")
     _check_direction(request, subjects)
@@ -213,9 +218,14 @@ def time(
                 ceilings=result.environment.ceilings,
                 swept=bool(sweeps),
             )
+        result.claims += claims.check(spec, result.results, result.environment.ceilings)
     for named, settings in subjects.workloads:
         supervised.bench_workload(run, named, settings)
-    return publish(run, registry.current())
+    workspace = registry.current()
+    outcome = publish(run, workspace)
+    if journal.belongs(result):
+        journal.append(workspace.journal, result, run.report_path)
+    return outcome
 
 
 def build(
@@ -327,21 +337,6 @@ def _cases(spec: KernelSpec, name: str | None) -> list[Case] | None:
         return found
     registry.nearest(name, [case.name for case in spec.cases], f"case of {spec.name}")
     return None
-
-
-def _swept(subjects: _Subjects, over: str, *, named: bool) -> tuple[_Subjects, list[record.Sweep]]:
-    """The cases of a sweep in the place of all others, and of kernels in that of the workload they are part of."""
-    size = sweep.size_of(over)
-    specs = [spec for spec, _ in subjects.kernels]
-    known = {name: found.declaration for name, found in registry.kernels().items()}
-    for _, settings in subjects.workloads:
-        specs += sweep.kernels_of(settings.workload, known, size) or sweep.kernels_of(settings.workload, known)
-    kernels, sweeps = [], []
-    for spec in sweep.sweepable(specs, size, named=named):
-        one, cases = sweep.cases_of(spec, over)
-        kernels.append((spec, cases))
-        sweeps.append(one)
-    return replace(subjects, kernels=kernels, workloads=[]), sweeps
 
 
 def _start(

@@ -242,8 +242,8 @@ class KernelSpec:
 
     Raises:
         ValueError: no ragged case, no tolerance, two cases of one name, stateful without ``next_inputs``, sizes that
-            no case has, something else allowed than can be, a claim on a case that is not there, two sweeps of one
-            size, or ``reference`` and ``optimized`` are the same function.
+            no case has, something else allowed than can be, two sweeps of one size, or ``reference`` and ``optimized``
+            are the same function.
     """
 
     name: str
@@ -292,9 +292,6 @@ class KernelSpec:
             raise ValueError(
                 f"kernel {self.name!r} allows {', '.join(strange)}; it can allow {', '.join(sorted(ALLOWABLE))}"
             )
-        missing = sorted({claim.case for claim in self.claims.claims} - set(names)) if self.claims else []
-        if missing:
-            raise ValueError(f"kernel {self.name!r} has claims on {', '.join(missing)}, which are no cases of it")
         swept = [sweep.size for sweep in self.sweeps]
         if len(set(swept)) != len(swept):
             raise ValueError(f"kernel {self.name!r} has two sweeps of one size: {', '.join(swept)}")

@@ -14,11 +14,12 @@ MOST_VALUES = 50
 FORMS = "give --sweep SIZE, SIZE=FROM:TO or SIZE=A,B,C, as in --sweep seeds=100:10000"
 
 
-def kernels_of(workload: Workload, kernels: Mapping[str, KernelSpec], size: str | None = None) -> list[KernelSpec]:
-    """The kernels of a workload's phases in the order of the plan; those alone of which ``size`` can be swept."""
-    names = dict.fromkeys(swap.kernel for phase in workload.phases for swap in phase.swaps if swap.kernel)
+def kernels_of(workloads: Sequence[Workload], kernels: Mapping[str, KernelSpec], size: str) -> list[KernelSpec]:
+    """The kernels of workloads' phases of which ``size`` can be swept, in the order of the plan; all if none can."""
+    phases = [phase for workload in workloads for phase in workload.phases]
+    names = dict.fromkeys(swap.kernel for phase in phases for swap in phase.swaps if swap.kernel)
     found = [kernels[name] for name in names if name in kernels]
-    return [spec for spec in found if size is None or any(sweep.size == size for sweep in spec.sweeps)]
+    return [spec for spec in found if any(sweep.size == size for sweep in spec.sweeps)] or found
 
 
 def size_of(text: str) -> str:
@@ -50,6 +51,19 @@ def sweepable(specs: Sequence[KernelSpec], size: str, *, named: bool) -> list[Ke
     if named and missing:
         raise KernbenchError(f"--sweep {size}: {', '.join(missing)} declares no such sweep; leave it out of the names")
     return able
+
+
+def cases_of_all(
+    specs: Sequence[KernelSpec], text: str, *, named: bool
+) -> tuple[list[tuple[KernelSpec, list[Case] | None]], list[record.Sweep]]:
+    """Each kernel that can be swept as the text asks, with its cases, and the sweeps; see :func:`sweepable`."""
+    kernels: list[tuple[KernelSpec, list[Case] | None]] = []
+    sweeps = []
+    for spec in sweepable(specs, size_of(text), named=named):
+        asked, cases = cases_of(spec, text)
+        kernels.append((spec, cases))
+        sweeps.append(asked)
+    return kernels, sweeps
 
 
 def cases_of(spec: KernelSpec, text: str) -> tuple[record.Sweep, list[Case]]:

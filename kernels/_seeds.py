@@ -20,6 +20,8 @@ import triton.language as tl
 TABLES = ("alpha", "simple")
 GRAFTING_TO_FINE_TUNING = 0b1111000
 """Lifecycles 3 to 6, a bit each: those in which a seed blends its blueprint in, as upstream's kernels have it."""
+NEAR_ZERO = 1e-6
+"""Smaller numbers count as zeros in the telemetry, as in upstream's PyTorch layer."""
 MOST_ROWS = 64
 MOST_WIDTH = 64
 TILE = 4096

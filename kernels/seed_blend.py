@@ -32,14 +32,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Sweep, Tolerance, Values
+from kernbench.spec import KernelSpec, Sizes, Tolerance, Values
 
-from . import _rows, _seed_gradients, _seeds
+from . import _rows, _seed_cases, _seed_gradients, _seeds
 from ._rows import narrow
-from ._seeds import GRAFTING_TO_FINE_TUNING, TABLES
-
-NEAR_ZERO = 1e-6
-"""Smaller numbers count as zeros in the telemetry, as in upstream's PyTorch layer."""
+from ._seeds import GRAFTING_TO_FINE_TUNING, NEAR_ZERO, TABLES
 
 
 def seed_blend_reference(
@@ -296,89 +293,15 @@ torch.library.register_fake(
 torch.library.register_autograd("kernbench::seed_blend", _gradients, setup_context=_keep, lib=_LIBRARY)
 
 
-def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    """Numbers with a mean, some next to zero; seeds of all kinds, and no blueprint for those that are not active."""
-    generator = torch.Generator(device).manual_seed(seed)
-    seeds, wide = case["seeds"], torch.promote_types(dtype, torch.float32)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    def drawn(below: int) -> Tensor:
-        return torch.randint(below, (seeds,), generator=generator, device=device, dtype=torch.int32)
-
-    number = torch.arange(seeds, device=device, dtype=torch.int32)
-    lifecycle = torch.where(number % 2 == 0, 3 + number // 2 % 4, drawn(11))
-    active = (lifecycle >= 3) & (lifecycle <= 6)
-    x = normal(case["batch"], case["features"]) + 0.5
-    x *= torch.rand(x.shape, generator=generator, device=device) > 0.1
-    return {
-        "x": torch.where(x == 0, normal(*x.shape).sign() * 5e-7, x).to(dtype).requires_grad_(),
-        "bank": normal(case["blueprints"], case["features"]).to(wide).requires_grad_(),
-        "lifecycle": lifecycle,
-        "blueprint": torch.where(active, drawn(case["blueprints"]), drawn(20) - 1),
-        "operator": (number + number // 4) % 4,
-        "alpha": torch.rand(seeds, generator=generator, device=device).to(wide).requires_grad_(),
-        "chunk": case["chunk"],
-        "table": TABLES[case["simple"]],
-        "active_states": GRAFTING_TO_FINE_TUNING if case["states"] else 1 << 3 | 1 << 6,
-        "near_zero": NEAR_ZERO,
-    }
-
-
-def cost(case: Case, dtype: torch.dtype) -> Cost:
-    """x read and y written once; of the bank what live seeds read at most; statistics and state."""
-    batch, features, seeds, chunk = (case[name] for name in ("batch", "features", "seeds", "chunk"))
-    tiles = _seeds.tiles_of(batch, features, seeds, chunk)
-    elements, covered = float(batch * features), min(features, seeds * chunk)
-    live = min(seeds, triton.cdiv(features, chunk))
-    return Cost(
-        flops=6 * elements,
-        bytes_read=dtype.itemsize * elements + 4.0 * covered + 16 * live,
-        bytes_written=dtype.itemsize * elements + 12.0 * tiles.parts * tiles.granules,
-    )
-
-
 SPEC = KernelSpec(
     name="seed_blend",
     reference=seed_blend_reference,
     optimized=seed_blend,
-    make_inputs=make_inputs,
-    cases=(
-        Case("one", batch=1, features=1, seeds=1, chunk=1, blueprints=1, simple=0, states=1),
-        Case("ragged", batch=67, features=61, seeds=9, chunk=6, blueprints=3, simple=0, states=1),
-        Case("simple", batch=5, features=100, seeds=12, chunk=8, blueprints=3, simple=1, states=0),
-        Case("even", batch=16, features=64, seeds=4, chunk=16, blueprints=2, simple=0, states=1),
-        Case("empty-seeds", batch=3, features=130, seeds=7, chunk=24, blueprints=2, simple=0, states=1),
-        Case("small", large=True, batch=32, features=512, seeds=8, chunk=64, blueprints=10, simple=0, states=1),
-        Case("medium", large=True, batch=64, features=4096, seeds=64, chunk=64, blueprints=10, simple=0, states=1),
-        Case("large", large=True, batch=1024, features=4096, seeds=64, chunk=64, blueprints=10, simple=0, states=1),
-        Case("extreme", large=True, batch=4096, features=8192, seeds=128, chunk=64, blueprints=10, simple=0, states=1),
-        Case(
-            "extreme-simple",
-            large=True,
-            batch=4096,
-            features=8192,
-            seeds=128,
-            chunk=64,
-            blueprints=10,
-            simple=1,
-            states=0,
-        ),
-        Case(
-            "5000-seeds",
-            large=True,
-            batch=128,
-            features=640_000,
-            seeds=5000,
-            chunk=128,
-            blueprints=10,
-            simple=0,
-            states=1,
-        ),
-    ),
+    make_inputs=_seed_cases.make_inputs,
+    cases=_seed_cases.CASES,
     tolerance={"float32": Tolerance(), "bfloat16": Tolerance(), "float16": Tolerance()},
-    cost=cost,
+    cost=_seed_cases.cost,
+    backward_cost=_seed_cases.backward_cost,
     sizes={
         "batch": Sizes(most=150, block=_seeds.MOST_ROWS),
         "features": Sizes(most=400, block=_seeds.MOST_WIDTH),
@@ -390,13 +313,7 @@ SPEC = KernelSpec(
     },
     values={"x": Values(nonfinite=True)},
     differentiable=True,
-    sweeps=(
-        Sweep(
-            size="seeds",
-            values=_seeds.SWEPT,
-            sizes=lambda seeds: _seeds.swept_sizes(seeds) | {"blueprints": 10, "simple": 0, "states": 1},
-            fixed=_seeds.SWEPT_FIXED,
-        ),
-    ),
+    sweeps=(_seed_cases.SWEEP,),
+    claims=_seed_cases.CLAIMS,
     source="Kasmina's Triton forward kernels (tachyon-beep/esperlite, RC1), with the same semantics for every size",
 )

@@ -61,7 +61,8 @@ class ClaimCheck(Struct, frozen=True, kw_only=True):
     """A figure that somebody states for a case, beside what exists and what was measured here.
 
     ``counted`` are the bytes that give ``bytes_per_second`` over ``stated_seconds``, ``real_bytes`` those that there
-    are. ``seconds`` is our kernel's time, None where it was not measured; ``sentence`` says what follows.
+    are. ``seconds`` is our kernel's time on the device, ``called_seconds`` that of a call with nothing queued ahead,
+    None where they were not measured; ``sentence`` says what follows.
     """
 
     kernel: str
@@ -75,6 +76,7 @@ class ClaimCheck(Struct, frozen=True, kw_only=True):
     device: str = ""
     roof_bytes_per_second: float | None = None
     seconds: Seconds | None = None
+    called_seconds: Seconds | None = None
     launch_seconds: Seconds | None = None
     copy_seconds: Seconds | None = None
     sentence: str = ""

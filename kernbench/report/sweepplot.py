@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kernbench.claims import conclusion
 from kernbench.record import BenchRecord, BenchResult, Ceilings, ClaimCheck, Curve, Sweep
 from kernbench.report import sentences, units
 from kernbench.report.plots import ACCENT, HEIGHT, INK, MUTED, WIDE, Plot, _draw, _values
@@ -176,15 +177,15 @@ def claims(record: BenchRecord) -> Table | None:
     if not record.claims:
         return None
     timed = any(claim.seconds is not None for claim in record.claims)
-    headings = ["stated", "bandwidth", "counted", "there are", "times too many", "real bandwidth at its time"]
-    headings += ["time here", "of it launch floor", "real bandwidth here", "counted its way"] if timed else []
+    headings = ["stated", "bandwidth", "its time", "counted", "there are", "too many", "real bandwidth then"]
+    headings += ["time here", "as called", "launch floor", "real bandwidth here", "counted its way"] if timed else []
     first = record.claims[0]
     return Table(
         title=f"What {first.source} states",
-        note=f"On {first.device}. Counted bytes over stated bandwidth give the time that it measured.",
+        note=f"On {first.device}. Its time is what its bytes and its bandwidth imply.",
         headings=headings,
         rows=[_claim(claim, timed=timed) for claim in record.claims],
-        said=[claim.sentence for claim in record.claims if claim.sentence],
+        said=[conclusion(record.claims), *(claim.sentence for claim in record.claims if claim.sentence)],
         plots=[],
     )
 
@@ -195,19 +196,20 @@ def _claim(claim: ClaimCheck, *, timed: bool) -> list[Cell]:
     cells = [
         Cell(claim.title),
         Cell(units.bytes_rate(claim.bytes_per_second), claim.bytes_per_second),
+        _seconds(claim.stated_seconds),
         Cell(units.moved(claim.counted_bytes), claim.counted_bytes),
         Cell(units.moved(claim.real_bytes), claim.real_bytes),
         Cell(units.times(times), times),
         Cell(units.bytes_rate(real), real),
     ]
     if claim.seconds is None:
-        return cells + [Cell("")] * (4 if timed else 0)
-    share = claim.launch_seconds / claim.seconds if claim.launch_seconds else None
+        return cells + [Cell("")] * (5 if timed else 0)
     rates = (claim.real_bytes / claim.seconds, claim.counted_bytes / claim.seconds)
     return [
         *cells,
         _seconds(claim.seconds),
-        Cell(units.share(share), share) if share is not None else Cell(""),
+        _seconds(claim.called_seconds),
+        _seconds(claim.launch_seconds),
         *(Cell(units.bytes_rate(rate), rate) for rate in rates),
     ]
 
