@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from kernbench import bench, capture, device, figures, ranges, record, statistics, swap, trace
+from kernbench import analyze, bench, capture, device, figures, ranges, record, statistics, swap, trace
 from kernbench.analysis import breakdown, hotspots, idle, launches, stalls, timeline
+from kernbench.analysis.whatif import with_savings
 from kernbench.errors import KernbenchError, WorkloadFailed
 from kernbench.runfolder import Run
 from kernbench.workload import Built, Workload
@@ -196,6 +197,11 @@ def measure(
             result.overhead = record.Overhead(
                 trace_ratio=overhead.trace_ratio, lines_ratio=log.step_seconds / median(seconds)
             )
+    with run.stage(f"{name}what-if"), run.progress.stage(f"replaying {name}steps"):
+        ceilings = result.environment.ceilings
+        found = analyze.enrich(events, log, ceilings, result.stalls, unprofiled_seconds=median(seconds))
+        result.analysis = found
+        result.stalls = with_savings(result.stalls, found.whatif)
 
 
 def watch(settings: Settings, plan: swap.Plan, prepare: Callable[[Built], None] | None = None) -> record.LineLog:
