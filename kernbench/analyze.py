@@ -16,6 +16,8 @@ from kernbench.trace import Trace
 GROUP = "analyze"
 """The folder under reports/ that runs of this command go to."""
 
+OWN_FILES = ("record.json", "report.html")
+
 
 def analyze(paths: Sequence[Path], command: str, progress: Progress, *, page: bool = True) -> Outcome:
     """Analyse one trace, or those of the ranks of one run, into a run folder of the current workspace.
@@ -29,7 +31,7 @@ def analyze(paths: Sequence[Path], command: str, progress: Progress, *, page: bo
         KernbenchError: a file is absent, damaged or no trace; two are of one rank; the workspace cannot be written.
     """
     with progress.stage("reading"):
-        traces = load(paths)
+        files, traces = load(paths)
     workspace = registry.current()
     run_id = runfolder.new_run_id(GROUP)
     result = AnalyzeRecord(
@@ -41,7 +43,8 @@ def analyze(paths: Sequence[Path], command: str, progress: Progress, *, page: bo
     )
     run = runfolder.Run(runfolder.make_folder(workspace, GROUP, run_id), result, progress)
     with run.stage("analysis"), progress.stage("analysing"):
-        measure(traces, result, progress)
+        chosen = measure(traces, result, progress)
+    _link(run, files[traces.index(chosen)])
     for note in dict.fromkeys(note for one in traces for note in one.info.notes):
         run.warn(note)
     if page:
@@ -50,8 +53,19 @@ def analyze(paths: Sequence[Path], command: str, progress: Progress, *, page: bo
     return Outcome(result, None)
 
 
-def load(paths: Sequence[Path]) -> list[Trace]:
-    """The traces in order of rank, else as given.
+def _link(run: runfolder.Run[AnalyzeRecord], file: Path) -> None:
+    """Let the run know its trace, for queries and for the page; it is not copied, as traces are large."""
+    link = run.folder / file.name
+    if link.name in OWN_FILES:
+        return
+    try:
+        link.symlink_to(file.resolve())
+    except OSError as error:
+        run.warn(f"{link} could not be made ({error.strerror or error}), so name {file} itself in kernbench query")
+
+
+def load(paths: Sequence[Path]) -> tuple[list[Path], list[Trace]]:
+    """The files and their traces, in order of rank.
 
     Raises:
         KernbenchError: as ``trace.load`` and ``Trace.check``, or two files are one, or of one rank.
@@ -64,26 +78,27 @@ def load(paths: Sequence[Path]) -> list[Trace]:
     for one in traces:
         one.check()
     if len(traces) == 1:
-        return traces
-    files: dict[int, Path] = {}
-    for path, one in zip(paths, traces, strict=True):
+        return list(paths), traces
+    ranks: dict[int, int] = {}
+    for position, one in enumerate(traces):
         rank = one.info.rank
         if rank is None:
             raise KernbenchError(
-                f"{path} does not tell its rank, so it cannot be set beside others; analyze one trace at a time, or "
-                "compare two with kernbench compare"
+                f"{paths[position]} does not tell its rank, so it cannot be set beside others; analyze one trace at a "
+                "time, or compare two with kernbench compare"
             )
-        if rank in files:
+        if rank in ranks:
             raise KernbenchError(
-                f"{files[rank]} and {path} are both of rank {rank}; name the traces of different ranks of one run, or "
+                f"{paths[ranks[rank]]} and {paths[position]} are both of rank {rank}; name different ranks, or "
                 "compare the two with kernbench compare"
             )
-        files[rank] = path
-    return sorted(traces, key=lambda one: one.info.rank or 0)
+        ranks[rank] = position
+    order = [ranks[rank] for rank in sorted(ranks)]
+    return [paths[position] for position in order], [traces[position] for position in order]
 
 
-def measure(traces: Sequence[Trace], result: AnalyzeRecord, progress: Progress) -> None:
-    """Fill ``result``, what the first verdict needs before all else."""
+def measure(traces: Sequence[Trace], result: AnalyzeRecord, progress: Progress) -> Trace:
+    """Fill ``result``, what the first verdict needs before all else; returns the trace that the figures are of."""
     chosen = traces[0]
     windows = idle.step_windows(chosen)
     result.step_seconds = ((windows.end - windows.start) / 1e9).tolist()
@@ -95,6 +110,7 @@ def measure(traces: Sequence[Trace], result: AnalyzeRecord, progress: Progress) 
     result.stalls = whatif.with_savings(result.stalls, result.analysis.whatif)
     result.hotspots = hotspots.hotspots(chosen, None)
     result.timeline = timeline.timeline(chosen)
+    return chosen
 
 
 def enrich(

@@ -11,8 +11,8 @@ from kernbench.errors import KernbenchError
 from kernbench.record import AnalyzeRecord, ProfileRecord, Record
 
 RECORD = "record.json"
-TRACES = ("trace.json.gz", "trace.json", "trace.after.json.gz", "trace.before.json.gz")
-"""What a run calls the trace that it keeps beside its record; of a swap's two, the one after counts."""
+TRACES = ("trace.json.gz", "trace.after.json.gz", "trace.before.json.gz")
+"""What a measured run calls the trace that it keeps; of a swap's two, the one after counts."""
 
 _RECORD_BEGINS = re.compile(rb'\s*\{\s*"kind"\s*:')
 
@@ -41,7 +41,8 @@ def find(reference: str) -> Evidence:
         found = record.read(file)
     except record.RecordError as error:
         raise KernbenchError(str(error)) from None
-    kept = next((file.with_name(name) for name in TRACES if file.with_name(name).is_file()), None)
+    names = [one.file for one in found.traces] if isinstance(found, AnalyzeRecord) else TRACES
+    kept = next((file.with_name(name) for name in names if file.with_name(name).is_file()), None)
     return Evidence(file.parent.name if file.name == RECORD else file.name, found, side_of(found), kept)
 
 

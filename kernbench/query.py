@@ -36,22 +36,25 @@ def query(run: str | Path, sql: str) -> Answer:
             done = connection.execute(sql)
             return Answer([column[0] for column in done.description], done.fetchall())
         except duckdb.Error as error:
-            raise KernbenchError(f"{_first_line(error)}; kernbench query RUN alone shows tables and columns") from None
+            raise KernbenchError(f"{_reason(error)}; kernbench query RUN alone shows tables and columns") from None
 
 
 def _check(sql: str) -> None:
     try:
         statements = duckdb.extract_statements(sql)
     except duckdb.Error as error:
-        raise KernbenchError(f"{_first_line(error)}; a query is one SQL statement in quotes") from None
+        raise KernbenchError(f"{_reason(error)}; a query is one SQL statement in quotes") from None
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
         raise KernbenchError(
             f"{sql.strip() or 'an empty text'!r} is not one SELECT; a query reads, and is one statement"
         )
 
 
-def _first_line(error: duckdb.Error) -> str:
-    return str(error).splitlines()[0].rstrip(".!")
+def _reason(error: duckdb.Error) -> str:
+    """What DuckDB says before it shows the statement, in one line, without tables of its own that it suggests."""
+    text, _, _ = str(error).partition("\n\n")
+    lines = [line.rstrip(".!? ") for line in text.splitlines() if "pg_" not in line]
+    return ", ".join(lines)
 
 
 def schema(run: str | Path) -> Answer:
