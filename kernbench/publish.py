@@ -44,8 +44,9 @@ def publish(run: Run[Any], workspace: Workspace) -> Outcome:
 
 
 def render(result: record.Record, path: Path) -> None:
-    """Render a record's report to ``path``, atomically."""
-    record.write_atomically(path, html.render(result).encode())
+    """Render a record's report to ``path``, atomically; the traces beside it can be opened from the page."""
+    traces = sorted(found.name for found in path.parent.glob("trace*.json*"))
+    record.write_atomically(path, html.render(result, traces).encode())
 
 
 def index(workspace: Workspace) -> Path:

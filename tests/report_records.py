@@ -629,6 +629,9 @@ def comparison() -> CompareRecord:
 
 
 def all_kinds() -> dict[str, Any]:
+    # It is built from the samples above.
+    import report_traces
+
     return {
         "profile": profile(),
         "profile-cpu": profile("cpu"),
@@ -644,4 +647,5 @@ def all_kinds() -> dict[str, Any]:
         "bench-cpu": bench("cpu"),
         "bench-workload": workload_bench(),
         "comparison": comparison(),
+        **report_traces.all_kinds(),
     }

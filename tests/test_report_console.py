@@ -13,6 +13,7 @@ from rich.console import Console
 
 from kernbench import record as records
 from kernbench.record import Hotspot
+from kernbench.report import bars as bars_module
 from kernbench.report import console
 
 REPORT = Path("reports/titan-mac/20261121-142530-profile-3fa9/report.html")
@@ -171,7 +172,7 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bars_nest_and_end_with_their_stage() -> None:
     screen = io.StringIO()
-    bars = console._Bars(Console(file=screen, force_terminal=True, width=80))
+    bars = bars_module._Bars(Console(file=screen, force_terminal=True, width=80))
     with pytest.raises(RuntimeError), bars.stage("[red]outer", 2) as advance:
         advance(1)
         with bars.stage("inner"):
@@ -188,7 +189,7 @@ def test_bars_nest_and_end_with_their_stage() -> None:
 def test_bars_run_no_thread_beside_timed_steps() -> None:
     import threading
 
-    bars = console._Bars(Console(file=io.StringIO(), force_terminal=True))
+    bars = bars_module._Bars(Console(file=io.StringIO(), force_terminal=True))
     before = threading.active_count()
     with bars.stage("timing", 3):
         assert threading.active_count() == before

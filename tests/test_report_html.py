@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import subprocess
@@ -17,6 +19,7 @@ from kernbench.record import Record, Span
 from kernbench.report import html, page, picture
 
 KINDS = list(samples.all_kinds())
+PERFETTO = "https://ui.perfetto.dev"
 
 
 class Page(HTMLParser):
@@ -56,14 +59,33 @@ def pages() -> dict[str, str]:
 @pytest.mark.parametrize("name", KINDS)
 def test_hostile_names_stay_text_and_nothing_is_loaded(pages: dict[str, str], name: str) -> None:
     text = pages[name]
-    assert "<script" not in text.lower()
+    assert "<script>alert" not in text.lower()
     assert "javascript:" not in text.lower()
     assert "@import" not in text
     assert not re.search(r"url\(", text)
     found = Page(text)
-    assert not {"script", "iframe", "object", "embed", "img", "base", "form"} & set(found.tags)
-    assert all(link == "data:," or link.startswith("#") for link in found.links)
+    assert not {"iframe", "object", "embed", "img", "base", "form"} & set(found.tags)
+    assert all(link == "data:," or link.startswith("#") or link == PERFETTO for link in found.links)
     assert len(found.ids) == len(set(found.ids)), "ids are unique"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_policy_allows_the_pages_own_script_and_no_other(pages: dict[str, str], name: str) -> None:
+    text = pages[name]
+    run = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert policy is not None
+    data = re.findall(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)
+    assert text.count("<script") == len(run) + len(data), "no other kind of script"
+    if not run:
+        assert "script-src" not in policy[1]
+        return
+    (source,) = run
+    digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'; connect-src 'self'" in policy[1]
+    for block in data:
+        assert json.loads(block)["tracks"]
+        assert "<" not in block
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -75,7 +97,7 @@ def test_a_hostile_name_inside_a_plot_is_escaped() -> None:
     record = samples.bench()
     record.results[0] = msgspec.structs.replace(record.results[0], implementation=samples.HOSTILE)
     text = html.render(record)
-    assert "<script" not in text
+    assert "<script>alert" not in text
     assert text.count("&lt;script&gt;") > 3
 
 

@@ -1,7 +1,12 @@
-"""Renders records as HTML: one file each, no script, no request; the only module that knows Jinja."""
+"""Renders records as HTML: one file each, no request; the only module that knows Jinja.
+
+A page reads whole without its script, which zooms. The policy in the page lets no other script run.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +15,7 @@ from typing import Any
 import jinja2
 
 from kernbench.record import (
+    AnalyzeRecord,
     BenchRecord,
     BenchResult,
     CompareRecord,
@@ -17,10 +23,21 @@ from kernbench.record import (
     ProfileRecord,
     Ratio,
     Record,
+    Span,
     SwapRecord,
 )
 from kernbench.record import kind as kind_of
-from kernbench.report import machine, page, picture, plots, sentences, sweepplot, units
+from kernbench.report import (
+    machine,
+    page,
+    picture,
+    plots,
+    sentences,
+    sweepplot,
+    traceview,
+    tracewords,
+    units,
+)
 from kernbench.report.sentences import Tone
 
 # Reads, kernels and rows beyond these stand in a fold.
@@ -44,9 +61,22 @@ class Chip:
     tone: Tone = "neutral"
 
 
-def render(record: Record) -> str:
-    """The report of any record."""
+@dataclass(frozen=True)
+class Script:
+    """The page's own script and its hash, as the page's policy names it."""
+
+    text: str
+    hash: str
+
+
+def render(record: Record, traces: Sequence[str] = ()) -> str:
+    """The report of any record.
+
+    Args:
+        traces: names of the trace files that lie beside the page.
+    """
     raw, shortened = page.raw_json(record)
+    context = _context(record, traces)
     return (
         _templates()
         .get_template(f"{kind_of(record)}.html")
@@ -63,7 +93,12 @@ def render(record: Record) -> str:
             clocks=machine.clock_rows(machine.clocks_of(record)),
             raw_json=raw,
             raw_shortened=shortened,
-            **_context(record),
+            on_gpu=sentences.on_gpu(record),
+            lede=sentences.lede(record),
+            environment_title="Where it was analysed" if isinstance(record, AnalyzeRecord) else "Environment",
+            measured_here=not isinstance(record, AnalyzeRecord),
+            script=_script() if context.get("pictures") or context.get("view") else None,
+            **context,
         )
     )
 
@@ -79,54 +114,97 @@ def render_index(entries: Sequence[IndexEntry]) -> str:
     for entry in readable:
         assert entry.record is not None
         info = sentences.workload_of(entry.record)
-        groups.setdefault(info.name if info else "kernels", []).append(entry)
+        apart = "traces" if isinstance(entry.record, AnalyzeRecord) else "kernels"
+        groups.setdefault(info.name if info else apart, []).append(entry)
     damaged = [entry for entry in entries if entry.record is None]
-    return _templates().get_template("index.html").render(groups=groups, damaged=damaged, count=len(entries))
+    return (
+        _templates()
+        .get_template("index.html")
+        .render(groups=groups, damaged=damaged, count=len(entries), script=None, lede="")
+    )
 
 
-def _context(record: Record) -> dict[str, Any]:
+def _context(record: Record, traces: Sequence[str]) -> dict[str, Any]:
     match record:
         case ProfileRecord():
-            return _profile(record)
+            return _profile(record, traces)
         case SwapRecord():
-            return _swap(record)
+            return _swap(record, traces)
         case CompareRecord():
-            return _sides(record.before, record.after, record.ratio)
+            return _sides(record.before, record.after, record.ratio, traces)
         case ParityRecord():
             return {"groups": page.parity_groups(record.results), "mutants": sentences.mutants(record.results)}
         case BenchRecord():
             return _bench(record)
+        case AnalyzeRecord():
+            return _analyze(record, traces)
 
 
-def _profile(record: ProfileRecord) -> dict[str, Any]:
+def _profile(record: ProfileRecord, traces: Sequence[str]) -> dict[str, Any]:
     time = sentences.step_time(record)
+    view = traceview.view(record.analysis, record.environment.ceilings)
+    own = ("step", "stalls", "timeline", "hotspots", "launches", "throughput", "environment", "record")
     return {
         "breakdown": page.breakdown([("this step", record.breakdown)]),
         "time": time,
         "times": plots.step_times(record.steps.seconds, time) if record.steps and time and time.count > 1 else None,
-        "pictures": [("", picture.layout(record.timeline))] if record.timeline else [],
+        "pictures": _pictures([("", record.timeline)], traces),
+        "view": view,
+        "contents": traceview.sections(view, own),
     }
 
 
+def _analyze(record: AnalyzeRecord, traces: Sequence[str]) -> dict[str, Any]:
+    view = traceview.view(record.analysis, None)
+    breakdown = page.breakdown([("this step", record.breakdown)])
+    parts = {
+        "step": breakdown,
+        "stalls": record.stalls,
+        "timeline": record.timeline,
+        "hotspots": record.hotspots,
+        "launches": record.launches,
+    }
+    own = [name for name, part in parts.items() if part]
+    return {
+        "breakdown": breakdown,
+        "pictures": _pictures([("", record.timeline)], traces, [tracewords.trace_name(info) for info in record.traces]),
+        "view": view,
+        "contents": traceview.sections(view, [*own, "traces", "environment", "record"]),
+    }
+
+
+def _pictures(
+    sides: Sequence[tuple[str, Sequence[Span]]], beside: Sequence[str], named: Sequence[str] = ()
+) -> list[tuple[str, picture.Picture | None, str, bool]]:
+    """Each side's label, drawing, trace file, and whether that lies beside the page."""
+    drawn = []
+    for label, spans in sides:
+        if spans:
+            wanted = f"trace.{label}.json" if label else "trace.json"
+            here = next((name for name in beside if name.startswith(wanted)), "")
+            file = here or next(iter(named), "")
+            drawn.append((label, picture.layout(spans), file, bool(here)))
+    return drawn
+
+
 def _sides(
-    before: ProfileRecord, after: ProfileRecord, ratio: Ratio | None, race: tuple[float, float] | None = None
+    before: ProfileRecord,
+    after: ProfileRecord,
+    ratio: Ratio | None,
+    traces: Sequence[str],
+    race: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     shown = sentences.changed(ratio)
-    pictures = [
-        (label, picture.layout(side.timeline))
-        for label, side in (("before", before), ("after", after))
-        if side.timeline
-    ]
     return {
         "breakdown": page.breakdown([("before", before.breakdown), ("after", after.breakdown)], shown=shown),
         "changes": page.changes(before, after, race=race, shown=shown),
         "stall_pairs": page.stall_pairs(sentences.waiting(before.stalls), sentences.waiting(after.stalls)),
         "hotspot_pairs": page.hotspot_pairs(before.hotspots, after.hotspots, shown=shown),
-        "pictures": pictures,
+        "pictures": _pictures([("before", before.timeline), ("after", after.timeline)], traces),
     }
 
 
-def _swap(record: SwapRecord) -> dict[str, Any]:
+def _swap(record: SwapRecord, traces: Sequence[str]) -> dict[str, Any]:
     context: dict[str, Any] = {
         "groups": page.parity_groups(record.parity),
         "mutants": sentences.mutants(record.parity),
@@ -143,9 +221,9 @@ def _swap(record: SwapRecord) -> dict[str, Any]:
     if record.before is None:
         return context
     if record.after is None:
-        return context | _profile(record.before)
+        return context | _profile(record.before, traces)
     race = sentences.before_after_seconds(record) if before and after else None
-    return context | _sides(record.before, record.after, record.ratio, race)
+    return context | _sides(record.before, record.after, record.ratio, traces, race)
 
 
 def _bench(record: BenchRecord) -> dict[str, Any]:
@@ -200,6 +278,8 @@ def _tone(record: Record) -> Tone:
             return "good" if all(passed) else "bad"
         case BenchRecord(builds=builds) if builds:
             return "good" if all(build.passed for build in builds) else "bad"
+        case AnalyzeRecord(analysis=analysis) if analysis is not None and analysis.headline:
+            return "warn" if tracewords.faults(analysis) else "good"
         case _:
             return "neutral"
 
@@ -212,7 +292,7 @@ def _chips(record: Record) -> list[Chip]:
         on_top = f"on top of {phases}" if isinstance(record, SwapRecord) else f"{phases} in place"
         chips += [Chip(f"preset {workload.preset}"), Chip(workload.dtype), Chip(on_top)]
         chips += [Chip(f"weights {workload.weights}")] if workload.weights else []
-    chips.append(Chip(record.environment.device.name))
+    chips += [Chip(text) for text in sentences.devices(record)]
     if record.git is not None and record.git.dirty:
         chips.append(Chip("uncommitted changes", "warn"))
     return chips
@@ -239,6 +319,14 @@ def _outcome(record: Record) -> list[Chip]:
 
 
 @cache
+def _script() -> Script:
+    loader = jinja2.PackageLoader("kernbench.report", "templates")
+    text = loader.get_source(_templates(), "page.js")[0]
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return Script(text, f"sha256-{digest}")
+
+
+@cache
 def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kernbench.report", "templates"),
@@ -251,7 +339,7 @@ def _templates() -> jinja2.Environment:
         name: getattr(units, name)
         for name in (
             "number", "seconds", "size", "bytes_rate", "flops_rate", "count", "share", "times", "scientific", "moment",
-            "floor", "faster", "interval_name",
+            "floor", "faster", "interval_name", "moved",
         )
     } | {"floor_in_words": sentences.floor_in_words}  # fmt: skip
     environment.globals |= {
@@ -267,6 +355,20 @@ def _templates() -> jinja2.Environment:
         "workload_of": sentences.workload_of,
         "phases_of": sentences.phases_in_words,
         "chips_of": _chips,
+        "place": tracewords.place,
+        "replay_error": tracewords.replay_error,
+        "saving_range": tracewords.saving,
+        "estimate_note": tracewords.estimate_note,
+        "gaps_sentence": tracewords.gaps,
+        "line_match": tracewords.line_match,
+        "fusion_name": tracewords.fusion_name,
+        "roofline_rate": tracewords.roofline_rate,
+        "ranks_sentence": tracewords.ranks,
+        "collective_rows": tracewords.collective_rows,
+        "memory_peak": tracewords.memory_peak,
+        "trace_facts": tracewords.trace_facts,
+        "bounds": tracewords.BOUNDS,
+        "path_kinds": tracewords.PATH_KINDS,
         "top_stalls": TOP_STALLS,
         "top_hotspots": TOP_HOTSPOTS,
     }

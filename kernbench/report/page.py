@@ -24,7 +24,9 @@ from kernbench.report.sentences import Tone, difference, step_time
 BUSY_LOOKS, IDLE_LOOKS = 6, 3
 NEUTRAL: Tone = "neutral"
 COLOURED_SHARE = 0.01
-RAW_LIMIT_BYTES = 200_000
+RAW_LIMIT_BYTES = 150_000
+# Lists of thousands of rows, which a page draws anyway.
+BULKY = frozenset({"timeline", "flame", "memory"})
 
 
 @dataclass(frozen=True)
@@ -341,18 +343,20 @@ def parity_groups(results: Sequence[ParityResult]) -> list[ParityGroup]:
 
 
 def raw_json(record: Record) -> tuple[str, bool]:
-    """The record as JSON, plain lists on one line; where it would be too long, timelines are left out (True)."""
+    """The record as JSON, plain lists on one line; where it would be too long, its drawn lists are left out (True)."""
     plain = json.loads(records.encode(record))
     text = _json(plain, "")
     if len(text.encode()) <= RAW_LIMIT_BYTES:
         return text, False
-    return _json(_without_timelines(plain), ""), True
+    return _json(_without_bulk(plain), ""), True
 
 
-def _without_timelines(plain: Any) -> Any:
+def _without_bulk(plain: Any) -> Any:
     if not isinstance(plain, dict):
         return plain
-    return {key: _without_timelines(value) for key, value in plain.items() if key != "timeline"}
+    return {
+        key: _without_bulk(value) for key, value in plain.items() if key not in BULKY or not isinstance(value, list)
+    }
 
 
 def _json(value: Any, indent: str) -> str:

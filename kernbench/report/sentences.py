@@ -459,6 +459,26 @@ def evidence_apart(sentence: str) -> list[tuple[str, bool]]:
     return [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece]
 
 
+def lede(record: Record) -> str:
+    """What the trace says of a profile, below the sentence on its time; empty where that says it all."""
+    return record.analysis.headline if isinstance(record, ProfileRecord) and record.analysis else ""
+
+
+def on_gpu(record: Record) -> bool:
+    """Whether the steps that a record tells of ran on a GPU."""
+    if isinstance(record, AnalyzeRecord):
+        return record.idle is not None or any(info.vendor in ("nvidia", "amd") for info in record.traces)
+    return record.environment.device.type == "cuda"
+
+
+def devices(record: Record) -> list[str]:
+    """The devices that the steps ran on, each named once; an analyzed trace may not tell."""
+    if isinstance(record, AnalyzeRecord):
+        told = [info.device or tracewords.VENDORS.get(info.vendor, "") for info in record.traces]
+        return list(dict.fromkeys(filter(None, told)))
+    return [record.environment.device.name]
+
+
 def kind_in_words(record: Record) -> str:
     """The kind of a record as a title: "Profile"."""
     name = kind(record)

@@ -161,6 +161,11 @@ def ranks(found: Communication) -> str:
     return capitalized_sentence("; ".join(parts))
 
 
+def collective_rows(found: Communication) -> list[tuple[str, str]]:
+    """Time in each kind of collective, as rows of name and text."""
+    return [(name, f"{units.seconds(seconds)} a step") for name, seconds in found.collectives.items()]
+
+
 def memory_peak(points: Sequence[MemoryPoint]) -> str:
     """The most that was allocated, and the most that was reserved for it."""
     allocated, reserved = max(p.allocated_bytes for p in points), max(p.reserved_bytes for p in points)
