@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernbench import tracefile
-from kernbench.tracefile import Event, Number
+from kernbench.kinetopiece import GROUPS, Event, Number
 
 Ints = NDArray[np.int64]
 
@@ -18,16 +18,14 @@ _CATEGORIES = ("ac2g", "async_gpu", "async_cpu_to_gpu", "async")
 _Spot = tuple[int | str | None, int | str | None, float]
 
 
-def numbers(path: Path, groups: dict[str, str], wanted: Iterable[str]) -> dict[str, Ints]:
+def numbers(path: Path, wanted: Iterable[str]) -> dict[str, Ints]:
     """For each wanted group the number of the flow at each of its events, in file order; -1 where there is none.
-
-    ``groups`` maps categories of events to groups.
 
     Raises:
         KernbenchError: the file changed since it was read.
     """
-    reader = _Reader(groups, wanted)
-    tracefile.read(path, reader.take)
+    reader = _Reader(wanted)
+    tracefile.read(path, reader.take, list[Event])
     return {
         group: np.fromiter((_number(reader.flows.get(spot)) for spot in spots), np.int64, len(spots))
         for group, spots in reader.spots.items()
@@ -35,17 +33,16 @@ def numbers(path: Path, groups: dict[str, str], wanted: Iterable[str]) -> dict[s
 
 
 class _Reader:
-    def __init__(self, groups: dict[str, str], wanted: Iterable[str]) -> None:
+    def __init__(self, wanted: Iterable[str]) -> None:
         self.flows: dict[_Spot, Number] = {}
         self.spots: dict[str, list[_Spot]] = {group: [] for group in wanted}
-        self._groups = groups
 
     def take(self, events: list[Event]) -> None:
         for event in events:
             spot = (event.pid, event.tid, event.ts)
             if event.cat in _CATEGORIES and event.ph in ("s", "f"):
                 self.flows[spot] = event.id
-            elif event.ph == "X" and (spots := self.spots.get(self._groups.get(event.cat or "", ""))) is not None:
+            elif event.ph == "X" and (spots := self.spots.get(GROUPS.get(event.cat or "", ""))) is not None:
                 spots.append(spot)
 
 

@@ -43,7 +43,7 @@ def table(raw: Columns, names: list[str]) -> Frames:
         thread=thread,
         start_ns=start,
         end_ns=end,
-        parent=nesting.parents(thread, start, end),
+        parent=nesting.innermost(np.ones(len(order), bool), thread, start, end),
         file=file[name],
         line=line[name],
     )

@@ -17,49 +17,73 @@ OP, CALL, ANNOTATION = 0, 1, 2
 
 _PHASE = re.compile(r"kernbench\.phase(\d+):")
 _STEP = re.compile(r"kernbench\.step#|ProfilerStep#")
+_ROUNDING_NS = 4
 WHOLE_STEP = 0.8
 """From this share of a step on, an annotation is taken for the step itself."""
 
 
 def enclosing(host: dict[str, Ints]) -> tuple[Ints, Ints]:
-    """Innermost enclosing operator and annotation of each row: one sweep with a stack of open intervals."""
-    parent, annotation = [], []
-    stack: list[tuple[int, int, int]] = []  # end, innermost operator, innermost annotation
-    current = -1
-    columns = zip(
-        host["kind"].tolist(), host["thread"].tolist(), host["start_ns"].tolist(), host["end_ns"].tolist(), strict=True
-    )
-    for row, (kind, thread, start, end) in enumerate(columns):
-        if thread != current:
-            stack.clear()
-            current = thread
-        while stack and stack[-1][0] <= start:
-            stack.pop()
-        _, operator, scope = stack[-1] if stack else (0, -1, -1)
-        parent.append(operator)
-        annotation.append(scope)
-        if kind == OP:
-            stack.append((end, row, scope))
-        elif kind == ANNOTATION:
-            stack.append((end, operator, row))
-    return np.array(parent, np.int64), np.array(annotation, np.int64)
+    """Innermost enclosing operator and annotation of each row."""
+    times = host["thread"], host["start_ns"], host["end_ns"]
+    return innermost(host["kind"] == OP, *times), innermost(host["kind"] == ANNOTATION, *times)
 
 
-def parents(thread: Ints, start_ns: Ints, end_ns: Ints) -> Ints:
-    """Innermost enclosing row of each row of one kind, -1 for the outermost ones."""
-    parent = []
+def innermost(container: Bools, thread: Ints, start_ns: Ints, end_ns: Ints) -> Ints:
+    """For each row the innermost container that is open when it starts, -1 for none.
+
+    Containers should nest; of those that overlap, one that ends later than its parent still counts as inside it.
+    """
+    rows = np.flatnonzero(container & (end_ns > start_ns))
+    if not len(rows):
+        return np.full(len(thread), -1, np.int64)
+    first = int(start_ns.min())
+    span = int(max(end_ns.max(), start_ns.max())) - first + 2
+    if span * (int(thread.max()) + 2) >= 2**62:
+        return _swept(container, thread, start_ns, end_ns)
+    begun, ended = thread * span + (start_ns - first), (thread * span + (end_ns - first))[rows]
+    before = np.zeros(len(thread), np.int64)
+    before[rows] = 1
+    before = np.cumsum(before) - before
+    for _ in range(3):
+        enclosed = _by_level(rows, before - np.searchsorted(np.sort(ended), begun, side="right"))
+        outer = enclosed[rows]
+        limit = np.where(outer >= 0, thread[outer] * span + (end_ns[outer] - first), ended)
+        if np.all(ended <= limit):
+            return enclosed
+        if np.any(ended > limit + _ROUNDING_NS):
+            break
+        # Start and duration are rounded apart, so a child may seem to end a little later than its parent.
+        end_ns = end_ns.copy()
+        end_ns[rows] -= np.maximum(ended - limit, 0)
+        ended = np.minimum(ended, limit)
+    return _swept(container, thread, start_ns, end_ns)
+
+
+def _by_level(rows: Ints, level: Ints) -> Ints:
+    """The last of ``rows`` before each row that is one level up; ``level`` counts the containers open at a row."""
+    count = len(level)
+    keys = np.sort((level[rows] + 1) * count + rows)
+    found = keys[np.searchsorted(keys, level * count + np.arange(count)) - 1]
+    return np.where((level > 0) & (found // count == level), found % count, -1)
+
+
+def _swept(container: Bools, thread: Ints, start_ns: Ints, end_ns: Ints) -> Ints:
+    """The same for containers that overlap: one sweep with a stack of open intervals."""
+    found = []
     stack: list[int] = []
     ends = end_ns.tolist()
     current = -1
-    for row, (of, start) in enumerate(zip(thread.tolist(), start_ns.tolist(), strict=True)):
+    columns = zip(container.tolist(), thread.tolist(), start_ns.tolist(), strict=True)
+    for row, (opens, of, start) in enumerate(columns):
         if of != current:
             stack.clear()
             current = of
         while stack and ends[stack[-1]] <= start:
             stack.pop()
-        parent.append(stack[-1] if stack else -1)
-        stack.append(row)
-    return np.array(parent, np.int64)
+        found.append(stack[-1] if stack else -1)
+        if opens:
+            stack.append(row)
+    return np.array(found, np.int64)
 
 
 def self_time(host: dict[str, Ints], parent: Ints) -> Ints:

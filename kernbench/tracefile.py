@@ -2,71 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, Generic, TypeVar, cast
 
 import msgspec
 from msgspec import Raw, Struct, field
 
+from kernbench import kinetopiece
+from kernbench.decodehelper import Helper
 from kernbench.errors import KernbenchError
+from kernbench.kinetopiece import Event, decoded
 
-WINDOW = 8 << 20
+WINDOW = 4 << 20
 """Bytes that are decoded at once."""
-Number = int | float | str | None
 T = TypeVar("T")
 
-# Kineto prints a rate over zero time as inf or nan, which JSON does not have.
-_NOT_A_NUMBER = re.compile(rb":\s*-?(?:inf|nan|Infinity|NaN)\b")
 _EVENTS = re.compile(rb'"traceEvents"\s*:\s*\[')
 _BETWEEN = re.compile(rb"\}\s*,\s*\{")
 _BYTE = re.compile(r" \(byte \d+\)")
 _GZIP = b"\x1f\x8b"
 _COMPRESSED_READ = 1 << 20
-
-
-class Args(Struct, gc=False):
-    """The arguments of events that analyses use; what an event lacks is -1 or empty."""
-
-    correlation: Number = -1
-    stream: Number = -1
-    device: Number = -1
-    bytes: Number = -1
-    size: Number = -1
-    sequence: Number = field(name="Sequence number", default=-1)
-    forward_thread: Number = field(name="Fwd thread id", default=-1)
-    external: Number = field(name="External id", default=-1)
-    dims: Raw = field(name="Input Dims", default=Raw(b""))
-    types: Raw = field(name="Input type", default=Raw(b""))
-    collective: Number = field(name="Collective name", default=None)
-    group_size: Number = field(name="Group size", default=-1)
-    dtype: Number = None
-    elements_in: Number = field(name="In msg nelems", default=-1)
-    elements_out: Number = field(name="Out msg nelems", default=-1)
-    wait_on_stream: Number = -1
-    wait_on_record: Number = field(name="wait_on_cuda_event_record_corr_id", default=-1)
-    memory_device: Number = field(name="Device Id", default=-1)
-    memory_type: Number = field(name="Device Type", default=-1)
-    memory_bytes: Number = field(name="Bytes", default=-1)
-    allocated: Number = field(name="Total Allocated", default=-1)
-    reserved: Number = field(name="Total Reserved", default=-1)
-
-
-class Event(Struct, gc=False):
-    """One event as the file has it; times in microseconds."""
-
-    ph: str = ""
-    cat: str | None = None
-    name: str = ""
-    pid: int | str | None = None
-    tid: int | str | None = None
-    ts: float = 0.0
-    dur: float = 0.0
-    id: Number = None
-    args: Args | None = None
+# From these sizes of file on (some 200,000 events) a helper process saves more than it costs.
+_HELPED, _HELPED_GZIP = 64 << 20, 4 << 20
 
 
 class Metadata(Struct, kw_only=True):
@@ -77,15 +40,21 @@ class Metadata(Struct, kw_only=True):
     distributed: Raw = field(name="distributedInfo", default=Raw(b""))
 
 
-def read(path: Path, take: Callable[[list[Event]], None]) -> Metadata:
-    """Give all events to ``take``, piece by piece in file order; returns the metadata, its list of events emptied.
+def read(path: Path, take: Callable[[T], None], decode: Callable[[list[Event]], T]) -> Metadata:
+    """Give all events to ``take``, piece by piece in file order, each as what ``decode`` makes of it.
+
+    A helper process decodes half of a large file if ``decode`` is the ordinary one, :func:`kinetopiece.of_events`.
+    The metadata that is returned has no events.
 
     Raises:
         KernbenchError: the file is absent, damaged, truncated, or no Kineto trace.
     """
+    helper = None
     try:
-        with ThreadPoolExecutor(1) as ahead:
-            return _Pieces(_read_ahead(_windows(path), ahead), take).run(path)
+        with ThreadPoolExecutor(1) as ahead, path.open("rb") as file:
+            if decode is kinetopiece.of_events and _worth_a_helper(file):
+                helper = Helper()
+            return _Pieces(_read_ahead(_windows(file), ahead), take, decode, helper).run(path)
     except (EOFError, zlib.error) as error:
         raise KernbenchError(f"{path} is cut off or damaged ({error}); record or copy the trace again") from None
     except OSError as error:
@@ -97,19 +66,31 @@ def read(path: Path, take: Callable[[list[Event]], None]) -> Metadata:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = _BYTE.sub("", str(error))
         raise KernbenchError(f"{path} is cut off or no JSON ({reason}); record or copy the trace again") from None
+    finally:
+        if helper is not None:
+            helper.close()
 
 
-class _Pieces:
+class _Pieces(Generic[T]):
     """Cuts the text of a file between events and decodes piece by piece.
 
     A cut is right if the text before it decodes as a list of whole events. If it does not (the text looked like the
     boundary between two events, but was none), all that is left is decoded at once.
     """
 
-    def __init__(self, windows: Iterator[bytes], take: Callable[[list[Event]], None]) -> None:
+    def __init__(
+        self,
+        windows: Iterator[bytes],
+        take: Callable[[T], None],
+        decode: Callable[[list[Event]], T],
+        helper: Helper | None,
+    ) -> None:
         self._windows = windows
         self._take = take
+        self._decode = decode
+        self._helper = helper
         self._text = b""
+        self._helped = b""  # what the helper is decoding, up to the next event
         self._ended = False
 
     def run(self, path: Path) -> Metadata:
@@ -119,44 +100,67 @@ class _Pieces:
                 raise KernbenchError(f"{path} is empty; name a Kineto trace (.json or .json.gz)")
             self._more()
         if self._text.lstrip()[:1] == b"[":
-            self._text = b'{"traceEvents": ' + self._text
-            return self._rest(self._events(Metadata(events=[])), closing=b"}")
+            self._text = self._text.lstrip()[1:]
+            self._pieces()
+            return self._rest(Metadata(events=[]), b'{"traceEvents": [', b"}")
         while (start := _EVENTS.search(self._text)) is None and not self._ended:
             self._more()
         if start is None:
             return self._rest(Metadata(events=[]))
         try:
-            before = _decoded(self._text[: start.end()] + b"]}", Metadata)
+            before = decoded(self._text[: start.end()] + b"]}", Metadata)
         except msgspec.DecodeError:
             return self._rest(Metadata(events=[]))
-        self._text = self._text[start.start() :]
-        self._text = b"{" + self._text
-        return self._rest(self._events(before))
+        self._text = self._text[start.end() :]
+        self._pieces()
+        return self._rest(before, b'{"traceEvents": [')
 
-    def _events(self, before: Metadata) -> Metadata:
+    def _pieces(self) -> None:
         """Decode pieces as long as there is more in the file than is in memory."""
-        head = self._text[: self._text.index(b"[") + 1]
-        self._text = self._text[len(head) :]
         while not self._ended:
             cut = _last_boundary(self._text)
             if cut is None:
                 self._more()
-                continue
-            try:
-                events = _decoded(b"[" + self._text[: cut[0]] + b"]", list[Event])
-            except msgspec.DecodeError:
-                break
-            self._take(events)
-            self._text = self._text[cut[1] :]
-            self._more()
-        self._text = head + self._text
-        return before
+            elif self._helper is not None and not self._helped:
+                if self._helper.send(self._text[: cut[0]]):
+                    self._advance(cut[1], helped=True)
+                else:
+                    self._helper = None
+            else:
+                try:
+                    events = decoded(b"[" + self._text[: cut[0]] + b"]", list[Event])
+                except msgspec.DecodeError:
+                    break
+                piece = self._decode(events)
+                if not self._fetch_helped():
+                    return
+                self._take(piece)
+                self._advance(cut[1])
+        self._fetch_helped()
 
-    def _rest(self, before: Metadata, closing: bytes = b"") -> Metadata:
-        parts = [self._text, *self._windows, closing]
+    def _advance(self, to: int, *, helped: bool = False) -> None:
+        """Go on with the event at position ``to``; what lies before it is taken, or given to the helper."""
+        self._helped = self._text[:to] if helped else b""
+        self._text = self._text[to:]
+        self._more()
+
+    def _fetch_helped(self) -> bool:
+        """Take what the helper decoded. False: it could not, and the text is put back before the rest."""
+        if self._helper is None or not self._helped:
+            return True
+        piece = self._helper.receive()
+        if piece is None:
+            self._text = self._helped + self._text
+        else:
+            self._take(cast(T, piece))
+        self._helped = b""
+        return piece is not None
+
+    def _rest(self, before: Metadata, opening: bytes = b"", closing: bytes = b"") -> Metadata:
+        parts = [opening, self._text, *self._windows, closing]
         self._text = b""
-        after = _decoded(b"".join(parts), Metadata)
-        self._take(after.events)
+        after = decoded(b"".join(parts), Metadata)
+        self._take(self._decode(after.events))
         devices = after.devices if bytes(after.devices) else before.devices
         distributed = after.distributed if bytes(after.distributed) else before.distributed
         return Metadata(events=[], devices=Raw(bytes(devices)), distributed=Raw(bytes(distributed)))
@@ -172,6 +176,13 @@ class _Pieces:
         self._text = b"".join(parts)
 
 
+def _worth_a_helper(file: BinaryIO) -> bool:
+    """Whether decoding takes much longer than starting a process, and there is a core for it."""
+    size, head = os.fstat(file.fileno()).st_size, file.read(2)
+    file.seek(0)
+    return size > (_HELPED_GZIP if head == _GZIP else _HELPED) and (os.cpu_count() or 1) > 1 and bool(sys.executable)
+
+
 def _last_boundary(text: bytes) -> tuple[int, int] | None:
     """Where the text's last whole event ends and the next one begins, as far as it looks like that."""
     end = len(text)
@@ -182,25 +193,15 @@ def _last_boundary(text: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _decoded(text: bytes, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(text, type=kind)
-    except msgspec.ValidationError:
-        raise
-    except msgspec.DecodeError:
-        return msgspec.json.decode(_NOT_A_NUMBER.sub(b":null", text), type=kind)
-
-
-def _windows(path: Path) -> Iterator[bytes]:
+def _windows(file: BinaryIO) -> Iterator[bytes]:
     """The file's text in windows, inflated where it is compressed."""
-    with path.open("rb") as file:
-        head = file.read(_COMPRESSED_READ)
-        if head[:2] == _GZIP:
-            yield from _inflated(head, lambda: file.read(_COMPRESSED_READ))
-        elif head:
-            yield head + file.read(WINDOW - len(head))
-            while window := file.read(WINDOW):
-                yield window
+    head = file.read(_COMPRESSED_READ)
+    if head[:2] == _GZIP:
+        yield from _inflated(head, lambda: file.read(_COMPRESSED_READ))
+    elif head:
+        yield head + file.read(WINDOW - len(head))
+        while window := file.read(WINDOW):
+            yield window
 
 
 def _inflated(data: bytes, more: Callable[[], bytes]) -> Iterator[bytes]:
