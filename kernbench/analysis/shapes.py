@@ -26,6 +26,15 @@ class Shaped:
 
     works: list[Work | None]
     kind: Ints
+    inputs: list[opwork.Inputs]
+
+    def passed(self, one: int, other: int) -> int:
+        """Bytes written and read again between two operators of these kinds: what the first gives, if the other takes
+        a tensor of that shape and type."""
+        work = self.works[one]
+        if work is None or work.output is None or work.output not in self.inputs[other]:
+            return 0
+        return 2 * work.output.bytes
 
 
 def roofline(trace: Trace, ceilings: Ceilings | None, limit: int = 40) -> list[RooflinePoint]:
@@ -35,7 +44,7 @@ def roofline(trace: Trace, ceilings: Ceilings | None, limit: int = 40) -> list[R
     operator's own time does. Without ``ceilings`` there is no share, and the bound is unknown but for short kernels.
     """
     rows, time, kernels = _timed(trace)
-    owner = _owner(trace, rows)
+    owner = owners(trace, rows)
     found = owner >= 0
     if not found.any():
         return []
@@ -80,7 +89,7 @@ def _timed(trace: Trace) -> tuple[Ints, Ints, Ints]:
     return rows, host.self_ns[rows], np.zeros(len(rows), np.int64)
 
 
-def _owner(trace: Trace, rows: Ints) -> Ints:
+def owners(trace: Trace, rows: Ints) -> Ints:
     """For each row the innermost operator, itself included, of a known kind and with shapes; -1 where there is none."""
     known = _known(trace)
     current = rows.copy()
@@ -103,16 +112,17 @@ def works(trace: Trace, rows: Ints) -> Shaped:
     kind = np.full(len(trace.host) + 1, -1, np.int64)
     rows = rows[_known(trace)[rows]]
     if not len(rows):
-        return Shaped([], kind)
+        return Shaped([], kind, [])
     keys = trace.host.name[rows] * len(trace.shape_texts) + trace.shapes[rows]
     _, first, position = np.unique(keys, return_index=True, return_inverse=True)
     kind[rows] = position
-    return Shaped([_work(trace, row) for row in rows[first].tolist()], kind)
+    distinct = rows[first].tolist()
+    given: list[opwork.Inputs] = [opwork.inputs(trace.shape_texts[trace.shapes[row]]) for row in distinct]
+    return Shaped([_work(trace, row, of) for row, of in zip(distinct, given, strict=True)], kind, given)
 
 
-def _work(trace: Trace, row: int) -> Work | None:
+def _work(trace: Trace, row: int, given: opwork.Inputs) -> Work | None:
     name = trace.names[trace.host.name[row]]
-    given = opwork.inputs(trace.shape_texts[trace.shapes[row]])
     output = _result(trace, row, given) if name in opnames.CONVOLUTION else None
     return opwork.work(name, given, output)
 
