@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from kernbench.analysis.readcauses import Place
-from kernbench.record import Cause, Communication, Finding, Hotspot, Launches, SourceLine
+from kernbench.record import Cause, Communication, Estimate, Finding, Hotspot, Launches, SourceLine
 
 _NAME_LENGTH = 50
 
@@ -88,10 +88,14 @@ def read_sentence(place: Place, step: float) -> str:
         "waits for it",
     }[place.cause]
     basis = "by the replay" if place.replayed else "by the idle time it leaves behind"
-    cost = duration(place.seconds)
+    waiting = place.seconds - place.copying
+    cost = duration(waiting)
     if place.replayed and place.low < 0.95 * place.seconds:
-        cost = f"{duration(place.low)} to {cost}"
-    return f"{what}; without it a step would be up to {cost} ({percent(place.seconds / step)}) shorter {basis}."
+        cost = f"{duration(place.low - place.copying)} to {cost}"
+    sentence = f"{what}; without the wait a step would be up to {cost} ({percent(waiting / step)}) shorter {basis}"
+    if place.copying:
+        sentence += f", and {_of_step(place.copying, step)} of copying could run beside kernels"
+    return f"{sentence}."
 
 
 def reads_sentence(found: Sequence[Place], step: float) -> str:
@@ -131,6 +135,13 @@ def host_sentence(cause: Cause, seconds: float, step: float, op: str, source: So
         return f"{what}."
     relation = "before" if cause == "host-bound" else "in"
     return f"{what}, {percent(share)} of that {relation} {named}."
+
+
+def replayed_sentence(sentence: str, estimate: Estimate, step: float) -> str:
+    """The sentence with what the replay says of the change that would help."""
+    low, high = estimate.saving_seconds_per_step
+    cost = duration(high) if low >= 0.95 * high else f"{duration(low)} to {duration(high)}"
+    return f"{sentence[:-1]}; {estimate.title} a step would be {cost} ({percent(high / step)}) shorter by the replay."
 
 
 def slow_launch_sentence(seconds: float, step: float, op: str) -> str:

@@ -59,7 +59,7 @@ def places(trace: Trace, lines: LineLog | None) -> Places:
     line = np.where(line >= 0, line, inherited)
     operators = host.kind == OP
     called = operators & trace.named(_CALLED)[host.name]
-    top, outer = _outermost(called, host.parent), _outermost(operators, host.parent)
+    top, outer = outermost(called, host.parent), outermost(operators, host.parent)
     top = np.where(top >= 0, top, np.where(outer >= 0, outer, np.arange(len(host))))
     found = Places(trace.names, [*(lines.lines if lines else []), *trace.sources], line, host.name[top])
     _known[trace] = (lines, found)
@@ -77,7 +77,7 @@ def line_of_rows(trace: Trace, lines: LineLog) -> Ints:
     calls = {_normalised(name): found for name, found in lines.op_lines.items()}
     logged = np.fromiter((name in calls for name in trace.names), bool, len(trace.names))
     chosen = (host.kind == OP) & logged[host.name] & (host.step >= 0)
-    seen = _outermost(chosen, host.parent)
+    seen = outermost(chosen, host.parent)
     own = np.full(len(host), -1, np.int64)
     rows = np.flatnonzero(chosen)
     rows = rows[np.lexsort((host.start_ns[rows], host.step[rows], host.name[rows]))]
@@ -99,7 +99,7 @@ def _normalised(name: str) -> str:
     return f"{namespace}::{bare}"
 
 
-def _outermost(chosen: Bools, parent: Ints) -> Ints:
+def outermost(chosen: Bools, parent: Ints) -> Ints:
     """For each row its outermost chosen ancestor or itself; -1 where there is none."""
     found, above = np.where(chosen, np.arange(len(chosen)), -1), parent
     # Each round looks twice as far up as the one before.

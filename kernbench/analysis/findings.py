@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from kernbench.analysis import advice, idlepieces
@@ -16,13 +17,22 @@ from kernbench.analysis.idlepieces import loading_intervals
 from kernbench.analysis.launches import launches
 from kernbench.analysis.readcauses import Place, read_places
 from kernbench.analysis.windows import step_windows
-from kernbench.record import Cause, Communication, Finding, LineLog, SourceLine, WhatIf
+from kernbench.record import Cause, Change, Communication, Finding, LineLog, SourceLine, WhatIf
 from kernbench.trace import Trace
 
 NOTABLE_SHARE = 0.03
 """Below this share of the step nothing is worth a finding: runs of one program differ by as much."""
+OUTWEIGHS = 3.0
+"""A condition of the whole step comes before a single fault if it costs more than this many times as much."""
 IDLE_SHARE = 0.1
 """A device that is idle for less than this is busy; above it something is to blame, however many small things."""
+
+_CONDITIONS: tuple[Cause, ...] = ("launch-bound", "host-bound", "communication", "device-bound")
+_REMEDIES: dict[Cause, Change] = {
+    "data loading": "without data loading",
+    "allocator": "without allocation",
+    "serialised streams": "without stream waits",
+}
 
 
 def findings(
@@ -33,10 +43,11 @@ def findings(
     communication: Communication | None = None,
     limit: int = 8,
 ) -> list[Finding]:
-    """What costs step time, the largest cost first; only "device-bound" for a healthy trace.
+    """What costs step time; only "device-bound" for a healthy trace.
 
-    A cost is the most that a step would win. Costs of two findings can overlap: what one hides, the other shows once
-    the first is gone.
+    The largest cost comes first, except that a fault with a place and a remedy of its own comes before what is true of
+    the whole step, unless that costs ``OUTWEIGHS`` times as much. A cost is the most that a step would win. Costs of two
+    findings can overlap: what one hides, the other shows once the first is gone.
 
     Args:
         whatif: the replay, whose estimates for single stalls take the place of idle time where it has any.
@@ -55,7 +66,8 @@ def findings(
         *_streams(trace, step),
         *_exchange(trace, costs, communication, step),
     ]
-    found.sort(key=lambda one: -one.seconds_per_step)
+    found = [_replayed(one, whatif, step) for one in found]
+    found.sort(key=lambda one: -one.seconds_per_step * (1 if one.cause in _CONDITIONS else OUTWEIGHS))
     notable = [one for one in found if one.share >= NOTABLE_SHARE]
     known = idle(trace)
     idle_share = known.idle_seconds_per_step / step if known else 0.0
@@ -96,6 +108,17 @@ def _finding(
         source=source,
         op=op,
     )
+
+
+def _replayed(found: Finding, whatif: WhatIf | None, step: float) -> Finding:
+    """The finding with the replay's figure in place of idle time, where the replay tried its remedy."""
+    change = _REMEDIES.get(found.cause)
+    estimate = next((one for one in (whatif.estimates if whatif else ()) if one.change == change), None)
+    if estimate is None:
+        return found
+    seconds = min(max(estimate.saving_seconds_per_step[1], 0.0), step)
+    sentence = advice.replayed_sentence(found.sentence, estimate, step)
+    return msgspec.structs.replace(found, sentence=sentence, seconds_per_step=seconds, share=seconds / step)
 
 
 def _reads(found: Sequence[Place], step: float) -> list[Finding]:

@@ -32,7 +32,8 @@ _TO_DEVICE = re.compile(r".*(HtoD|HostToDevice)")
 class Place:
     """All waits of one line and operator. ``seconds`` is what they cost a step at most, ``count`` how often a step.
 
-    ``low`` is the smaller end where a replay gave a range; ``replayed`` tells that one did.
+    ``low`` is the smaller end where a replay gave a range; ``replayed`` tells that one did. ``copying`` is the part of
+    both that the copies take while no kernel runs, which from pinned memory they could run beside.
     """
 
     cause: Cause
@@ -41,8 +42,7 @@ class Place:
     seconds: float
     low: float
     count: float
-    wait_seconds: float
-    starved: bool
+    copying: float = 0.0
     replayed: bool = False
     deferred: bool = False
 
@@ -87,19 +87,17 @@ def _place(
     steps = len(trace.counted)
     cause = _cause(trace, group[0], copies_of(trace, rows[:1]))
     low, high = estimate.saving_seconds_per_step if estimate else (idle_ns / steps / 1e9, idle_ns / steps / 1e9)
+    copying = 0.0
     if cause == "pageable copy":
-        # From pinned memory the copy itself could run beside the kernels.
-        alone = exposed_copies(trace, copies_of(trace, rows)) / steps / 1e9
-        low, high = low + alone, high + alone
+        copying = exposed_copies(trace, copies_of(trace, rows)) / steps / 1e9
     return Place(
         cause=cause,
         op=op,
         source=source,
-        seconds=max(high, 0.0),
-        low=max(low, 0.0),
+        seconds=max(high, 0.0) + copying,
+        low=max(low, 0.0) + copying,
         count=len(group) / steps,
-        wait_seconds=sum(wait.wait_ns for wait in group) / steps / 1e9,
-        starved=sum(wait.klass in ("starved", "free") for wait in group) > len(group) / 2,
+        copying=copying,
         replayed=estimate is not None,
         deferred=estimate is not None and estimate.deferred,
     )
