@@ -6,11 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernbench import host, registry, runfolder, trace
-from kernbench.analysis import breakdown, hotspots, idle, launches, stalls, timeline, whatif
+from kernbench.analysis import (
+    breakdown,
+    communication,
+    criticalpath,
+    findings,
+    flame,
+    hotspots,
+    idle,
+    launches,
+    memory,
+    shapes,
+    stalls,
+    timeline,
+    whatif,
+)
 from kernbench.errors import KernbenchError
 from kernbench.progress import Progress
 from kernbench.publish import Outcome, publish
-from kernbench.record import AnalyzeRecord, Ceilings, LineLog, Stall, TraceAnalysis
+from kernbench.record import AnalyzeRecord, Ceilings, Communication, LineLog, Stall, TraceAnalysis
 from kernbench.trace import Trace
 
 GROUP = "analyze"
@@ -99,18 +113,27 @@ def load(paths: Sequence[Path]) -> tuple[list[Path], list[Trace]]:
 
 def measure(traces: Sequence[Trace], result: AnalyzeRecord, progress: Progress) -> Trace:
     """Fill ``result``, what the first verdict needs before all else; returns the trace that the figures are of."""
-    chosen = traces[0]
+    ranks = communication.communication(traces)
+    chosen = _slowest(traces, ranks)
+    result.stalls = stalls.stalls(chosen, None)
+    progress.note(findings.headline(chosen, findings.findings(chosen, communication=ranks)))
     windows = idle.step_windows(chosen)
     result.step_seconds = ((windows.end - windows.start) / 1e9).tolist()
     result.idle = idle.idle(chosen)
-    result.stalls = stalls.stalls(chosen, None)
     result.launches = launches.launches(chosen)
     result.breakdown = breakdown.breakdown(chosen, windows.mean_ns / 1e9)
-    result.analysis = enrich(chosen, None, None, result.stalls)
-    result.stalls = whatif.with_savings(result.stalls, result.analysis.whatif)
     result.hotspots = hotspots.hotspots(chosen, None)
     result.timeline = timeline.timeline(chosen)
+    result.analysis = enrich(chosen, None, None, result.stalls, ranks=ranks)
+    result.stalls = whatif.with_savings(result.stalls, result.analysis.whatif)
     return chosen
+
+
+def _slowest(traces: Sequence[Trace], ranks: Communication | None) -> Trace:
+    """The trace of the rank that the others wait for, else the first one."""
+    if ranks is None or ranks.slowest_rank is None:
+        return traces[0]
+    return next(one for one in traces if one.info.rank == ranks.slowest_rank)
 
 
 def enrich(
@@ -119,6 +142,7 @@ def enrich(
     ceilings: Ceilings | None,
     found: Sequence[Stall],
     *,
+    ranks: Communication | None = None,
     unprofiled_seconds: float | None = None,
 ) -> TraceAnalysis:
     """All that a trace tells beyond a profile's own fields; ``profile`` and ``analyze`` alike call this.
@@ -126,12 +150,24 @@ def enrich(
     Args:
         lines: the log of the line pass over the same steps; None for a trace of others.
         ceilings: the roofs of the device that the trace is from; None where nobody measured them.
-        found: the stalls of this trace, by ``stalls.stalls``.
+        found: the stalls of this trace, by ``stalls.stalls``; ``whatif.with_savings`` adds what the replay saves.
+        ranks: the communication of all ranks of the run; that of this trace alone if left out.
         unprofiled_seconds: a step's time without the profiler, where it was measured.
     """
+    replayed = whatif.whatif(trace, found, ceilings, lines, unprofiled_seconds=unprofiled_seconds)
+    if ranks is None:
+        ranks = communication.communication([trace])
+    costs = findings.findings(trace, replayed, lines=lines, communication=ranks)
     return TraceAnalysis(
         trace=trace.info,
+        headline=findings.headline(trace, costs),
+        findings=costs,
         idle_sites=idle.sites(trace, lines),
-        whatif=whatif.whatif(trace, found, ceilings, lines, unprofiled_seconds=unprofiled_seconds),
+        roofline=shapes.roofline(trace, ceilings),
+        communication=ranks,
+        memory=memory.memory(trace),
+        critical_path=criticalpath.critical_path(trace, lines),
+        flame=flame.flame(trace),
+        whatif=replayed,
         line_match=stalls.line_match(trace, lines) if lines is not None else None,
     )
