@@ -46,8 +46,8 @@ def findings(
     """What costs step time; only "device-bound" for a healthy trace.
 
     The largest cost comes first, except that a fault with a place and a remedy of its own comes before what is true of
-    the whole step, unless that costs ``OUTWEIGHS`` times as much. A cost is the most that a step would win. Costs of two
-    findings can overlap: what one hides, the other shows once the first is gone.
+    the whole step, unless that costs ``OUTWEIGHS`` times as much. A cost is the most that a step would win. Two costs
+    can overlap: what one hides, the other shows once the first is gone.
 
     Args:
         whatif: the replay, whose estimates for single stalls take the place of idle time where it has any.

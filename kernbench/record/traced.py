@@ -52,7 +52,10 @@ Cause = Literal[
 
 
 class Finding(Struct, frozen=True, kw_only=True):
-    """One thing that costs step time, with its cause, evidence and advice; the largest cost comes first.
+    """One thing that costs step time, with its cause, evidence and advice.
+
+    Findings stand in the order of importance: by cost, faults with a remedy of their own before what is true of the
+    whole step.
 
     ``seconds_per_step`` is what would be won at most, ``share`` that over the step. "device-bound" is no fault: the
     device is busy and only faster kernels help.
