@@ -10,7 +10,7 @@ import numpy as np
 from kernbench.analysis.intervals import union
 from kernbench.analysis.replay import with_host_time
 from kernbench.analysis.replaymodel import Program
-from kernbench.analysis.replaywaits import NOTHING
+from kernbench.analysis.replaywaits import NOTHING, stream_overlap
 from kernbench.nesting import CALL, Ints
 from kernbench.trace import Trace
 
@@ -19,6 +19,8 @@ _ALLOCATION = re.compile(r"(cuda|cu|hip)(Malloc|Free|MemAlloc|MemFree|HostAlloc|
 # Launching a graph takes about this long on the host, and its items follow each other this closely.
 GRAPH_LAUNCH_NS = 10_000
 GRAPH_GAP_NS = 1_000
+# Streams that overlap for more than this share of the less busy one's time do not take turns.
+TURNS_OVERLAP = 0.1
 
 
 def overlap(program: Program, start: Ints, end: Ints, thread: Ints, trace: Trace) -> Ints:
@@ -60,14 +62,20 @@ def _cut(trace: Trace, program: Program, rows: Ints) -> Program | None:
     return with_host_time(program, np.maximum(program.nodes.work_ns - gone, 0)) if gone.any() else None
 
 
-def without_stream_waits(program: Program) -> Program | None:
-    """Only the busiest stream still waits for others; None if no other one does."""
+def without_stream_waits(trace: Trace, program: Program) -> Program | None:
+    """Only the busiest stream still waits for others; None unless such waits make streams take turns.
+
+    A collective's stream waits for what it sends, so it is left alone.
+    """
     items = program.items
+    device = trace.device
     main = int(np.argmax(np.bincount(items.stream, weights=items.duration_ns)))
-    kept = {item: edges for item, edges in items.depends.items() if items.stream[item] == main}
+    exchanging = device.collective[items.row] >= 0
+    kept = {item: edges for item, edges in items.depends.items() if items.stream[item] == main or exchanging[item]}
     if len(kept) == len(items.depends):
         return None
-    return replace(program, items=replace(items, depends=kept))
+    overlapping = stream_overlap(device.start_ns[items.row], device.end_ns[items.row], items.stream)
+    return None if overlapping > TURNS_OVERLAP else replace(program, items=replace(items, depends=kept))
 
 
 def in_a_graph(trace: Trace, program: Program) -> Program | None:

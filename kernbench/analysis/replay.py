@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -13,20 +14,20 @@ from kernbench.nesting import Bools, Ints
 
 @dataclass(frozen=True, eq=False)
 class Replayed:
-    """When each copy of the stretch was done, on the host and on the device, in ns from the start of the first."""
+    """When the stretch, and each repeat of it, was done on the host and on the device, in ns from its start."""
 
     done_ns: list[float]
 
     @property
     def period_ns(self) -> float:
-        """Time of one copy in the steady state: from the end of the first one on."""
-        if len(self.done_ns) == 1:
-            return self.done_ns[0]
+        """Time of one repeat."""
         return (self.done_ns[-1] - self.done_ns[0]) / (len(self.done_ns) - 1)
 
 
-def replay(program: Program, *, latency_ns: int | None = None, copies: int = 1, host_scale: float = 1.0) -> Replayed:
-    """Run ``copies`` of the program in a row.
+def replay(program: Program, *, latency_ns: int | None = None, repeats: int = 0, host_scale: float = 1.0) -> Replayed:
+    """Run the program, then its steps again and again.
+
+    What the first of several steps waited for lies outside of the trace, so that one is not repeated.
 
     Args:
         latency_ns: for items whose own latency the trace does not tell; the shortest plausible one if not given.
@@ -51,8 +52,9 @@ def replay(program: Program, *, latency_ns: int | None = None, copies: int = 1, 
     free = [float(pending) for pending in program.pending_ns.tolist()]
     ends: list[float] = []
     done = []
-    for _ in range(copies):
-        for clock, work, call, waits, target, wake, first, last in zip(*columns, strict=True):
+    for copy in range(repeats + 1):
+        skipped = program.body if copy else 0
+        for clock, work, call, waits, target, wake, first, last in islice(zip(*columns, strict=True), skipped, None):
             now = clocks[clock] + work
             if first < last:
                 # The host waits for room where the queue is full.
@@ -79,7 +81,7 @@ def replay(program: Program, *, latency_ns: int | None = None, copies: int = 1, 
                 if until + wake > now and until > now - call:
                     now = until + wake
             clocks[clock] = now
-        # A thread beside the steps' own starts the next copy with it, or later if it is behind.
+        # A thread beside the steps' own starts the next repeat with it, or later if it is behind.
         clocks = [max(clock, clocks[0]) for clock in clocks]
         done.append(max(clocks[0], *free))
     return Replayed(done)
@@ -87,9 +89,9 @@ def replay(program: Program, *, latency_ns: int | None = None, copies: int = 1, 
 
 def steady(program: Program, *, latency_ns: int | None = None, host_scale: float = 1.0) -> float:
     """Nanoseconds per step in the steady state, in which the host may run ahead from step to step."""
-    copies = 4 if program.steps == 1 else 3
-    run = replay(program, latency_ns=latency_ns, copies=copies, host_scale=host_scale)
-    return run.period_ns / program.steps
+    repeats = 3 if program.steps == 1 else 2
+    run = replay(program, latency_ns=latency_ns, repeats=repeats, host_scale=host_scale)
+    return run.period_ns / max(program.steps - 1, 1)
 
 
 def without_waits(program: Program, chosen: Bools) -> Program:

@@ -84,13 +84,18 @@ class Items:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """``copies`` of it in a row are the steady state. ``latency_ns`` is the plausible range of launch latencies."""
+    """What the host did and what the device was given, over whole steps.
+
+    ``body`` is the first node of what can be repeated for a steady state: the second step, or all if there is but one.
+    ``latency_ns`` is the plausible range of launch latencies.
+    """
 
     nodes: Nodes
     items: Items
     clocks: int
     streams: int
     steps: int
+    body: int
     traced_ns: int
     pending_ns: Ints
     latency_ns: tuple[int, int]
@@ -153,6 +158,7 @@ def model(trace: Trace) -> Program:
         clocks=clocks,
         streams=int(stream.max()) + 1,
         steps=last - first + 1,
+        body=int(np.argmax(rows < 0)) + 1 if last > first else 0,
         traced_ns=max(end, int(trace.device.end_ns[issued].max())) - begin,
         pending_ns=_pending(trace, issued, stream, begin),
         latency_ns=latency,

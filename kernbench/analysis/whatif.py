@@ -47,7 +47,8 @@ def whatif(
     """Replay the trace unchanged, then with each change that could win time; None for a trace of a CPU.
 
     Args:
-        stalls: rows of ``analysis.stalls``, whose lines and operators name the sites.
+        stalls: rows of ``analysis.stalls`` to try alone and in order, all if none are given; every wait is in "all".
+        lines: the log of the line pass over the same steps, which names the lines of the waits.
         unprofiled_seconds: a step's time without the profiler; host time is scaled until the replay takes that long.
     """
     if not trace.on_gpu:
@@ -89,7 +90,8 @@ class WhatIfReplay:
     ) -> None:
         self.trace = trace
         self.program = model(trace)
-        self.sites = sites(trace, self.program, stalls, lines)
+        self.sites = sites(trace, self.program, lines)
+        self.wanted = {(stall.file, stall.line, stall.op) for stall in stalls}
         self.traced_ns = self.program.traced_ns / self.program.steps
         self.replayed_ns = replay(typical(self.program)).done_ns[-1] / self.program.steps
         self.scale = _host_scale(self.program, unprofiled_seconds)
@@ -171,7 +173,8 @@ class WhatIfReplay:
     def _largest(self) -> list[Site]:
         nodes = self.program.nodes
         waited = self.trace.host.end_ns - self.trace.host.start_ns
-        ranked = sorted(self.sites, key=lambda site: -int(waited[nodes.row[site.nodes]].sum()))
+        tried = [site for site in self.sites if not self.wanted or site.key in self.wanted]
+        ranked = sorted(tried or self.sites, key=lambda site: -int(waited[nodes.row[site.nodes]].sum()))
         return ranked[:MOST_SITES]
 
     def _without_site(self, site: Site) -> Estimate:
@@ -253,7 +256,7 @@ class WhatIfReplay:
                 "without stream waits",
                 "side streams free to run ahead",
                 "only if the waits are not needed: the side streams must not touch what the main one still uses",
-                lambda: hostcuts.without_stream_waits(self.program),
+                lambda: hostcuts.without_stream_waits(self.trace, self.program),
             ),
             (
                 "graph",
