@@ -10,7 +10,7 @@ from statistics import median
 
 import msgspec
 
-from kernbench import bench, device, record, statistics, swap
+from kernbench import bench, curves, device, record, statistics, swap
 from kernbench.analysis import launches, stalls
 from kernbench.errors import WorkloadFailed
 from kernbench.measure import Settings, Side, trace_side, watch
@@ -156,6 +156,29 @@ def bench_workload(
                 result.results[number] = counted
                 run.write()
             advance(1)
+    _follow_curves(run, settings, [variant for variant in variants if variant.name not in failed], begin)
+
+
+def _follow_curves(
+    run: Run[record.BenchRecord], settings: Settings, variants: Sequence[Variant], begin: Callable[[str], None]
+) -> None:
+    """Training with the baseline and with each phase, where the workload declares curves; peers change no phase."""
+    declared = curves.wanted(settings)
+    if declared is None:
+        return
+    known = {curve.implementation for curve in run.record.curves}
+    left = [variant for variant in variants if variant.prepare is None and variant.name not in known]
+    with (
+        run.stage("training curves"),
+        run.progress.stage("following training curves", declared.steps * len(left)) as advance,
+    ):
+        for variant in left:
+            begin(variant.name)
+            try:
+                run.record.curves += curves.follow(settings, variant.plan, declared, variant.name, advance)
+            except WorkloadFailed as error:
+                run.warn(f"{variant.name} has no training curve: {error}")
+            run.write()
 
 
 def _race_variants(

@@ -92,6 +92,31 @@ class Fault:
     protects: Callable[[Any], Mapping[str, Any]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """A training run that bench follows with the baseline and with every phase: what none of them may change.
+
+    Attributes:
+        read: ``read(built)`` gives figures by name with their units, the test accuracy, say; a step's own loss is
+            followed without it.
+        steps: how many are run.
+        every: steps from one reading to the next; the loss is the mean over them.
+        presets: those that train, and in reasonable time.
+
+    Raises:
+        ValueError: there is nothing to read.
+    """
+
+    read: Callable[[Any], Mapping[str, tuple[float, str]]]
+    presets: tuple[str, ...]
+    steps: int = 300
+    every: int = 15
+
+    def __post_init__(self) -> None:
+        if not 0 < self.every <= self.steps:
+            raise ValueError(f"{self.steps} steps with a reading every {self.every} are no curve")
+
+
 class Side(Protocol):
     """One side of a comparison: each call builds it afresh, and in the block the swaps of the side are in place."""
 
@@ -124,9 +149,10 @@ class Workload:
             change all that follow: a decoder is fed fixed codes.
         compare: ``compare(unswapped, before, after, steps)`` checks what steps do not show; ``steps`` is what parity
             runs, few where kernels are interpreted.
+        curves: a training run to follow.
 
     Raises:
-        ValueError: no presets, or two phases with one number.
+        ValueError: no presets, two phases with one number, or curves of a preset that is not there.
     """
 
     name: str
@@ -141,6 +167,7 @@ class Workload:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     steady: Callable[[Any], None] | None = None
     compare: Callable[[Side, Side, Side, int], Iterator[Compared]] | None = None
+    curves: Curves | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -151,6 +178,11 @@ class Workload:
         numbers = [phase.number for phase in self.phases]
         if len(set(numbers)) != len(numbers):
             raise ValueError(f"workload {self.name!r} has two phases of one number: {numbers}")
+        strange = sorted(set(self.curves.presets) - set(self.presets)) if self.curves else []
+        if strange:
+            raise ValueError(
+                f"workload {self.name!r} follows curves of {', '.join(strange)}, which are no presets of it"
+            )
 
     @property
     def default_preset(self) -> str:

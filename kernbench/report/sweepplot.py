@@ -247,6 +247,8 @@ def _spread(name: str, lines: Sequence[Curve]) -> str:
         return f"{sentences.capitalized(name)} ends at {units.figure(ends[0], lines[0].unit)} in all of them."
     low, high = (units.figure(value, lines[0].unit) for value in (min(ends), max(ends)))
     apart = units.figure(max(ends) - min(ends), lines[0].unit)
+    if low == high:
+        return f"{sentences.capitalized(name)} ends at {low} in all of them, {apart} apart."
     return f"{sentences.capitalized(name)} ends between {low} and {high}, {apart} apart."
 
 

@@ -33,7 +33,7 @@ import functools
 
 import torch
 
-from kernbench.workload import Peer, Workload
+from kernbench.workload import Curves, Peer, Workload
 
 from . import together
 from .config import PRESETS, KasminaConfig
@@ -61,6 +61,10 @@ WORKLOAD = Workload(
     presets=PRESETS,
     build=build,
     phases=PHASES,
+    curves=Curves(
+        read=lambda built: {"test accuracy": (100 * built.accuracy(), "%")},
+        presets=("tiny", "tiny-schedules", "tiny-networks", "small", "medium"),
+    ),
     peers=(Peer(name="torch.compile of phase 0", prepare=compile_together),),
     source="Phase 3 GPU Optimization report of 2025-01-24; layout after tachyon-beep/esperlite, morphogenetic_v2",
 )

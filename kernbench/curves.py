@@ -1,0 +1,51 @@
+"""Trains a workload with each variant from the same start, and follows its loss and the figures it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+
+from kernbench import record
+from kernbench.measure import Settings, Side, workload_errors
+from kernbench.swap import Plan
+from kernbench.workload import Curves
+
+LOSS = "loss"
+
+
+def wanted(settings: Settings) -> Curves | None:
+    """The curves of a workload, where its preset is one that trains."""
+    curves = settings.workload.curves
+    return curves if curves is not None and settings.preset in curves.presets else None
+
+
+def follow(
+    settings: Settings, plan: Plan, curves: Curves, implementation: str, advance: Callable[[int], None]
+) -> list[record.Curve]:
+    """One training run from a fresh build; ``advance`` is told of the steps.
+
+    Raises:
+        WorkloadFailed: a step or a reading raised, or the loss is not finite.
+    """
+    side = Side(settings, plan)
+    steps: list[int] = []
+    values: dict[str, list[float]] = {}
+    units: dict[str, str] = {}
+    with plan.applied(side.built):
+        for first in range(0, curves.steps, curves.every):
+            count = min(curves.every, curves.steps - first)
+            for index in range(first, first + count):
+                side.step(index)
+            steps.append(first + count)
+            losses = side.check_losses()
+            figures = {LOSS: (fmean(losses), "")} if losses else {}
+            with workload_errors(f"the curves of {settings.workload.name} could not be read"):
+                figures |= curves.read(side.built)
+            for name, (value, unit) in figures.items():
+                values.setdefault(name, []).append(float(value))
+                units[name] = unit
+            advance(count)
+    return [
+        record.Curve(name=name, implementation=implementation, steps=steps, values=found, unit=units[name])
+        for name, found in values.items()
+    ]

@@ -1,0 +1,141 @@
+"""Training curves: what is followed, that kasmina learns the same with every phase, and how it is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import report_records
+import torch
+
+from kernbench import curves, measure, registry, swap
+from kernbench.errors import WorkloadFailed
+from kernbench.record import BenchRecord, Curve
+from kernbench.report import html, sweepplot
+from kernbench.workload import Curves, Workload
+
+CPU = torch.device("cpu:0")
+
+
+def kasmina() -> Workload:
+    return registry.workload("kasmina").declaration
+
+
+def trained(numbers: tuple[int, ...], dtype: torch.dtype, use: str = "eager") -> dict[str, Curve]:
+    """The curves of the tiny preset with these phases in place, by their names."""
+    workload = kasmina()
+    settings = measure.Settings(
+        workload=workload, preset="tiny", device=CPU, dtype=dtype, seed=0, data=None, steps=1
+    )  # fmt: skip
+    declared = curves.wanted(settings)
+    assert declared is not None
+    plan = swap.plan(
+        workload, numbers, use=dict.fromkeys(numbers, use), kernels=lambda name: registry.kernel(name).declaration
+    )
+    found = curves.follow(settings, plan, declared, "phases", lambda _: None)
+    return {curve.name: curve for curve in found}
+
+
+def test_kasmina_learns_the_same_with_every_phase() -> None:
+    baseline, phases = trained((), torch.float64), trained((0, 1, 2, 3, 4), torch.float64)
+    assert baseline["test accuracy"].steps == list(range(15, 301, 15))
+    assert baseline["test accuracy"].values == phases["test accuracy"].values
+    assert phases["loss"].values == pytest.approx(baseline["loss"].values, rel=1e-9)
+    assert baseline["test accuracy"].values[-1] > 90
+    assert baseline["loss"].values[-1] < 0.2 < 1.5 < baseline["loss"].values[0]
+
+
+def test_in_float32_rounding_changes_no_image_in_a_hundred() -> None:
+    baseline, phases = trained((), torch.float32), trained((0, 1, 2, 3, 4), torch.float32)
+    assert phases["test accuracy"].values[-1] == pytest.approx(baseline["test accuracy"].values[-1], abs=1.0)
+    assert phases["loss"].values[-1] == pytest.approx(baseline["loss"].values[-1], rel=1e-2)
+
+
+class Counting:
+    """Its loss counts its steps, so that each reading can be told."""
+
+    units_per_step = 1.0
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def step(self, index: int) -> torch.Tensor | None:
+        self.count += 1
+        return torch.tensor(float(index))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def counting(read: Any, preset: str = "one") -> measure.Settings:
+    workload = Workload(
+        name="counting", unit="steps", summary="", presets={"one": 1, "other": 2}, build=lambda **_: Counting(),
+        curves=Curves(read=read, presets=("one",), steps=7, every=3),
+    )  # fmt: skip
+    return measure.Settings(
+        workload=workload, preset=preset, device=CPU, dtype=torch.float32, seed=0, data=None, steps=1
+    )
+
+
+def follow(settings: measure.Settings) -> list[Curve]:
+    declared = curves.wanted(settings)
+    assert declared is not None
+    bare = swap.plan(settings.workload, (), use={}, kernels=lambda name: registry.kernel(name).declaration)
+    return curves.follow(settings, bare, declared, "baseline", lambda _: None)
+
+
+def test_a_reading_comes_after_its_steps_and_the_loss_is_their_mean() -> None:
+    loss, count = follow(counting(lambda built: {"count": (built.count, "steps")}))
+    assert (loss.name, loss.steps, loss.values) == ("loss", [3, 6, 7], [1.0, 4.0, 6.0])
+    assert (count.name, count.unit, count.values) == ("count", "steps", [3.0, 6.0, 7.0])
+
+
+def test_a_reading_that_fails_says_so() -> None:
+    def fail(built: Any) -> dict[str, tuple[float, str]]:
+        raise ValueError("no images")
+
+    with pytest.raises(WorkloadFailed, match="curves of counting could not be read: ValueError: no images"):
+        follow(counting(fail))
+
+
+def test_other_presets_are_not_followed() -> None:
+    assert curves.wanted(counting(dict, preset="other")) is None
+    with pytest.raises(ValueError, match="follows curves of huge, which are no presets"):
+        dataclasses.replace(kasmina(), curves=Curves(read=dict, presets=("huge",)))
+    for every in (0, 8):
+        with pytest.raises(ValueError, match="are no curve"):
+            Curves(read=dict, presets=(), steps=7, every=every)
+
+
+def shown(**ends: float) -> BenchRecord:
+    return BenchRecord(
+        run_id="r", created_utc="2026-11-21T14:25:30+00:00", command="c", environment=report_records.environment(),
+        status="complete",
+        curves=[
+            Curve(name="test accuracy", unit="%", implementation=name, steps=[15, 30], values=[60.0, end])
+            for name, end in ends.items()
+        ],
+    )  # fmt: skip
+
+
+def test_the_page_shows_every_curve() -> None:
+    found = shown(baseline=94.0, phases_0_1=94.0)
+    table = sweepplot.curves(found)
+    assert table is not None
+    assert table.said == ["Test accuracy ends at 94.0 % in all of them."]
+    page = html.render(found)
+    assert "Training curves" in page
+    assert page.count("phases_0_1") >= 3
+    assert sweepplot.curves(shown(baseline=94.0, phase=92.5)).said == [  # type: ignore[union-attr]
+        "Test accuracy ends between 92.5 % and 94.0 %, 1.50 % apart."
+    ]
+    assert sweepplot.curves(shown()) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("numbers", [(0,), (0, 1, 2, 3), (0, 1, 2, 3, 4)], ids=str)
+def test_kasmina_learns_the_same_with_kernels_on_a_gpu(numbers: tuple[int, ...], monkeypatch: Any) -> None:
+    monkeypatch.setattr("test_curves.CPU", torch.device("cuda:0"))
+    baseline, phases = trained((), torch.float32), trained(numbers, torch.float32, "triton")
+    assert phases["test accuracy"].values[-1] == pytest.approx(baseline["test accuracy"].values[-1], abs=1.0)
