@@ -162,6 +162,8 @@ def enrich(
         trace=trace.info,
         headline=findings.headline(trace, costs),
         findings=costs,
+        views={str(view): rows for view, rows in hotspots.views(trace, lines).items()},
+        gaps=launches.gaps(trace),
         idle_sites=idle.sites(trace, lines),
         roofline=shapes.roofline(trace, ceilings),
         communication=ranks,

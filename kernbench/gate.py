@@ -258,14 +258,15 @@ def _signed(share: float) -> str:
 def _host_reads(before: Side, after: Side) -> Check:
     """A read is new if its function did not read with that operator as often before: lines move when code is edited."""
     old, new = _counted(before), _counted(after)
-    rows = _waiting(after)
+    rows, known = _waiting(after), {row.source for row in _waiting(before)}
     more = {key: count - old[key] for key, count in new.items() if count - old[key] > _ROUNDING}
     totals = f"host reads per step {units.count(sum(old.values()))} → {units.count(sum(new.values()))}"
     if not more:
         return Check(name="new syncs", passed=True, sentence=f"{totals}, none new")
     named = []
     for key, count in sorted(more.items(), key=lambda item: -item[1])[:_NAMED]:
-        row = next(row for row in rows if _key(row) == key)
+        alike = [row for row in rows if _key(row) == key]
+        row = next((row for row in alike if row.source not in known), alike[0])
         where = f"{row.file}:{row.line} {row.source}" if row.file else row.op
         named.append(f"{where} ({units.count(count)} more a step)")
     rest = f" and {len(more) - _NAMED} more" if len(more) > _NAMED else ""
