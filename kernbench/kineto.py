@@ -148,11 +148,14 @@ class _Gathered:
         Raises:
             ValueError: an event lies too far from the others.
         """
-        start_us = np.concatenate([*self._columns[group, "start"], _NO_TIMES]) - origin
+        start_us = np.concatenate([*self._columns[group, "start"], _NO_TIMES])
         duration_us = np.concatenate([*self._columns[group, "duration"], _NO_TIMES])
-        if len(start_us) and not np.all(np.maximum(start_us, duration_us) < _LONGEST_NS / 1000):
+        if len(start_us) and not np.all(np.maximum(start_us - origin, duration_us) < _LONGEST_NS / 1000):
             raise ValueError("an event lies days away from the first one")
-        start_ns = np.rint(start_us * 1000).astype(np.int64)
+        # Kineto counts in nanoseconds and prints three decimals: whole and fraction apart, they come back exactly.
+        whole = np.floor(start_us)
+        start_ns = ((whole - np.floor(origin)) * 1000 + np.rint((start_us - whole) * 1000)).astype(np.int64)
+        start_ns -= round((origin - np.floor(origin)) * 1000)
         return Columns(
             name=self.column(group, "name"),
             thread=self.column(group, "thread"),
