@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -34,8 +34,10 @@ AS_CALLED = "cold, as called"
 MOST_SETS = 8
 WARM_UP_CALLS = 3
 LEAST_CALLS = 3
+LEAST_IN_BLOCK = 6
+"""With one checked call and its controls, two are left."""
 MOST_CALLS = 50
-MOST_PAIRS = 100
+MOST_BLOCKS = 100
 BLOCK_SECONDS = 5e-3
 
 # 256 MB is what triton.testing.do_bench clears; more only where twice the cache is more.
@@ -47,6 +49,10 @@ QUEUE_SECONDS = 2.5e-3
 REPLAYS = 5
 PAIRS = 100
 CALIBRATION_CYCLES = 10_000_000
+
+# No call takes no time: one that seems to is shorter than the clock can tell.
+HOST_RESOLUTION = 1e-7
+EVENT_RESOLUTION = 32e-9
 
 
 class InputSets:
@@ -101,6 +107,10 @@ class InputSets:
     def __getitem__(self, index: int) -> Inputs:
         return self.sets[index % len(self.sets)]
 
+    def given(self, index: int, places: Sequence[int]) -> Inputs:
+        """The inputs of a block's call: loaded if it is in ``places``, with fresh values if it is the first of them."""
+        return self.witness.load(usual=index != places[0]) if index in places else self[index]
+
     def restore(self) -> None:
         """Undo what calls wrote into their arguments."""
         for tensor, saved in self._kept:
@@ -110,33 +120,36 @@ class InputSets:
 class Block:
     """One block of an implementation's calls: seconds per call, and the checked call's result compared.
 
-    ``time`` takes the place of the call to check, -1 for none; it returns the seconds of each call, and its result.
+    ``time`` takes the places of the calls to load inputs for, the first of them the one to check; it returns the
+    seconds of each call, and the result of that one.
     """
 
     def __init__(
         self,
         witness: Witness,
         count: int,
-        time: Callable[[int], tuple[list[float], Leaves]],
+        time: Callable[[Sequence[int]], tuple[list[float], Leaves]],
         allowance: Allowance | None,
+        resolution: float,
     ) -> None:
         self.witness = witness
         self.count = count
         self.time = time
         self.allowance = allowance
-        self.pairs: deque[tuple[float, float]] = deque(maxlen=MOST_PAIRS)
+        self.resolution = resolution
+        self.checked: deque[tuple[float, list[float]]] = deque(maxlen=MOST_BLOCKS)
 
     def __call__(self, number: int) -> float:
-        place = self.witness.place(self.count)
-        seconds, got = self.time(place)
-        if place >= 0:
-            where = f"in timed call {place + 1} of round {number + 1}"
+        places = self.witness.places(self.count)
+        seconds, got = self.time(places)
+        if places:
+            where = f"in timed call {places[0] + 1} of round {number + 1}"
             self.witness.check(got, where, allowance=self.allowance)
-            # Not the median: the fresh values stay in their set, which may be half of all calls.
-            self.pairs.append((seconds[place], sorted(seconds)[len(seconds) // 4]))
-            if reason := slower_when_checked(self.pairs):
+            self.checked.append((seconds[places[0]], [seconds[place] for place in places[1:]]))
+            if reason := slower_when_checked(self.checked, self.resolution):
                 raise WrongResult(reason)
-        return median(seconds)
+        # Loaded inputs are nearer, and a host that has just loaded them is colder, than where nothing is checked.
+        return median([took for place, took in enumerate(seconds) if place not in places] or seconds)
 
 
 class HostCalls:
@@ -151,32 +164,31 @@ class HostCalls:
         for index in range(max(WARM_UP_CALLS, len(self.inputs.sets))):
             self.inputs.witness.poison(call(**self.inputs[index]))
         checked_call(self.inputs.witness, call, "after warm-up", allowance=allowance)
-        estimate = median(self._seconds(call, 1, -1)[0])
-        count = int(min(MOST_CALLS, max(LEAST_CALLS, BLOCK_SECONDS / estimate)))
+        count = _calls_of_a_block(median(self._seconds(call, 1, ())[0]))
 
-        def time(place: int) -> tuple[list[float], Leaves]:
+        def time(places: Sequence[int]) -> tuple[list[float], Leaves]:
             self.inputs.restore()
-            return self._seconds(call, count, place)
+            return self._seconds(call, count, places)
 
-        return Block(self.inputs.witness, count, time, allowance)
+        return Block(self.inputs.witness, count, time, allowance, HOST_RESOLUTION)
 
     def host_seconds(self, call: Callable[..., Any]) -> float | None:
         """None: on the CPU the host does the work itself."""
         return None
 
-    def _seconds(self, call: Callable[..., Any], count: int, place: int) -> tuple[list[float], Leaves]:
+    def _seconds(self, call: Callable[..., Any], count: int, places: Sequence[int]) -> tuple[list[float], Leaves]:
         seconds = []
         witness = self.inputs.witness
         got: Leaves = {}
         with collector_off():
             for index in range(count):
-                inputs = witness.load() if index == place else self.inputs[index]
+                inputs = self.inputs.given(index, places)
                 move_versions(inputs)
                 run = ready(call, inputs)
                 start = now()
                 output = run()
-                seconds.append(now() - start)
-                if index == place:
+                seconds.append(max(now() - start, HOST_RESOLUTION))
+                if index in places[:1]:
                     got = witness.take(output)
                 witness.poison(output)
         return seconds, got
@@ -205,7 +217,8 @@ class ColdCalls:
         size = max(LEAST_CLEAR_BYTES, 2 * cache_bytes(device))
         self.scratch = torch.empty(size // 4, dtype=torch.int32, device=device)
         self.cycles_per_second = self._calibrate()
-        self.pair_seconds = self._calibrate_pair() if queued else 0.0
+        # What an event pair adds to the time of the work between its events, and how far such times scatter.
+        self.pair_seconds, self.scatter = self._calibrate_pair() if queued else (0.0, 0.0)
 
     def prepare(self, call: Callable[..., Any], allowance: Allowance | None = None) -> Callable[[int], float]:
         self.inputs.witness.reset()
@@ -214,14 +227,13 @@ class ColdCalls:
         checked_call(self.inputs.witness, call, "after warm-up", allowance=allowance)
         synchronize(self.device)
         pace = self._pace(call)
-        estimate = median(self._seconds(call, LEAST_CALLS, pace, -1)[0])
-        count = int(min(MOST_CALLS, max(LEAST_CALLS, BLOCK_SECONDS / max(estimate, 1e-6))))
+        count = _calls_of_a_block(median(self._seconds(call, LEAST_CALLS, pace, ())[0]))
 
-        def time(place: int) -> tuple[list[float], Leaves]:
+        def time(places: Sequence[int]) -> tuple[list[float], Leaves]:
             self.inputs.restore()
-            return self._seconds(call, count, pace, place)
+            return self._seconds(call, count, pace, places)
 
-        return Block(self.inputs.witness, count, time, allowance)
+        return Block(self.inputs.witness, count, time, allowance, self.scatter)
 
     def host_seconds(self, call: Callable[..., Any]) -> float:
         """What the host needs to launch one call, not waiting for it."""
@@ -263,7 +275,9 @@ class ColdCalls:
         self.inputs.witness.poison(output)
         return got
 
-    def _seconds(self, call: Callable[..., Any], count: int, pace: float, place: int) -> tuple[list[float], Leaves]:
+    def _seconds(
+        self, call: Callable[..., Any], count: int, pace: float, places: Sequence[int]
+    ) -> tuple[list[float], Leaves]:
         marks: list[tuple[Any, Any]] = [(event(), event()) for _ in range(count)]
         run_length = int(min(count, max(1, QUEUE_SECONDS / pace)))
         got: Leaves = {}
@@ -272,12 +286,13 @@ class ColdCalls:
                 run = range(start, min(start + run_length, count))
                 if self.queued:
                     # Loading and taking a checked call's values costs the host about as much as queuing a call.
-                    self._occupy(1.5 * (len(run) + 2 * (place in run)) * pace + 1e-4)
+                    loads = sum(place in run for place in places)
+                    self._occupy(1.5 * (len(run) + 2 * loads) * pace + 1e-4)
                 for index in run:
-                    inputs = self.inputs.witness.load() if index == place else self.inputs[index]
-                    got = self._queue(call, inputs, marks[index], check=index == place) or got
+                    inputs = self.inputs.given(index, places)
+                    got = self._queue(call, inputs, marks[index], check=index in places[:1]) or got
                 synchronize(self.device)
-        return [max(seconds_between(begin, end) - self.pair_seconds, 0.0) for begin, end in marks], got
+        return [max(seconds_between(begin, end) - self.pair_seconds, EVENT_RESOLUTION) for begin, end in marks], got
 
     def _occupy(self, seconds: float) -> None:
         _spin(int(seconds * self.cycles_per_second))
@@ -291,17 +306,30 @@ class ColdCalls:
         synchronize(self.device)
         return CALIBRATION_CYCLES / seconds_between(begin, end)
 
-    def _calibrate_pair(self) -> float:
-        """What an event pair adds to the time of the work between its events."""
+    def _calibrate_pair(self) -> tuple[float, float]:
+        """What an event pair adds to the time of the work between its events, and how far such times scatter."""
         least = torch.zeros(1, device=self.device)
         marks = [(event(), event()) for _ in range(PAIRS)]
-        self._occupy(QUEUE_SECONDS)
-        for begin, end in marks:
-            self.scratch[:1024].zero_()
-            mark(begin)
-            least.add_(1)
-            mark(end)
+
+        def queue() -> float:
+            start = now()
+            for begin, end in marks:
+                self.scratch[:1024].zero_()
+                mark(begin)
+                least.add_(1)
+                mark(end)
+            return now() - start
+
+        # Kernels are loaded when they first run, which takes the host far longer than the device is kept busy; pairs
+        # would then hold launches, and times of short kernels come out as nothing.
+        queue()
         synchronize(self.device)
+        pace = queue()
+        synchronize(self.device)
+        self._occupy(max(QUEUE_SECONDS, 2 * pace))
+        queue()
+        synchronize(self.device)
+        seconds = sorted(seconds_between(begin, end) for begin, end in marks)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(PAIRS):
@@ -314,7 +342,11 @@ class ColdCalls:
         mark(end)
         synchronize(self.device)
         alone = seconds_between(begin, end) / (REPLAYS * PAIRS)
-        return max(0.0, median(seconds_between(begin, end) for begin, end in marks) - alone)
+        return max(0.0, median(seconds) - alone), seconds[PAIRS * 9 // 10] - seconds[PAIRS // 10]
+
+
+def _calls_of_a_block(seconds: float) -> int:
+    return int(min(MOST_CALLS, max(LEAST_IN_BLOCK, BLOCK_SECONDS / max(seconds, 1e-6))))
 
 
 def _spin(cycles: int) -> None:

@@ -14,6 +14,11 @@ found out by its times, as the checked calls are the slower ones.
 What cannot be found out: a kernel that knows all values again that it was ever given, on the device, and keeps their
 results, as the fresh values come back too; one that reads this module's random generator out of the program's memory;
 work on another stream that is over before the result is copied.
+
+Times are compared with those of controls, calls of the same block whose inputs were written anew just before as well,
+but with their usual values. Places are drawn, so for a kernel that does the same work on all values the checked call is
+equally likely to be the slowest, second slowest and so on of these few, however the times scatter and whatever loading
+does to caches and to the host. That it is slower as often as is reported has a chance below ``FALSE_ALARM``.
 """
 
 from __future__ import annotations
@@ -38,7 +43,9 @@ from kernbench.timing import synchronize
 FRESH_SEED = 1_000_003
 """Far from the seeds of the input sets, whose values these must not be."""
 SLOWER_WHEN_CHECKED = 1.5
-LEAST_CHECKS = 10
+CONTROLS = 3
+FALSE_ALARM = 1e-6
+"""Chance after each block, at most. Ten blocks with three controls each are the fewest that can pass it."""
 
 
 class WrongResult(Exception):  # noqa: N818 - it names what an implementation gave, and becomes a label
@@ -96,7 +103,6 @@ class Witness:
         self.unchecked = ""
         self._spec = spec
         self._returned = "gradient" if isinstance(spec.reference, Backward) else "output"
-        self._make = make
         self._seed = seed
         self._random = random.Random(seed)
         tolerance = spec.tolerance.get(str(dtype).removeprefix("torch."), Tolerance())
@@ -105,8 +111,9 @@ class Witness:
         self._accepted: set[tuple[Any, ...]] = set()
         self._storages = {tensor.untyped_storage().data_ptr() for tensor in tensors(inputs)}
         self._values: Inputs = {}
+        self._usual: Inputs = {}
         try:
-            self._values = compare.clone(inputs)
+            self._values, self._usual = compare.clone(inputs), compare.clone(inputs)
             _copy(make(FRESH_SEED + seed), self._values, like=inputs)
         except Exception as error:
             if not _memory(error):
@@ -123,21 +130,25 @@ class Witness:
 
     def _leave(self, why: str) -> None:
         self._truths.clear()
-        self._values = {}
+        self._values = self._usual = {}
         self.unchecked = f"not compared with eager while timed: {why}"
 
     def reset(self) -> None:
         """Give the inputs the values back that they had before any check, which an implementation is to see first."""
         if not self.unchecked:
-            _copy(self._make(self._seed), self.inputs, like=self.inputs)
+            self.load(usual=True)
 
-    def place(self, count: int) -> int:
-        """Which of a block's calls to check; -1 if none can be."""
-        return -1 if self.unchecked else self._random.randrange(count)
+    def places(self, count: int) -> list[int]:
+        """Which of a block's calls to check, then those of its controls; empty if nothing can be checked.
 
-    def load(self) -> Inputs:
-        """The inputs with their fresh values, whatever calls have written into them since."""
-        _copy(self._values, self.inputs, like=self.inputs)
+        One call at least is neither, if there are two.
+        """
+        wanted = max(1, min(1 + CONTROLS, count - 1))
+        return [] if self.unchecked else self._random.sample(range(count), wanted)
+
+    def load(self, *, usual: bool = False) -> Inputs:
+        """The inputs with their fresh values, or their usual ones, whatever calls have written into them since."""
+        _copy(self._usual if usual else self._values, self.inputs, like=self.inputs)
         return self.inputs
 
     def take(self, output: Any) -> Leaves:
@@ -224,18 +235,25 @@ class Witness:
         return self._run(modes.nudge(self._values, self._seed), calls)
 
 
-def slower_when_checked(pairs: Sequence[tuple[float, float]]) -> str:
+def slower_when_checked(blocks: Sequence[tuple[float, Sequence[float]]], resolution: float = 0.0) -> str:
     """Why an implementation seems to work only in the checked calls; empty if it does not.
 
+    Counts the controls that the checked call of their block exceeds. Without a difference the number of one block is at
+    most that of a place drawn among them all, in every block anew.
+
     Args:
-        pairs: seconds of the checked call, and what a quarter of its block's calls stay below, for each block.
+        blocks: seconds of the checked call and of its controls, for each block.
+        resolution: seconds that times of the same work may differ by, as the timer goes.
     """
-    if len(pairs) < LEAST_CHECKS:
+    exceeded = 0
+    chances = numpy.ones(1)
+    for checked, controls in blocks:
+        exceeded += sum(checked > max(SLOWER_WHEN_CHECKED * usual, usual + resolution) for usual in controls)
+        chances = numpy.convolve(chances, numpy.full(len(controls) + 1, 1 / (len(controls) + 1)))
+    if float(chances[exceeded:].sum()) > FALSE_ALARM:
         return ""
-    ratios = [checked / usual for checked, usual in pairs]
-    if float(numpy.quantile(ratios, 0.25)) <= SLOWER_WHEN_CHECKED:
-        return ""
-    checked, usual = (float(numpy.median(column)) * 1e6 for column in zip(*pairs, strict=True))
+    checked = float(numpy.median([checked for checked, _ in blocks])) * 1e6
+    usual = float(numpy.median([usual for _, controls in blocks for usual in controls])) * 1e6
     return (
         f"takes {checked:.1f} us where its result is checked and {usual:.1f} us elsewhere, so it skips work when the "
         "inputs are those of an earlier call"
