@@ -14,6 +14,7 @@ from kernbench.analysis.costs import IdleCosts, exposed_communication, idle_cost
 from kernbench.analysis.hotspots import hotspots
 from kernbench.analysis.idle import idle
 from kernbench.analysis.idlepieces import loading_intervals
+from kernbench.analysis.intervals import grouped
 from kernbench.analysis.launches import launches
 from kernbench.analysis.readcauses import Place, read_places
 from kernbench.analysis.windows import step_windows
@@ -157,13 +158,13 @@ def _of_host(trace: Trace, costs: IdleCosts, lines: LineLog | None, step: float)
             continue
         mine = (costs.cause == number) & (costs.pieces.cause == number) & (costs.pieces.site >= 0)
         row = costs.pieces.site[mine]
-        keys, position = np.unique(np.stack([where.op[row], where.line[row]], axis=1), axis=0, return_inverse=True)
+        keys, position = grouped(where.op[row], where.line[row])
         op, source, share = "", None, 0.0
         if len(keys):
-            spent = np.bincount(position.ravel(), weights=costs.ns[mine])
+            spent = np.bincount(position, weights=costs.ns[mine])
             largest = int(spent.argmax())
-            op = where.op_name(int(keys[largest, 0]))
-            source = where.source(int(keys[largest, 1]))
+            op = where.op_name(keys[largest][0])
+            source = where.source(keys[largest][1])
             share = float(spent[largest]) / 1e9 / steps / seconds
         if number == idlepieces.SLOW_LAUNCH:
             sentence = advice.slow_launch_sentence(seconds, step, op)

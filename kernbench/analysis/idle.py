@@ -6,6 +6,7 @@ import numpy as np
 
 from kernbench.analysis.attribution import places
 from kernbench.analysis.idlepieces import CAUSES, Pieces, pieces
+from kernbench.analysis.intervals import grouped
 from kernbench.analysis.windows import Windows, busy_intervals, on_main_device, step_windows
 from kernbench.record import Idle, IdleSite, LineLog
 from kernbench.trace import Trace
@@ -53,18 +54,17 @@ def sites(trace: Trace, lines: LineLog | None, limit: int = _SITES) -> list[Idle
     site = found.site[kept]
     op = np.where(site >= 0, where.op[site], -1)
     line = np.where(site >= 0, where.line[site], -1)
-    keys = np.stack([found.cause[kept], op, line], axis=1)
-    distinct, position = np.unique(keys, axis=0, return_inverse=True)
-    spent = np.bincount(position.ravel(), weights=inside[kept], minlength=len(distinct))
-    count = np.bincount(position.ravel(), minlength=len(distinct))
+    distinct, position = grouped(found.cause[kept], op, line)
+    spent = np.bincount(position, weights=inside[kept], minlength=len(distinct))
+    count = np.bincount(position, minlength=len(distinct))
     steps = len(windows.start)
     return [
         IdleSite(
-            cause=CAUSES[distinct[row, 0]],
+            cause=CAUSES[distinct[row][0]],
             seconds_per_step=float(spent[row]) / steps / 1e9,
             count_per_step=float(count[row]) / steps,
-            op=where.op_name(int(distinct[row, 1])),
-            source=where.source(int(distinct[row, 2])),
+            op=where.op_name(distinct[row][1]),
+            source=where.source(distinct[row][2]),
         )
         for row in np.argsort(-spent, kind="stable")[:limit].tolist()
     ]

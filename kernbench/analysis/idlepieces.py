@@ -187,6 +187,7 @@ def _by_host_activity(trace: Trace, gaps: _Gaps) -> tuple[list[_Part], Ints]:
     return parts, np.where(alone, culprit, -1)
 
 
+@once_per_trace
 def blocking_rows(trace: Trace) -> tuple[Ints, Ints]:
     """Host rows that wait for the device on the program's behalf, and those in which the allocator holds it up.
 
@@ -195,7 +196,10 @@ def blocking_rows(trace: Trace) -> tuple[Ints, Ints]:
     """
     host, device = trace.host, trace.device
     copies = device.call[trace.named(_FROM_PAGEABLE)[device.name] & (device.kind == COPY) & (device.call >= 0)]
-    waits = np.union1d(trace.sync_calls, copies[(host.end_ns - host.start_ns)[copies] > STAGED_NS])
+    waiting = np.zeros(len(host), bool)
+    waiting[trace.sync_calls] = True
+    waiting[copies[(host.end_ns - host.start_ns)[copies] > STAGED_NS]] = True
+    waits = np.flatnonzero(waiting)
     waits = waits[np.argsort(host.start_ns[waits], kind="stable")]
     allocating = (host.kind == CALL) & trace.named(_ALLOCATION)[host.name]
     calls = np.flatnonzero(host.kind == CALL)
@@ -248,7 +252,7 @@ def _since_last_launch(trace: Trace, gaps: _Gaps) -> tuple[Ints, Ints]:
     host, device = trace.host, trace.device
     linked = device.call >= 0
     to_host = (device.kind == COPY) & trace.named(_TO_HOST)[device.name]
-    working, every = (np.sort(host.start_ns[np.unique(device.call[rows])]) for rows in (linked & ~to_host, linked))
+    working, every = (np.sort(host.start_ns[device.call[rows]]) for rows in (linked & ~to_host, linked))
     earlier = np.searchsorted(working, gaps.begun, side="left") - 1
     since = np.minimum(np.append(working, 0)[earlier], gaps.start)
     since = np.where(earlier >= 0, since, gaps.start)

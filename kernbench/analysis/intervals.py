@@ -48,17 +48,19 @@ class Intervals:
 
     def without(self, other: Intervals) -> Intervals:
         """What is covered here and not in ``other``."""
-        return self._where(other, wanted=False)
+        before = np.append(np.iinfo(np.int64).min, other.end)
+        after = np.append(other.start, np.iinfo(np.int64).max)
+        return self.within(Intervals(before, after))
 
     def within(self, other: Intervals) -> Intervals:
         """What is covered here and in ``other``."""
-        return self._where(other, wanted=True)
-
-    def _where(self, other: Intervals, *, wanted: bool) -> Intervals:
-        edges = np.unique(np.concatenate([self.start, self.end, other.start, other.end]))
-        start, end = edges[:-1], edges[1:]
-        kept = self.contains(start) & (other.contains(start) == wanted)
-        return union(start[kept], end[kept])
+        first = np.searchsorted(other.end, self.start, side="right")
+        last = np.searchsorted(other.start, self.end, side="left")
+        count = last - first
+        # One row for each pair of an interval here and one of ``other`` that it meets.
+        here = np.repeat(np.arange(len(count)), count)
+        there = np.arange(len(here)) + np.repeat(first - (np.cumsum(count) - count), count)
+        return Intervals(np.maximum(self.start[here], other.start[there]), np.minimum(self.end[here], other.end[there]))
 
 
 def union(start: Ints, end: Ints) -> Intervals:
@@ -72,3 +74,12 @@ def union(start: Ints, end: Ints) -> Intervals:
     first = np.concatenate([[True], start[1:] > reach[:-1]])
     last = np.concatenate([first[1:], [True]])
     return Intervals(start[first], reach[last])
+
+
+def grouped(*columns: Ints) -> tuple[list[tuple[int, ...]], Ints]:
+    """Distinct rows of columns (entries -1 or larger) in ascending order, and each row's position among them."""
+    key = np.zeros(len(columns[0]), np.int64)
+    for column in columns:
+        key = key * (int(column.max(initial=-1)) + 2) + column + 1
+    _, first, position = np.unique(key, return_index=True, return_inverse=True)
+    return list(zip(*(column[first].tolist() for column in columns), strict=True)), position

@@ -51,8 +51,9 @@ def read_places(trace: Trace, lines: LineLog | None, costs: IdleCosts, whatif: W
     """Every place at which the host waits, in no order; its cost from the replay if that holds, else from idle time."""
     where = places(trace, lines)
     by_row = costs.by_host_row(len(trace.host))
-    stall_of = {row: position for position, known in enumerate(waiting(trace, lines)) for row in known.rows.tolist()}
-    stalls = [known.stall for known in waiting(trace, lines)]
+    known_waits = waiting(trace, lines)
+    stalls = [known.stall for known in known_waits]
+    stall_of = {row: position for position, known in enumerate(known_waits) for row in known.rows.tolist()}
     groups: dict[tuple[int, str, int], list[Wait]] = defaultdict(list)
     for wait in waits(trace, where):
         stall = stall_of.get(wait.rows[0], -1)

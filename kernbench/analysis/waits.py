@@ -104,7 +104,7 @@ def _classes(trace: Trace, first: Ints, last: Ints) -> list[StallClass]:
     pending = reach[np.searchsorted(launched[order], begin) - 1] > begin
     busy_after = busy_intervals(trace).contains(end)
     # One sorted key per launch finds the next launch of the same thread.
-    calls = np.unique(device.call[device.call >= 0])
+    calls = device.call[device.call >= 0]
     span = int(host.end_ns.max()) + RESUME_NS + 1
     keys = np.append(np.sort(host.thread[calls] * span + host.start_ns[calls]), np.iinfo(np.int64).max)
     here = host.thread[first] * span + end
