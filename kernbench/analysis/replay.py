@@ -37,7 +37,7 @@ def replay(program: Program, *, latency_ns: int | None = None, repeats: int = 0,
     default = program.latency_ns[0] if latency_ns is None else latency_ns
     latency = np.where(items.latency_ns >= 0, items.latency_ns, default).tolist()
     stream, gap, duration = items.stream.tolist(), items.gap_ns.tolist(), items.duration_ns.tolist()
-    depends, depth = items.depends, program.depth
+    depends, linked, depth = items.depends, bool(items.depends), program.depth
     columns = (
         nodes.clock.tolist(),
         (nodes.work_ns * host_scale).tolist(),
@@ -66,7 +66,7 @@ def replay(program: Program, *, latency_ns: int | None = None, repeats: int = 0,
                     ready = free[number] + gap[item]
                     if ready > start:
                         start = ready
-                    if item in depends:
+                    if linked and item in depends:
                         for back, pause in depends[item]:
                             if back <= len(ends) and ends[-back] + pause > start:
                                 start = ends[-back] + pause
@@ -87,10 +87,18 @@ def replay(program: Program, *, latency_ns: int | None = None, repeats: int = 0,
     return Replayed(done)
 
 
+def passes(program: Program) -> int:
+    """How many nodes ``steady`` visits."""
+    return len(program.nodes) + _repeats(program) * (len(program.nodes) - program.body)
+
+
+def _repeats(program: Program) -> int:
+    return 3 if program.steps == 1 else 2 if program.steps <= 3 else 1
+
+
 def steady(program: Program, *, latency_ns: int | None = None, host_scale: float = 1.0) -> float:
     """Nanoseconds per step in the steady state, in which the host may run ahead from step to step."""
-    repeats = 3 if program.steps == 1 else 2
-    run = replay(program, latency_ns=latency_ns, repeats=repeats, host_scale=host_scale)
+    run = replay(program, latency_ns=latency_ns, repeats=_repeats(program), host_scale=host_scale)
     return run.period_ns / max(program.steps - 1, 1)
 
 

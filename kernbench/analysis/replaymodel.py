@@ -20,7 +20,7 @@ from kernbench.nesting import Bools, Ints
 from kernbench.trace import Trace
 
 # Nodes of the replayed stretch: enough steps for a steady picture, few enough for some tens of replays a second.
-MOST_NODES = 40_000
+MOST_NODES = 12_000
 # CUDA holds about this many launches before the next one has to wait for room.
 QUEUE_DEPTH = 1024
 # Beyond this share of device work without a launch in the trace, nobody knows when the host issued what.
@@ -171,13 +171,14 @@ def _within(step: Ints, first: int, last: int) -> Bools:
 
 
 def _stretch(trace: Trace) -> tuple[int, int]:
-    """First and last step of the longest run of counted steps, from its end as many as ``MOST_NODES`` allow."""
+    """First and last step of the longest run of counted steps, from its end as many as ``MOST_NODES`` allow, or two."""
     runs = np.split(trace.counted, np.flatnonzero(np.diff(trace.counted) != 1) + 1)
     longest = max(runs, key=len)
     first, last = int(longest[0]), int(longest[-1])
     step = trace.device.step[trace.device.step >= 0]
     nodes = np.cumsum(np.bincount(step, minlength=len(trace.steps))[first : last + 1][::-1])
-    return last - max(0, min(last - first, int(np.searchsorted(nodes, MOST_NODES, side="right")) - 1)), last
+    fitting = max(int(np.searchsorted(nodes, MOST_NODES, side="right")), 2)
+    return last - min(last - first, fitting - 1), last
 
 
 def _items(trace: Trace, first: int, last: int) -> Ints:

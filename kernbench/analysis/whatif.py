@@ -14,7 +14,7 @@ import numpy as np
 
 from kernbench.analysis import hostcuts
 from kernbench.analysis.idle import step_windows
-from kernbench.analysis.replay import replay, steady, with_host_time, without_nodes, without_waits
+from kernbench.analysis.replay import passes, replay, steady, with_host_time, without_nodes, without_waits
 from kernbench.analysis.replaymodel import CannotReplayError, Program, model
 from kernbench.analysis.replaysites import Site, read_nodes, sites
 from kernbench.nesting import Bools, Ints
@@ -24,9 +24,10 @@ from kernbench.trace import Trace
 LIMIT = 0.05
 # Sites beyond these are in "all stalls" only.
 MOST_SITES = 12
+LEAST_SITES = 3
 MOST_ORDERED = 6
-# Node visits that all estimates together may take: about two seconds.
-MOST_VISITS = 2_500_000
+# Node visits that the estimates may take together: about a second. Past it the best order and further sites stop.
+MOST_VISITS = 1_000_000
 # A change that wins less than this share of the step is not worth a line.
 LEAST_SHARE = 0.002
 # Profiled host time is up to this many times the unprofiled one.
@@ -123,10 +124,13 @@ class WhatIfReplay:
 
     def estimates(self) -> list[Estimate]:
         """Stalls alone, in the best order and all together, then the other changes."""
-        alone = sorted(
-            (self._without_site(site) for site in self._largest()), key=lambda row: -sum(row.saving_seconds_per_step)
-        )
-        rows = [*alone, *self._best_order(), *self._all_stalls(), *self._others()]
+        together, others = self._all_stalls(), self._others()
+        alone = list[Estimate]()
+        for site in self._largest():
+            if self.visits < MOST_VISITS or len(alone) < LEAST_SITES:
+                alone.append(self._without_site(site))
+        alone.sort(key=lambda row: -sum(row.saving_seconds_per_step))
+        rows = [*alone, *self._best_order(), *together, *others]
         return [row for row in rows if row.change == "without stall" or row.share >= LEAST_SHARE]
 
     def estimate(self, changed: Program, **what: object) -> Estimate:
@@ -167,7 +171,7 @@ class WhatIfReplay:
         return mask
 
     def _steady(self, program: Program, latency: int) -> float:
-        self.visits += 4 * len(program.nodes)
+        self.visits += passes(program)
         return steady(program, latency_ns=latency, host_scale=self.scale)
 
     def _largest(self) -> list[Site]:
