@@ -11,7 +11,6 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import msgspec
 import numpy as np
@@ -27,7 +26,6 @@ from kernbench.trace import Trace
 NOTABLE_SHARE = 0.02
 # Here a rank waits for one other, and not for all.
 _POINT_TO_POINT = re.compile(r"send|recv", re.IGNORECASE)
-_KERNEL_NAME = re.compile(r"(?:nccl|rccl)(?:Dev)?Kernel_?(\w+?)(?:_(?:RING|TREE|COLLNET|NVLS|PAT).*)?(?:\(.*)?$")
 
 _Key = tuple[int, str, int, int]
 
@@ -111,17 +109,11 @@ def communicates(trace: Trace) -> Bools:
 
 
 def _name(trace: Trace, row: int) -> str:
-    """The collective's own name, else what its kernel's name says of it."""
+    """The collective's own name, else its kernel's."""
     index = int(trace.device.collective[row])
     if index >= 0:
         return trace.names[index]
-    return _of_kernel(trace.names[trace.device.name[row]])
-
-
-@lru_cache(maxsize=256)
-def _of_kernel(name: str) -> str:
-    match = _KERNEL_NAME.match(name)
-    return match.group(1) if match else name
+    return trace.names[int(trace.device.name[row])]
 
 
 def _lengths(trace: Trace, rows: Ints) -> dict[_Key, int]:

@@ -40,15 +40,13 @@ class Shaped:
 def roofline(trace: Trace, ceilings: Ceilings | None, limit: int = 40) -> list[RooflinePoint]:
     """One point per operator and shapes, longest first; empty where no shapes are recorded.
 
-    A kernel counts for the innermost operator around its launch whose work is known from its shapes; on a CPU an
-    operator's own time does. Without ``ceilings`` there is no share, and the bound is unknown but for short kernels.
+    A kernel counts for the innermost operator around its launch whose work is known from its shapes; on a CPU it is the
+    outermost such operator, with all its time. Without ``ceilings`` there is no share, and the bound is unknown but for
+    short kernels.
     """
-    rows, time, kernels = _timed(trace)
-    owner = owners(trace, rows)
-    found = owner >= 0
-    if not found.any():
+    owner, time, kernels = _timed(trace)
+    if not len(owner):
         return []
-    owner, time, kernels = owner[found], time[found], kernels[found]
     shaped = works(trace, np.unique(owner))
     kind = shaped.kind[owner]
     count = len(shaped.works)
@@ -80,13 +78,17 @@ def roofline(trace: Trace, ceilings: Ceilings | None, limit: int = 40) -> list[R
 
 
 def _timed(trace: Trace) -> tuple[Ints, Ints, Ints]:
-    """Host rows of the counted steps with time of their own in ns, and how many kernels that is."""
+    """Operators of the counted steps, each with a time in ns that it owns, and how many kernels that is."""
     host, device = trace.host, trace.device
     if trace.on_gpu:
         rows = np.flatnonzero(trace.in_counted(device.step) & (device.kind == KERNEL) & (device.op >= 0))
-        return device.op[rows], (device.end_ns - device.start_ns)[rows], np.ones(len(rows), np.int64)
-    rows = np.flatnonzero((host.kind == OP) & trace.in_counted(host.step) & (host.self_ns > 0))
-    return rows, host.self_ns[rows], np.zeros(len(rows), np.int64)
+        owner = owners(trace, device.op[rows])
+        rows, owner = rows[owner >= 0], owner[owner >= 0]
+        return owner, (device.end_ns - device.start_ns)[rows], np.ones(len(rows), np.int64)
+    rows = np.flatnonzero(_known(trace)[:-1] & trace.in_counted(host.step))
+    # What such an operator calls is part of its own work.
+    rows = rows[owners(trace, host.parent[rows]) < 0]
+    return rows, (host.end_ns - host.start_ns)[rows], np.zeros(len(rows), np.int64)
 
 
 def owners(trace: Trace, rows: Ints) -> Ints:
