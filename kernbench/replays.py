@@ -52,6 +52,8 @@ class GraphCalls:
         checked_call(witness, call, "before it was captured in a graph", allowance=allowance)
         synchronize(self.device)
         before, graph, output = self._captured(call)
+        # Calls of a backward have arguments of their own.
+        in_place = witness.in_place(output) if before is None else ()
 
         def block(number: int) -> float:
             self.inputs.restore()
@@ -62,7 +64,8 @@ class GraphCalls:
                 _replay(before)
                 graph.replay()
                 got = witness.take(output)
-                witness.check(got, f"replayed in round {number + 1}", calls=self.count, allowance=allowance)
+                where = f"replayed in round {number + 1}"
+                witness.check(got, where, calls=self.count, in_place=in_place, allowance=allowance)
             return seconds
 
         block(0)

@@ -107,7 +107,7 @@ class Witness:
         self._random = random.Random(seed)
         tolerance = spec.tolerance.get(str(dtype).removeprefix("torch."), Tolerance())
         self._rule = Rule(tolerance.forward, tolerance.floor_ulp)
-        self._truths: dict[int, Truth] = {}
+        self._truths: dict[tuple[int, tuple[tuple[str, str], ...]], Truth] = {}
         self._accepted: set[tuple[Any, ...]] = set()
         self._storages = {tensor.untyped_storage().data_ptr() for tensor in tensors(inputs)}
         self._values: Inputs = {}
@@ -124,7 +124,7 @@ class Witness:
             self._leave("eager is left out")
             return
         try:
-            self._truth(1)
+            self._truth(1, ())
         except Exception as error:  # noqa: BLE001 - the reference's own row says what fails; the others are timed
             self._leave("too large for that" if _memory(error) else f"eager fails with {type(error).__name__}")
 
@@ -158,10 +158,35 @@ class Witness:
             found |= {at: _taken(leaf) for at, leaf in compare.leaves(self.inputs[name], name).items()}
         return found
 
-    def check(self, got: Leaves, where: str, *, calls: int = 1, allowance: Allowance | None = None) -> None:
+    def in_place(self, output: Any) -> tuple[tuple[str, str], ...]:
+        """Which outputs are an argument each, by name, though the kernel is not declared to write it.
+
+        A peer may overwrite what nobody needs after the call; the next call with these arguments goes on from there.
+        """
+        arguments = {
+            (value.data_ptr(), value.shape, value.stride(), value.dtype): name
+            for name, value in self.inputs.items()
+            if isinstance(value, Tensor) and value.numel() and name not in self._spec.mutates
+        }
+        return tuple(
+            (name, arguments[look])
+            for name, leaf in compare.leaves(output, self._returned).items()
+            if type(leaf) is Tensor and (look := (leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype)) in arguments
+        )
+
+    def check(
+        self,
+        got: Leaves,
+        where: str,
+        *,
+        calls: int = 1,
+        in_place: tuple[tuple[str, str], ...] = (),
+        allowance: Allowance | None = None,
+    ) -> None:
         """Compare the result of ``calls`` calls in a row, of which the first had fresh inputs.
 
         Args:
+            in_place: outputs that are the arguments of the next call, as :meth:`in_place` tells.
             allowance: what else is let pass, and is told of it.
 
         Raises:
@@ -172,10 +197,10 @@ class Witness:
         for name, leaf in got.items():
             if isinstance(leaf, Tensor) and type(leaf) not in (Tensor, torch.nn.Parameter):
                 raise WrongResult(f"{where}, {name} is a {type(leaf).__name__}, which may do the work when it is read")
-        calls = calls if self._spec.mutates else 1
-        seen = (calls, id(allowance), *_fingerprint(got))
+        calls = calls if self._spec.mutates or in_place else 1
+        seen = (calls, in_place, id(allowance), *_fingerprint(got))
         if seen not in self._accepted:
-            truth, nudged = self._truth(calls), partial(self._nudged, calls)
+            truth, nudged = self._truth(calls, in_place), partial(self._nudged, calls, in_place)
             judged = judge_fairly(got, truth, self._rule, nudged)
             if allowance is not None and any(item.reason for item in judged):
                 allowance.take(judged)
@@ -200,7 +225,7 @@ class Witness:
 
     def result_bytes(self) -> int | None:
         """Bytes of the tensors that one call returns anew; None if the reference does not run."""
-        truth = self._truths.get(1)
+        truth = self._truths.get((1, ()))
         if truth is None:
             return None
         sizes: dict[int, int] = {}
@@ -214,25 +239,26 @@ class Witness:
                     written.add(place)
         return sum(size for place, size in sizes.items() if place not in written)
 
-    def _truth(self, calls: int) -> Truth:
-        if calls not in self._truths:
-            eager = self._run(compare.clone(self._values), calls)
-            self._truths[calls] = Truth(eager, self._run(compare.upcast(self._values), calls))
+    def _truth(self, calls: int, in_place: tuple[tuple[str, str], ...]) -> Truth:
+        key = calls, in_place
+        if key not in self._truths:
+            eager = self._run(compare.clone(self._values), *key)
+            self._truths[key] = Truth(eager, self._run(compare.upcast(self._values), *key))
             synchronize(self.device)
-        return self._truths[calls]
+        return self._truths[key]
 
-    def _run(self, inputs: Inputs, calls: int) -> Leaves:
-        output = None
+    def _run(self, inputs: Inputs, calls: int, in_place: tuple[tuple[str, str], ...]) -> Leaves:
+        found: Leaves = {}
         with torch.no_grad():
             for _ in range(calls):
-                output = self._spec.reference(**inputs)
-        found = compare.leaves(output, self._returned)
+                found = compare.leaves(self._spec.reference(**inputs), self._returned)
+                inputs = inputs | {argument: found[output] for output, argument in in_place}
         for name in self._spec.mutates:
             found |= compare.leaves(inputs[name], name)
         return found
 
-    def _nudged(self, calls: int) -> Leaves:
-        return self._run(modes.nudge(self._values, self._seed), calls)
+    def _nudged(self, calls: int, in_place: tuple[tuple[str, str], ...]) -> Leaves:
+        return self._run(modes.nudge(self._values, self._seed), calls, in_place)
 
 
 def slower_when_checked(blocks: Sequence[tuple[float, Sequence[float]]], resolution: float = 0.0) -> str:

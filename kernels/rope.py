@@ -14,6 +14,8 @@ Shapes: B batch, T tokens, Hq and Hk heads, D head dimension.
 
 from __future__ import annotations
 
+from functools import cache
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -228,8 +230,15 @@ def _liger(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     """In place where heads are by token, else in a copy. It reads half of each doubled table, so these will do."""
     from liger_kernel.ops.rope import LigerRopeFunction  # type: ignore[import-not-found]
 
-    rotated: tuple[Tensor, ...] = LigerRopeFunction.apply(q, k, cos[None], sin[None])
+    # From 0.8 on it takes tables of half the width for a head of which half is to be rotated, unless it is told.
+    told = (None, 1, q.shape[-1]) if _takes_rotary_dim(LigerRopeFunction) else ()
+    rotated: tuple[Tensor, ...] = LigerRopeFunction.apply(q, k, cos[None], sin[None], *told)
     return rotated[0], rotated[1]
+
+
+@cache
+def _takes_rotary_dim(function: Any) -> bool:
+    return "rotary_dim" in signature(function.forward).parameters
 
 
 LLAMA = {"batch": 4, "tokens": 4096, "query_heads": 32, "key_heads": 8, "dim": 128}

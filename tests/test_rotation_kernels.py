@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -172,3 +173,41 @@ def test_sizes_of_the_talker_are_one_tile_for_a_token() -> None:
     inputs = CACHE.make_inputs(case, torch.float32, DEVICE, 0)
     plan = module._planned(*(inputs[name] for name in ("q", "k", "v", "key_cache")))
     assert plan.grid == (3,)
+
+
+def before_partial_rotation(ctx: Any, q: Any, k: Any, cos: Any, sin: Any, position_ids: Any = None) -> None: ...
+
+
+def with_partial_rotation(
+    ctx: Any,
+    q: Any,
+    k: Any,
+    cos: Any,
+    sin: Any,
+    position_ids: Any = None,
+    unsqueeze_dim: int = 1,
+    rotary_dim: Any = None,
+) -> None: ...
+
+
+@pytest.mark.parametrize(("forward", "told"), [(before_partial_rotation, ()), (with_partial_rotation, (None, 1, 22))])
+def test_liger_is_told_to_rotate_whole_heads(monkeypatch: pytest.MonkeyPatch, forward: Any, told: Any) -> None:
+    """Tables of half the width of a head make its newer versions rotate half of the head."""
+    given: list[tuple[Any, ...]] = []
+
+    class LigerRopeFunction:
+        @staticmethod
+        def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+            given.append((cos.shape, sin.shape, more))
+            return q, k
+
+    LigerRopeFunction.forward = forward  # type: ignore[attr-defined]
+    stand_in = ModuleType("liger_kernel.ops.rope")
+    stand_in.LigerRopeFunction = LigerRopeFunction  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", ModuleType("liger_kernel.ops"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.rope", stand_in)
+    peer = ROPE.peers["liger"]
+    assert callable(peer)
+    peer(**inputs_of(ROPE))
+    assert given == [((1, 7, 11), (1, 7, 11), told)]

@@ -409,6 +409,29 @@ def test_several_updates_in_a_row_are_compared_with_as_many_of_the_reference() -
         witness.check(witness.take(reference(**inputs)), "replayed", calls=2)
 
 
+def test_a_peer_that_overwrites_its_argument_goes_on_from_there() -> None:
+    def halves(x: Tensor) -> Tensor:
+        return x * 0.5 + 1
+
+    spec = spec_of(halves, reference=halves, mutates=())
+    inputs = {"x": make_inputs(CASE, torch.float32, CPU, 0)["x"]}
+    witness = Witness(
+        spec, inputs, lambda seed: {"x": make_inputs(CASE, torch.float32, CPU, seed)["x"]}, torch.float32, CPU
+    )
+    assert witness.in_place(halves(**inputs)) == ()
+    witness.load()
+    for _ in range(3):
+        output = inputs["x"].mul_(0.5).add_(1)
+    in_place = witness.in_place(output)
+    assert in_place == (("output", "x"),)
+    got = witness.take(output)
+    with pytest.raises(WrongResult, match="replayed, output max error"):
+        witness.check(witness.take(output), "replayed", calls=2, in_place=in_place)
+    witness.check(got, "replayed", calls=3, in_place=in_place)
+    witness.load()
+    witness.check(witness.take(halves(**inputs)), "replayed", calls=3)
+
+
 def test_an_input_that_is_expanded_stays_what_it_is() -> None:
     def expanded(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
         inputs = make_inputs(case, dtype, device, seed)
