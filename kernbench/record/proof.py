@@ -77,11 +77,13 @@ class Ratio(Struct, frozen=True, kw_only=True):
 class Prediction(Struct, frozen=True, kw_only=True):
     """What the phase promised before it was measured; absent figures are None. ``claim`` is the source document's.
 
-    Syncs and launches are those taken out of a step.
+    Syncs and launches are those taken out of a step. ``replayed`` is the range of the ratio that the replayed trace of
+    the side before gives.
     """
 
     text: str
     claim: str = ""
+    replayed: tuple[float, float] | None = None
     syncs_per_step: float | None = None
     launches_per_step: float | None = None
     ratio_low: float | None = None
