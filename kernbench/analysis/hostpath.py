@@ -50,7 +50,10 @@ def shares(trace: Trace, where: Places, path: Sequence[tuple[int, int]]) -> list
     found = []
     for thread, busy in _threads(trace):
         rows = _outermost(trace, thread)
-        inside = left.covered(host.start_ns[rows], host.end_ns[rows])
+        # Rows that overlap in one thread, as in a damaged trace, must not count twice.
+        reach = np.maximum.accumulate(host.end_ns[rows])
+        begun = np.maximum(host.start_ns[rows], np.append(host.start_ns[rows][:1], reach[:-1]))
+        inside = left.covered(begun, host.end_ns[rows])
         rows, inside = rows[inside > 0], inside[inside > 0]
         found += _grouped(where, where.op[rows], where.line[rows], inside)
         left = left.without(busy)
