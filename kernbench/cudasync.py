@@ -7,6 +7,7 @@ of, are wrapped. Waiting times come from a trace of the same steps, matched by o
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import warnings
@@ -29,12 +30,16 @@ _PROTOTYPE = "Synchronization debug mode is a prototype"
 STREAM, DEVICE, EVENT = "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"
 _HIP = {"hipStreamSynchronize": STREAM, "hipMemcpyWithStream": STREAM}
 _HIP |= {"hipDeviceSynchronize": DEVICE, "hipEventSynchronize": EVENT}
+_ENGINE = "autograd::engine::"
 _COPIES = ("cudaMemcpyAsync", "hipMemcpyAsync")
 
 
 @dataclass(frozen=True)
 class Report:
-    """One synchronisation in program order. Reports with one ``group`` belong to one visible read, such as a print."""
+    """One synchronisation in program order. Reports with one ``group`` belong to one visible read, such as a print.
+
+    ``thread`` names a thread that works beside the steps; "" stands for the one that runs them and for autograd's.
+    """
 
     step: int
     line: int
@@ -42,6 +47,7 @@ class Report:
     group: int
     explicit: str = ""
     phase: int | None = None
+    thread: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,9 @@ class RuntimeWatch:
     sources: SourceTable
     reports: list[Report] = field(default_factory=list)
     _step: int | None = None
-    _inside_explicit: bool = False
-    _groups: int = 0
+    _inside_explicit: set[int] = field(default_factory=set)
+    _groups: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _group: int = 0
     _print: FrameType | None = None
 
     @contextmanager
@@ -92,7 +99,7 @@ class RuntimeWatch:
         def show(message: Warning | str, *rest: Any, **keywords: Any) -> None:
             if not str(message).startswith(WARNING):
                 passed_on(message, *rest, **keywords)
-            elif not self._inside_explicit:
+            elif threading.get_ident() not in self._inside_explicit:
                 self._report(STREAM, sys._getframe(1))
 
         return show
@@ -100,30 +107,38 @@ class RuntimeWatch:
     def _explicit(self, call: str, label: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def synchronize(*args: Any, **kwargs: Any) -> Any:
-                if not self._inside_explicit:
-                    self._report(call, sys._getframe(1), explicit=label)
-                before, self._inside_explicit = self._inside_explicit, True
+                thread = threading.get_ident()
+                if thread in self._inside_explicit:
+                    return original(*args, **kwargs)
+                self._report(call, sys._getframe(1), explicit=label)
+                self._inside_explicit.add(thread)
                 try:
                     return original(*args, **kwargs)
                 finally:
-                    self._inside_explicit = before
+                    self._inside_explicit.discard(thread)
 
             return synchronize
 
         return wrap
 
     def _report(self, call: str, frame: FrameType | None, explicit: str = "") -> None:
-        if self._step is None or not (threading.get_ident() == self.sources.owner or _in_autograd(frame)):
+        step = self._step
+        if step is None:
             return
-        line = self.sources.locate(frame)
+        beside = threading.get_ident() != self.sources.owner and not _in_autograd(frame, self.sources.owner)
+        line = self.sources.locate(frame, of_owner=not beside)
         if line is None:
+            return
+        place = self.sources.nowhere() if line == -1 else line
+        if beside:
+            name = threading.current_thread().name
+            self.reports.append(Report(step, place, call, next(self._groups), explicit, thread=name))
             return
         printing = _print_frame(frame)
         if printing is None or printing is not self._print:
-            self._groups += 1
+            self._group = next(self._groups)
         self._print = printing
-        place = self.sources.nowhere() if line == -1 else line
-        self.reports.append(Report(self._step, place, call, self._groups, explicit, current_phase.get()))
+        self.reports.append(Report(step, place, call, self._group, explicit, current_phase.get()))
 
 
 def _explicit_calls() -> list[tuple[Any, str, str]]:
@@ -154,11 +169,19 @@ def _wrapped(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None
             delattr(owner, name)
 
 
-def _in_autograd(frame: FrameType | None) -> bool:
-    """Whether the thread's outermost frame is the autograd engine calling a custom ``backward``."""
+def _in_autograd(frame: FrameType | None, owner: int) -> bool:
+    """Whether this thread is the autograd engine's, in a custom ``backward`` or in a hook of the program.
+
+    Python did not start the engine's threads, and they run while ``owner`` stands in ``backward``.
+    """
     while frame is not None and frame.f_back is not None:
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename.endswith("torch/autograd/function.py")
+    if frame is not None and frame.f_code.co_filename.endswith("torch/autograd/function.py"):
+        return True
+    waiting = sys._current_frames().get(owner)
+    while waiting is not None and waiting.f_code.co_name != "_engine_run_backward":
+        waiting = waiting.f_back
+    return waiting is not None and threading.current_thread().name.startswith("Dummy-")
 
 
 def _print_frame(frame: FrameType | None) -> FrameType | None:
@@ -172,7 +195,7 @@ def _print_frame(frame: FrameType | None) -> FrameType | None:
 
 
 def runtime_calls(events: Sequence[Mapping[str, Any]]) -> list[RuntimeCall]:
-    """The synchronising runtime calls of the thread that ran the steps, inside the step annotations, in time order.
+    """The synchronising runtime calls of the steps and of the autograd engine's threads, which work for them, in order.
 
     Args:
         events: ``traceEvents`` of a Kineto trace; times in microseconds.
@@ -184,19 +207,20 @@ def runtime_calls(events: Sequence[Mapping[str, Any]]) -> list[RuntimeCall]:
         if event.get("cat") == "user_annotation" and event["name"].startswith("kernbench.step#")
     ]
     threads = {thread for *_, thread in steps}
+    threads |= {event["tid"] for event in complete if event["name"].startswith(_ENGINE)}
     runtime = sorted(
         (event for event in complete if event.get("cat") == "cuda_runtime" and event["tid"] in threads),
         key=lambda event: event["ts"],
     )
     found = []
-    before: Mapping[str, Any] = {"name": ""}
+    before: dict[int, Mapping[str, Any]] = {}
     for event in runtime:
-        call = _HIP.get(event["name"], event["name"])
+        call, last = _HIP.get(event["name"], event["name"]), before.get(event["tid"], {"name": ""})
         step = next((index for start, end, index, _ in steps if start <= event["ts"] <= end), None)
         if step is not None and call in (STREAM, DEVICE, EVENT):
-            copying = before["dur"] if before["name"] in _COPIES and call == STREAM else 0.0
+            copying = last["dur"] if last["name"] in _COPIES and call == STREAM else 0.0
             found.append(RuntimeCall(step, call, (copying + event["dur"]) * 1e-6))
-        before = event
+        before[event["tid"]] = event
     return found
 
 
@@ -204,11 +228,13 @@ def match_waits(reports: Sequence[Report], calls: Sequence[RuntimeCall]) -> tupl
     """Waiting time of each group of reports, and what could not be matched.
 
     The n-th report of a kind of call in a step is the n-th such call in the trace. Where their numbers differ, no time
-    is given for that kind in that step: a guess would put one line's wait on another.
+    is given for that kind in that step: a guess would put one line's wait on another. Threads beside the steps' own
+    have no times here: the trace does not know them by name.
     """
     seconds: dict[tuple[int, str], list[float]] = defaultdict(list)
     for call in calls:
         seconds[call.step, call.call].append(call.seconds)
+    reports = [report for report in reports if not report.thread]
     reported = Counter((report.step, report.call) for report in reports)
     notes = [
         f"step {step}: {name} was reported {reported[step, name]} times but traced {len(seconds[step, name])} times; "
@@ -247,13 +273,16 @@ def merge(
     groups: dict[int, Report] = {}
     for report in reports:
         groups.setdefault(report.group, report)
-    per_line = Counter((report.step, report.line) for report in groups.values() if not report.explicit)
+    per_line = Counter(
+        (report.step, report.line) for report in groups.values() if not report.explicit and not report.thread
+    )
     taken: Counter[tuple[int, int]] = Counter()
     merged = []
     for group, report in groups.items():
         key = (report.step, report.line)
         operator, form = report.explicit or report.call, "synchronize"
-        if not report.explicit:
+        # The watch names the reads of the steps' own thread only.
+        if not report.explicit and not report.thread:
             candidates = by_line[key] or by_line[_any_step(by_line, report.line)]
             if candidates:
                 exact = len(candidates) == per_line[key]
@@ -270,6 +299,7 @@ def merge(
                 real=True,
                 wait_seconds=waits.get(group),
                 phase=report.phase,
+                thread=report.thread,
             )
         )
     merged += [msgspec.structs.replace(read, step=read.step - shift) for read in named if read.host_tensor]

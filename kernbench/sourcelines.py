@@ -49,15 +49,18 @@ class SourceTable:
         self._standard = tuple({sysconfig.get_path(name) + "/" for name in ("stdlib", "platstdlib")})
         self._roots = [registry.current().root, registry.builtin().root, Path.cwd()]
 
-    def locate(self, frame: FrameType | None) -> int | None:
+    def locate(self, frame: FrameType | None, *, of_owner: bool = True) -> int | None:
         """Index of the innermost line of the program in ``frame`` or its callers.
 
         A thread of the autograd engine runs no line of the program; the line that waits for it in the owner's thread
         is taken, as on the CPU, where the engine runs in the caller's thread. None means that Triton is reading on its
         own behalf (its interpreter copies every argument), which no GPU would do. -1 means no line was executing.
+
+        Args:
+            of_owner: whether another thread than the owner's works for the owner, as autograd's does.
         """
         found = self._walk(frame)
-        if found == -1 and threading.get_ident() != self.owner:
+        if found == -1 and of_owner and threading.get_ident() != self.owner:
             return self._walk(sys._current_frames().get(self.owner))
         return found
 

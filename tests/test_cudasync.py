@@ -1,6 +1,8 @@
 """The GPU's side of the watch: matching and merging on synthetic data here, the real thing under the marker gpu."""
 
+import _thread
 import sys
+import threading
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +48,19 @@ def test_runtime_calls_of_the_steps_and_thread_alone() -> None:
     assert [call.seconds for call in calls] == pytest.approx([35e-6, 10e-6, 4e-6, 2e-6])
 
 
+def test_runtime_calls_of_autograd_are_the_steps_own() -> None:
+    """The copy before a wait is the one of the same thread."""
+    events = [
+        step(0, 0, 100),
+        event("autograd::engine::evaluate_function: MyBackward", 5, 60, thread=9, category="cpu_op"),
+        event("cudaMemcpyAsync", 10, 4, thread=9),
+        event("cudaLaunchKernel", 15, 2),
+        event("cudaStreamSynchronize", 20, 6, thread=9),
+        event("cudaStreamSynchronize", 30, 7, thread=11),
+    ]
+    assert [call.seconds for call in cudasync.runtime_calls(events)] == pytest.approx([10e-6])
+
+
 def test_runtime_names_of_rocm() -> None:
     events = [step(0, 0, 100), event("hipMemcpyWithStream", 10, 5), event("hipDeviceSynchronize", 20, 6)]
     assert [call.call for call in cudasync.runtime_calls(events)] == [STREAM, DEVICE]
@@ -60,6 +75,16 @@ def test_waits_are_matched_by_order_within_kind_and_step() -> None:
         RuntimeCall(1, STREAM, 4.0),
     ]
     assert match_waits(reports, calls) == ({1: 1.0, 2: 3.0, 3: 2.0, 4: 4.0}, [])
+
+
+def test_threads_beside_the_steps_take_nobodys_wait() -> None:
+    beside = Report(0, 5, STREAM, 1, thread="loader")
+    reports = [beside, Report(0, 1, STREAM, 2)]
+    assert match_waits(reports, [RuntimeCall(0, STREAM, 2.0)]) == ({2: 2.0}, [])
+    merged, unseen = merge(reports, {2: 2.0}, [named(1, 1), named(1, 5)], shift=1)
+    rows = [(read.line, read.op, read.thread, read.wait_seconds) for read in merged]
+    assert rows == [(5, STREAM, "loader", None), (1, "aten::item", "", 2.0)]
+    assert unseen == {}
 
 
 def test_waits_of_one_print_add_up() -> None:
@@ -185,6 +210,54 @@ def test_all_reports_of_one_print_form_one_group(fake_cuda: Any, monkeypatch: py
             str(torch.ones(1))
         watch.end_step()
     assert [report.group for report in watch.reports] == [1, 1, 2, 2]
+
+
+def test_threads_are_told_apart(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's reads carry its name and its own line, also while the steps' thread stands in ``synchronize``."""
+    watch = RuntimeWatch(SourceTable())
+
+    def work() -> None:
+        synchronising_call()
+
+    def from_elsewhere(device: Any = None) -> None:
+        worker = threading.Thread(target=work, name="loader")
+        worker.start()
+        worker.join()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", from_elsewhere)
+    with watch.watching():
+        watch.begin_step(0)
+        torch.cuda.synchronize()
+        synchronising_call()
+        watch.end_step()
+    found = [(report.thread, report.explicit, watch.sources.lines[report.line].function) for report in watch.reports]
+    assert found == [
+        ("", "torch.cuda.synchronize", "test_threads_are_told_apart"),
+        ("loader", "", "synchronising_call"),
+        ("", "", "synchronising_call"),
+    ]
+    assert len({report.group for report in watch.reports}) == 3
+
+
+def test_a_hook_in_the_engines_thread_works_for_the_step(fake_cuda: Any) -> None:
+    watch = RuntimeWatch(SourceTable())
+
+    def _engine_run_backward() -> None:
+        done = threading.Event()
+
+        def hook() -> None:
+            synchronising_call()
+            done.set()
+
+        # Python knows nothing of threads that it did not start, as of those of the engine.
+        _thread.start_new_thread(hook, ())
+        assert done.wait(10)
+
+    with watch.watching():
+        watch.begin_step(0)
+        _engine_run_backward()
+        watch.end_step()
+    assert [report.thread for report in watch.reports] == [""]
 
 
 def test_state_is_restored_when_a_step_raises(fake_cuda: Any) -> None:
