@@ -24,7 +24,7 @@ WINDOW = 4 << 20
 T = TypeVar("T")
 
 _EVENTS = re.compile(rb'"traceEvents"\s*:\s*\[')
-_BETWEEN = re.compile(rb"\}\s*,\s*\{")
+_BETWEEN = re.compile(rb'\}\s*,\s*(?=\{\s*"(?:ph|cat|name|pid|tid|ts|dur|args|id|s|bp)"\s*:)')
 _BYTE = re.compile(r" \(byte \d+\)")
 _GZIP = b"\x1f\x8b"
 _COMPRESSED_READ = 1 << 20
@@ -168,7 +168,7 @@ class _Pieces(Generic[T]):
     def _more(self) -> None:
         """Append the next window. A text without any boundary grows by doubling, so that the scans stay linear."""
         size, parts = 0, [self._text]
-        while size < max(WINDOW // 2, len(self._text)) and not self._ended:
+        while size < max(WINDOW // 2, len(self._text), 1) and not self._ended:
             window = next(self._windows, b"")
             self._ended = not window
             size += len(window)
@@ -188,7 +188,7 @@ def _last_boundary(text: bytes) -> tuple[int, int] | None:
     end = len(text)
     while (comma := text.rfind(b"}", 0, end)) >= 0:
         if found := _BETWEEN.match(text, comma):
-            return found.start() + 1, found.end() - 1
+            return found.start() + 1, found.end()
         end = comma
     return None
 
@@ -199,7 +199,7 @@ def _windows(file: BinaryIO) -> Iterator[bytes]:
     if head[:2] == _GZIP:
         yield from _inflated(head, lambda: file.read(_COMPRESSED_READ))
     elif head:
-        yield head + file.read(WINDOW - len(head))
+        yield head + file.read(max(WINDOW - len(head), 0))
         while window := file.read(WINDOW):
             yield window
 
