@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from kineto_builder import KinetoBuilder
 
@@ -250,6 +251,42 @@ def test_the_replay_replaces_the_estimate_from_idle_time(tmp_path: Path) -> None
     assert "deferred, not deleted" in first.advice
     nothing = findings.findings(loaded, estimate("aten::item", 0, 0))
     assert "host read" not in {one.cause for one in nothing}
+
+
+def test_reads_in_a_row_share_what_they_save_together(tmp_path: Path) -> None:
+    """Either of two reads alone saves nothing, as the other waits in its place."""
+
+    def two_reads(program: Program) -> None:
+        for _ in range(4):
+            program.kernels(4, 100)
+            program.read("aten::item", "aten::_local_scalar_dense")
+            program.python(30)
+            program.read("aten::is_nonzero", "aten::_local_scalar_dense")
+            program.python(60)
+
+    loaded = run(two_reads, tmp_path)
+    single = [estimate(op, 0, 0).estimates[0] for op in ("aten::item", "aten::is_nonzero")]
+    together = msgspec.structs.replace(
+        single[0], change="without all stalls", op="", saving_seconds_per_step=(400 * US, 420 * US)
+    )
+    found = findings.findings(loaded, WhatIf(step_seconds=2e-3, error=0.0, estimates=[*single, together]))
+    reads = [one for one in found if one.cause == "host read"]
+    assert {one.op for one in reads} == {"aten::item", "aten::is_nonzero"}
+    assert sum(one.seconds_per_step for one in reads) == pytest.approx(420 * US)
+    assert "its part of what the replay saves without all such waits" in reads[0].sentence
+
+
+def test_idle_time_that_profiling_made_is_nobodys_fault(tmp_path: Path) -> None:
+    loaded = run(launch_bound_chain, tmp_path)
+    profiled = findings.findings(loaded)[0]
+    assert profiled.share == pytest.approx(0.8, abs=0.05)
+    faster = WhatIf(step_seconds=1.5e-3, error=0.0, baseline_seconds=5e-4, host_scale=0.3)
+    (only,) = findings.findings(loaded, faster)
+    assert only.cause == "launch-bound"
+    assert only.share == pytest.approx(0.4, abs=0.03), "300 us of 500 are busy"
+    assert "A step takes 500 µs, the device is busy 60 % of it." in findings.headline(loaded, [only], faster)
+    busy = WhatIf(step_seconds=1.5e-3, error=0.0, baseline_seconds=2.9e-4, host_scale=0.1)
+    assert findings.findings(loaded, busy)[0].cause == "device-bound"
 
 
 def test_a_finding_names_the_line_of_the_log(tmp_path: Path) -> None:

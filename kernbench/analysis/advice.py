@@ -88,6 +88,8 @@ def read_sentence(place: Place, step: float) -> str:
         "waits for it",
     }[place.cause]
     basis = "by the replay" if place.replayed else "by the idle time it leaves behind"
+    if place.jointly:
+        basis = "as its part of what the replay saves without all such waits"
     waiting = place.seconds - place.copying
     cost = duration(waiting)
     if place.replayed and place.low < 0.95 * place.seconds:

@@ -11,8 +11,9 @@ from kernbench.analysis import idlepieces
 from kernbench.analysis.families import COMMUNICATION, FAMILIES, of_device
 from kernbench.analysis.idlepieces import CAUSES, Pieces, pieces
 from kernbench.analysis.intervals import Intervals, union
-from kernbench.analysis.windows import Windows, on_main_device, step_windows
+from kernbench.analysis.windows import Windows, busy_intervals, on_main_device, step_windows
 from kernbench.nesting import CALL, Bools, Ints
+from kernbench.record import WhatIf
 from kernbench.trace import COPY, KERNEL, Trace
 
 # A stream that is busy for less of a step than this does not count as one that could run beside another.
@@ -46,10 +47,38 @@ class IdleCosts:
         return np.bincount(row, weights=self.ns[waited], minlength=rows).astype(np.int64)
 
 
-def idle_costs(trace: Trace) -> IdleCosts:
-    """Idle time of a GPU's steps by the cause that answers for it."""
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step as it runs without the profiler, as far as that is known, and how much of it is idle.
+
+    ``idle_scale`` is that idle time over the profiled step's: profiling costs time on the host, so it makes idle time.
+    """
+
+    seconds: float
+    idle: float
+    idle_scale: float = 1.0
+
+    @property
+    def idle_share(self) -> float:
+        return self.idle / self.seconds
+
+
+def true_step(trace: Trace, whatif: WhatIf | None) -> Step:
+    """The step of a trace, without the profiler's own time where the replay was told of it."""
+    windows = step_windows(trace)
+    seconds = windows.mean_ns / 1e9
+    busy = float(busy_intervals(trace).covered(windows.start, windows.end).mean()) / 1e9
+    idle = seconds - busy
+    if whatif is None or whatif.host_scale >= 1 or not whatif.baseline_seconds or not idle:
+        return Step(seconds, idle)
+    left = min(max(whatif.baseline_seconds - busy, 0.0), idle)
+    return Step(busy + left, left, left / idle)
+
+
+def idle_costs(trace: Trace, idle_scale: float) -> IdleCosts:
+    """Idle time of a GPU's steps by the cause that answers for it, times ``idle_scale``."""
     found = pieces(trace)
-    inside = step_windows(trace).share_of(found.start, found.end)
+    inside = np.rint(step_windows(trace).share_of(found.start, found.end) * idle_scale).astype(np.int64)
     cause = found.cause.copy()
     travel = np.isin(cause, (idlepieces.LAUNCH, idlepieces.SLOW_LAUNCH))
     begun = np.where(found.site >= 0, trace.host.start_ns[found.site], 0) if len(trace.host) else found.start

@@ -10,9 +10,8 @@ import numpy as np
 from kernbench.analysis import advice, idlepieces
 from kernbench.analysis.advice import duration, percent
 from kernbench.analysis.attribution import places
-from kernbench.analysis.costs import IdleCosts, exposed_communication, idle_costs, taking_turns
+from kernbench.analysis.costs import IdleCosts, Step, exposed_communication, idle_costs, taking_turns, true_step
 from kernbench.analysis.hotspots import hotspots
-from kernbench.analysis.idle import idle
 from kernbench.analysis.idlepieces import loading_intervals
 from kernbench.analysis.intervals import grouped
 from kernbench.analysis.launches import launches
@@ -55,12 +54,12 @@ def findings(
         lines: the log of the line pass over the same steps.
         communication: of all ranks of the run, this trace's among them.
     """
-    step = step_windows(trace).mean_ns / 1e9
-    if step <= 0:
+    if step_windows(trace).mean_ns <= 0:
         return []
     if not trace.on_gpu:
-        return [found for found in _loading_on_cpu(trace, step) if found.share >= NOTABLE_SHARE]
-    costs = idle_costs(trace)
+        return [one for one in _loading_on_cpu(trace) if one.share >= NOTABLE_SHARE]
+    whole = true_step(trace, whatif)
+    step, costs = whole.seconds, idle_costs(trace, whole.idle_scale)
     found = [
         *_reads(read_places(trace, lines, costs, whatif), step),
         *_of_host(trace, costs, lines, step),
@@ -70,30 +69,29 @@ def findings(
     found = [_replayed(one, whatif, step) for one in found]
     found.sort(key=lambda one: -one.seconds_per_step * (1 if one.cause in _CONDITIONS else OUTWEIGHS))
     notable = [one for one in found if one.share >= NOTABLE_SHARE]
-    known = idle(trace)
-    idle_share = known.idle_seconds_per_step / step if known else 0.0
     if notable:
         return notable[:limit]
-    if idle_share >= IDLE_SHARE and found:
+    if whole.idle_share >= IDLE_SHARE and found:
         return found[:1]
-    return [_device_bound(trace, step, idle_share)]
+    return [_device_bound(trace, whole)]
 
 
-def headline(trace: Trace, found: Sequence[Finding]) -> str:
-    """The verdict on a trace in one or two sentences, the cause first."""
-    step = step_windows(trace).mean_ns / 1e9
+def headline(trace: Trace, found: Sequence[Finding], whatif: WhatIf | None = None) -> str:
+    """The verdict on a trace in one or two sentences, the cause first; from the same replay as the findings."""
     if not trace.on_gpu:
-        return _cpu_headline(trace, found, step)
+        return _cpu_headline(trace, found)
     if not found:
         return "The steps of this trace take no time, so there is nothing to tell of them."
     first = found[0]
     if first.cause == "device-bound":
         return first.sentence
-    known = idle(trace)
-    busy = known.busy_seconds_per_step / step if known else 0.0
+    whole = true_step(trace, whatif)
     more = f" {len(found) - 1} more finding{'s' * (len(found) > 2)} below." if len(found) > 1 else ""
     title = advice.TITLES[first.cause]
-    return f"{title}: {first.sentence} A step takes {duration(step)}, the device is busy {percent(busy)} of it.{more}"
+    return (
+        f"{title}: {first.sentence} A step takes {duration(whole.seconds)}, the device is busy "
+        f"{percent(1 - whole.idle_share)} of it.{more}"
+    )
 
 
 def _finding(
@@ -200,23 +198,24 @@ def _exchange(trace: Trace, costs: IdleCosts, known: Communication | None, step:
     return result
 
 
-def _device_bound(trace: Trace, step: float, idle_share: float) -> Finding:
+def _device_bound(trace: Trace, whole: Step) -> Finding:
     top = next(iter(hotspots(trace, None, limit=1)), None)
-    return _finding(
-        "device-bound", advice.healthy_sentence(step, 1 - idle_share, top), step * (1 - idle_share), step, op=""
-    )
+    busy = whole.seconds - whole.idle
+    sentence = advice.healthy_sentence(whole.seconds, busy / whole.seconds, top)
+    return _finding("device-bound", sentence, busy, whole.seconds)
 
 
-def _loading_on_cpu(trace: Trace, step: float) -> list[Finding]:
+def _loading_on_cpu(trace: Trace) -> list[Finding]:
     windows = step_windows(trace)
-    loading = loading_intervals(trace)
-    seconds = float(loading.covered(windows.start, windows.end).sum()) / len(windows.start) / 1e9
+    step = windows.mean_ns / 1e9
+    seconds = float(loading_intervals(trace).covered(windows.start, windows.end).mean()) / 1e9
     if not seconds:
         return []
     return [_finding("data loading", advice.host_sentence("data loading", seconds, step, "", None, 0.0), seconds, step)]
 
 
-def _cpu_headline(trace: Trace, found: Sequence[Finding], step: float) -> str:
+def _cpu_headline(trace: Trace, found: Sequence[Finding]) -> str:
+    step = step_windows(trace).mean_ns / 1e9
     if found:
         return f"{advice.TITLES[found[0].cause]}: {found[0].sentence} A step takes {duration(step)} on the CPU."
     top = next(iter(hotspots(trace, None, limit=1)), None)

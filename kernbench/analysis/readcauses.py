@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from kernbench.trace import Trace
 
 # Below this a copy to the host is a read of a few values, whatever memory it goes to.
 _LARGE_BYTES = 64 * 1024
+# Single savings that come this close to the joint one need no sharing out.
+_ALL_OF_IT = 0.9
 # Operators whose result has a size that depends on values: they wait without having been asked for a value.
 _SIZED_BY_VALUES = re.compile(
     r"aten::(nonzero|index|_unsafe_index|_?index_put_?(impl_)?|masked_select|masked_scatter|_?unique\w*|argwhere|"
@@ -32,8 +34,9 @@ _TO_DEVICE = re.compile(r".*(HtoD|HostToDevice)")
 class Place:
     """All waits of one line and operator. ``seconds`` is what they cost a step at most, ``count`` how often a step.
 
-    ``low`` is the smaller end where a replay gave a range; ``replayed`` tells that one did. ``copying`` is the part of
-    both that the copies take while no kernel runs, which from pinned memory they could run beside.
+    ``low`` is the smaller end where a replay gave a range; ``replayed`` tells that one did, ``jointly`` that it is this
+    place's part of what all places save together. ``idle`` is the idle time that the waits leave behind. ``copying`` is
+    the part of ``seconds`` that copies take while no kernel runs, which from pinned memory they could run beside.
     """
 
     cause: Cause
@@ -42,8 +45,10 @@ class Place:
     seconds: float
     low: float
     count: float
+    idle: float
     copying: float = 0.0
     replayed: bool = False
+    jointly: bool = False
     deferred: bool = False
 
 
@@ -73,7 +78,30 @@ def read_places(trace: Trace, lines: LineLog | None, costs: IdleCosts, whatif: W
             )
         place = (source.file, source.line) if source else ("", 0)
         found.append(_place(trace, group, rows, op, source, float(by_row[rows].sum()), estimates.get((op, *place))))
-    return found
+    return _jointly(found, whatif)
+
+
+def _jointly(found: list[Place], whatif: WhatIf | None) -> list[Place]:
+    """The places, each with its part of the joint saving where that is more than all places save one by one.
+
+    Of two reads in a row either alone saves nothing: the other one waits in its place.
+    """
+    joint = next((one for one in (whatif.estimates if whatif else ()) if one.change == "without all stalls"), None)
+    idle = sum(place.idle for place in found)
+    alone = sum(place.seconds - place.copying for place in found)
+    if joint is None or not idle or alone >= _ALL_OF_IT * joint.saving_seconds_per_step[1]:
+        return found
+    low, high = joint.saving_seconds_per_step
+    return [
+        replace(
+            place,
+            seconds=high * place.idle / idle + place.copying,
+            low=low * place.idle / idle + place.copying,
+            replayed=True,
+            jointly=True,
+        )
+        for place in found
+    ]
 
 
 def _place(
@@ -98,6 +126,7 @@ def _place(
         seconds=max(high, 0.0) + copying,
         low=max(low, 0.0) + copying,
         count=len(group) / steps,
+        idle=idle_ns / steps / 1e9,
         copying=copying,
         replayed=estimate is not None,
         deferred=estimate is not None and estimate.deferred,
