@@ -45,7 +45,9 @@ def publish(run: Run[Any], workspace: Workspace) -> Outcome:
 
 def render(result: record.Record, path: Path) -> None:
     """Render a record's report to ``path``, atomically; the traces beside it can be opened from the page."""
-    traces = sorted(found.name for found in path.parent.glob("trace*.json*"))
+    traces = sorted(
+        found.name for found in path.parent.glob("*.json*") if found.name not in ("record.json", "lines.json")
+    )
     record.write_atomically(path, html.render(result, traces).encode())
 
 

@@ -25,7 +25,7 @@ from kernbench.record import (
     SanitizerResult,
     SwapRecord,
 )
-from kernbench.report import machine, page, sentences, stepconsole, sweepplot, terminal, tracewords, units
+from kernbench.report import machine, page, sentences, stepconsole, sweepplot, terminal, units
 from kernbench.report.bars import progress
 from kernbench.report.terminal import STYLES
 
@@ -165,16 +165,12 @@ def _profile(record: ProfileRecord) -> list[RenderableType]:
         if record.overhead.lines_ratio is not None:
             costs += f", watching lines {units.times(record.overhead.lines_ratio)}"
         blocks.append(terminal.text(f"{costs}; the step time above is of steps under neither"))
-    traced = stepconsole.trace(record.analysis)
-    blocks += stepconsole.breakdown([("", record.breakdown)], most=stepconsole.FEW_PARTS if traced else None)
-    # Findings name the waits that matter.
-    waits = [] if tracewords.faults(record.analysis) else sentences.waiting(record.stalls)
-    hottest = record.hotspots[: stepconsole.FEW_HOTSPOTS if traced else stepconsole.TOP_HOTSPOTS]
-    blocks += [stepconsole.hotspots(hottest)] if hottest else []
-    if waits:
-        most = stepconsole.FEW_STALLS if traced else stepconsole.TOP_STALLS
-        blocks.append(stepconsole.stalls([(stall, "", "") for stall in waits], most=most))
-    return blocks + traced
+    if record.analysis is not None:
+        return [Group(*blocks), *stepconsole.step(record, record.analysis)]
+    blocks += stepconsole.breakdown([("", record.breakdown)])
+    blocks += [stepconsole.hotspots(record.hotspots)] if record.hotspots else []
+    waits = sentences.waiting(record.stalls)
+    return [*blocks, stepconsole.stalls([(stall, "", "") for stall in waits])] if waits else blocks
 
 
 def _swap(record: SwapRecord) -> list[RenderableType]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from xml.sax.saxutils import escape
 
 import jinja2
 
@@ -77,12 +78,15 @@ def render(record: Record, traces: Sequence[str] = ()) -> str:
     """
     raw, shortened = page.raw_json(record)
     context = _context(record, traces)
+    headline, rest = sentences.headline(record), ""
+    if isinstance(record, AnalyzeRecord):
+        headline, rest = tracewords.first_sentence(headline)
     return (
         _templates()
         .get_template(f"{kind_of(record)}.html")
         .render(
             record=record,
-            headline=sentences.headline(record),
+            headline=headline,
             tone=_tone(record),
             kind=sentences.kind_in_words(record),
             workload=sentences.workload_of(record),
@@ -91,10 +95,11 @@ def render(record: Record, traces: Sequence[str] = ()) -> str:
             machine=machine.environment_rows(record.environment),
             ceilings=machine.ceiling_rows(record.environment),
             clocks=machine.clock_rows(machine.clocks_of(record)),
-            raw_json=raw,
+            # Quotes may stand in text as they are; escaped they would double the record's length.
+            raw_json=escape(raw),
             raw_shortened=shortened,
             on_gpu=sentences.on_gpu(record),
-            lede=sentences.lede(record),
+            lede=" ".join(filter(None, (rest, sentences.lede(record)))),
             environment_title="Where it was analysed" if isinstance(record, AnalyzeRecord) else "Environment",
             measured_here=not isinstance(record, AnalyzeRecord),
             script=_script() if context.get("pictures") or context.get("view") else None,
@@ -180,10 +185,9 @@ def _pictures(
     drawn = []
     for label, spans in sides:
         if spans:
-            wanted = f"trace.{label}.json" if label else "trace.json"
-            here = next((name for name in beside if name.startswith(wanted)), "")
-            file = here or next(iter(named), "")
-            drawn.append((label, picture.layout(spans), file, bool(here)))
+            wanted = [f"trace.{label}.json" if label else "trace.json"] if not named else named[:1]
+            here = next((name for name in beside if name.startswith(wanted[0])), "")
+            drawn.append((label, picture.layout(spans), here or (wanted[0] if named else ""), bool(here)))
     return drawn
 
 
@@ -362,7 +366,7 @@ def _templates() -> jinja2.Environment:
         "gaps_sentence": tracewords.gaps,
         "line_match": tracewords.line_match,
         "fusion_name": tracewords.fusion_name,
-        "roofline_rate": tracewords.roofline_rate,
+        "roofline_rates": tracewords.roofline_rates,
         "ranks_sentence": tracewords.ranks,
         "collective_rows": tracewords.collective_rows,
         "memory_peak": tracewords.memory_peak,

@@ -14,6 +14,8 @@ from kernbench.report import tracewords, units
 WIDTH = 1000.0
 # A bar thinner than this is invisible on a page; such bars join their neighbours, which keeps the page small.
 SLIVER = 0.6
+# From this width on a bar is drawn alone and can be pointed at; the script takes thinner ones apart.
+ALONE = 2.0
 LANE_HEIGHT = 18
 MAX_LANES = 6
 # A number beside a mark needs this much room, in percent of the width.
@@ -178,7 +180,7 @@ def _track(name: str, spans: Sequence[Span], end: float) -> Track:
         track.drawn.append((lane, span))
         x, width = max(WIDTH * start / end, 0.0), WIDTH * span.duration_seconds / end
         look = _look(span)
-        if width >= SLIVER:
+        if width >= ALONE:
             track.bars.append(Bar(round(x, 2), lane * LANE_HEIGHT, round(width, 2), look, _title(span)))
         else:
             _join(slivers.setdefault((lane, look), []), x, width)

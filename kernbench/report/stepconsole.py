@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from kernbench.record import AnalyzeRecord, Finding, Hotspot, Launches, Part, Stall, TraceAnalysis, WhatIf
+from kernbench.record import (
+    AnalyzeRecord,
+    Finding,
+    Hotspot,
+    Launches,
+    Part,
+    ProfileRecord,
+    Stall,
+    TraceAnalysis,
+    WhatIf,
+)
 from kernbench.report import page, sentences, terminal, traceview, tracewords, units
 from kernbench.report.terminal import STYLES
 
@@ -18,35 +28,30 @@ BAR_WIDTH = 72
 
 
 def analyze(record: AnalyzeRecord) -> list[RenderableType]:
-    """A trace of others: what it is, the step by cause, findings, what would be won, and the hottest kernels."""
-    blocks: list[RenderableType] = [terminal.text(_trace_facts(record))]
-    blocks += breakdown([("", record.breakdown)], most=FEW_PARTS)
-    blocks += trace(record.analysis)
-    waits = sentences.waiting(record.stalls)
-    named = {(found.source.file, found.source.line) for found in tracewords.faults(record.analysis) if found.source}
-    # A line that a finding names is not said twice.
-    unsaid = [stall for stall in waits if (stall.file, stall.line) not in named and stall.klass != "free"]
-    if unsaid and not tracewords.faults(record.analysis):
-        blocks.append(stalls([(stall, "", "") for stall in unsaid], most=FEW_STALLS))
-    if record.hotspots:
-        blocks.append(hotspots(record.hotspots[:FEW_HOTSPOTS]))
-    return blocks
+    """A trace of others: what it is, and its step."""
+    return [terminal.text(_trace_facts(record)), *step(record, record.analysis or TraceAnalysis())]
 
 
-def trace(analysis: TraceAnalysis | None) -> list[RenderableType]:
-    """Findings, ranks and what would be won; nothing where nothing was found."""
-    if analysis is None:
-        return []
-    blocks: list[RenderableType] = []
+def step(record: AnalyzeRecord | ProfileRecord, analysis: TraceAnalysis) -> list[RenderableType]:
+    """A step of a trace by cause, what was found in it, what would be won, and the hottest kernels."""
+    blocks = [*breakdown([("", record.breakdown)], most=FEW_PARTS), *_findings(analysis)]
     found = tracewords.faults(analysis)
-    if found:
-        lines = [row for finding in found[:FEW_FINDINGS] for row in _finding(finding)]
-        if len(found) > FEW_FINDINGS:
-            lines.append(terminal.text(f"and {len(found) - FEW_FINDINGS} more findings in the report"))
-        blocks.append(Group(*lines))
+    named = {(finding.source.file, finding.source.line) for finding in found if finding.source}
+    waits = [stall for stall in sentences.waiting(record.stalls) if (stall.file, stall.line) not in named]
+    if waits and len(found) < FEW_FINDINGS:
+        blocks.append(stalls([(stall, "", "") for stall in waits], most=FEW_STALLS))
     if analysis.communication is not None and (words := tracewords.ranks(analysis.communication)):
         blocks.append(terminal.text(words))
-    return blocks + _whatif(analysis.whatif)
+    blocks += _whatif(analysis.whatif)
+    return [*blocks, hotspots(record.hotspots[:FEW_HOTSPOTS])] if record.hotspots else blocks
+
+
+def _findings(analysis: TraceAnalysis) -> list[RenderableType]:
+    found = tracewords.faults(analysis)
+    lines = [row for finding in found[:FEW_FINDINGS] for row in _finding(finding, analysis.headline)]
+    if len(found) > FEW_FINDINGS:
+        lines.append(terminal.text(f"and {len(found) - FEW_FINDINGS} more in the report"))
+    return [Group(*lines)] if lines else []
 
 
 def _trace_facts(record: AnalyzeRecord) -> str:
@@ -64,16 +69,16 @@ def _launches(found: Launches | None) -> list[str]:
     return [f"{units.count(found.per_step)} launches a step"] if found is not None else []
 
 
-def _finding(found: Finding) -> list[RenderableType]:
-    """The finding as a sentence, and its line where the sentence does not name it."""
-    cost = f" ({tracewords.at_most(found)})" if found.seconds_per_step else ""
+def _finding(found: Finding, headline: str) -> list[RenderableType]:
+    """What it costs and where, and its sentence where the headline has not said it."""
+    cost = f", {tracewords.at_most(found)}" if found.seconds_per_step else ""
     where = tracewords.place(found.source)
-    head = terminal.text(f"{found.cause}", "bold").append_text(terminal.text(f"{cost}: {found.sentence}", "not bold"))
-    rows: list[RenderableType] = [head]
+    at = f", {where}" if where else ""
+    rows: list[RenderableType] = [terminal.text(found.cause, "bold").append_text(terminal.text(cost + at, "not bold"))]
     if found.source is not None and found.source.text:
-        rows.append(terminal.line(f"    {where}  {found.source.text.strip()}", "dim"))
-    elif where and where not in found.sentence:
-        rows.append(terminal.line(f"    {where}", "dim"))
+        rows.append(terminal.line(f"    {found.source.text.strip()}", "dim"))
+    if found.sentence.rstrip(".").lower() not in headline.lower():
+        rows.append(terminal.text(f"    {tracewords.capitalized_sentence(found.sentence)}"))
     return rows
 
 
@@ -132,7 +137,7 @@ def hotspots(items: Sequence[Hotspot]) -> Table:
     # The name gives way where the terminal is narrow.
     table.expand = True
     table.columns[0].ratio, table.columns[0].no_wrap, table.columns[0].overflow = 1, True, "ellipsis"
-    for item in items:
+    for item in items[:TOP_HOTSPOTS]:
         table.add_row(
             terminal.text(item.name),
             terminal.text(units.seconds(item.self_seconds_per_step)),

@@ -15,7 +15,7 @@ from kernbench.report import units
 from kernbench.report.plots import NARROW, WIDE, Plot
 
 HEIGHT = 230
-LEFT, RIGHT, TOP, BOTTOM = 74, 14, 14, 34
+LEFT, RIGHT, TOP, BOTTOM = 84, 14, 14, 34
 MOST_POINTS = 60
 SHAPES = {"compute": "square", "memory": "circle", "launch": "triangle", "unknown": "cross"}
 
@@ -86,7 +86,10 @@ def roofline(points: Sequence[RooflinePoint], ceilings: Ceilings | None) -> Plot
         def y(value: float) -> float:
             return TOP + down * (1 - math.log(value / bottom) / math.log(top / bottom))
 
-        parts = [_row(y(10.0**power), units.flops_rate(10.0**power), width) for power in _decades(bottom, top)]
+        parts = [
+            _row(y(10.0**power), units.flops_rate(10.0**power).replace(".00", "").replace(".0", ""), width)
+            for power in _decades(bottom, top)
+        ]
         parts += [_column(x(10.0**power), f"{10.0**power:g}") for power in _decades(low, high)]
         for name, rate in rates.items():
             if bottom < rate < top:

@@ -74,7 +74,9 @@ def view(analysis: TraceAnalysis | None, ceilings: Ceilings | None) -> TraceView
     return TraceView(
         analysis=analysis,
         faults=tracewords.faults(analysis),
-        no_faults=[found for found in analysis.findings if found.cause == "device-bound"],
+        no_faults=[
+            found for found in analysis.findings if found.cause == "device-bound" and not _said(found, analysis)
+        ],
         estimates=groups,
         cumulative=any(row.cumulative_seconds_per_step is not None for _, rows in groups for row in rows),
         # The kernels have a section of their own.
@@ -84,6 +86,10 @@ def view(analysis: TraceAnalysis | None, ceilings: Ceilings | None) -> TraceView
         flame=flameview.layout(analysis.flame),
         path_seconds=sum(part.seconds_per_step for part in analysis.critical_path),
     )
+
+
+def _said(found: Finding, analysis: TraceAnalysis) -> bool:
+    return found.sentence.rstrip(".").lower() in analysis.headline.lower()
 
 
 def estimates(whatif: WhatIf | None) -> Groups:

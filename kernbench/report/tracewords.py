@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -63,6 +64,12 @@ def headline(record: AnalyzeRecord) -> str:
     return ""
 
 
+def first_sentence(text: str) -> tuple[str, str]:
+    """A text's first sentence, for a headline, and the rest."""
+    found = re.match(r"(.+?[.!?])\s+(?=[A-Z0-9])(.*)", text, re.DOTALL)
+    return (found[1], found[2]) if found else (text, "")
+
+
 def faults(analysis: TraceAnalysis | None) -> list[Finding]:
     """The findings that something can be done about; a device that is busy is none."""
     return [] if analysis is None else [found for found in analysis.findings if found.cause != "device-bound"]
@@ -76,18 +83,19 @@ def place(source: SourceLine | None) -> str:
 
 
 def at_most(finding: Finding) -> str:
-    """What a finding costs: "up to 4.10 ms a step (12 %)"."""
-    return f"up to {units.seconds(finding.seconds_per_step)} a step ({units.share(finding.share)})"
+    """What a finding costs: "up to 4.10 ms a step, 12 %"."""
+    return f"up to {units.seconds(finding.seconds_per_step)} a step, {units.share(finding.share)}"
 
 
 def replay_error(whatif: WhatIf) -> str:
     """How well the replay tells what happened, which comes before what it tells of what might have."""
     if whatif.replayed_seconds is None or whatif.error is None:
         return capitalized_sentence(whatif.refused)
-    off = f"{'+' if whatif.error >= 0 else '−'}{units.share(abs(whatif.error))}"
+    size = units.share(abs(whatif.error))
+    sign = "" if abs(whatif.error) < 0.001 else "+" if whatif.error > 0 else "−"
     text = (
         f"Replayed unchanged, a step takes {units.seconds(whatif.replayed_seconds)}; the trace says "
-        f"{units.seconds(whatif.step_seconds)}: {off} off, the limit is {units.share(whatif.limit)}."
+        f"{units.seconds(whatif.step_seconds)}: {sign}{size} off, the limit is {units.share(whatif.limit)}."
     )
     return f"{text} {capitalized_sentence(whatif.refused)}".strip()
 
@@ -103,7 +111,7 @@ def saving(low_high: tuple[float, float] | None) -> str:
 
 def estimate_note(estimate: Estimate) -> str:
     """What is to be known about an estimate before it is believed."""
-    return "; ".join(filter(None, (DEFERRED if estimate.deferred else "", estimate.note)))
+    return estimate.note or (DEFERRED if estimate.deferred else "")
 
 
 def gaps(found: LaunchGaps) -> str:
@@ -140,21 +148,22 @@ def fusion_name(candidate: FusionCandidate) -> str:
     return candidate.op or f"{len(candidate.kernels)} kernels"
 
 
-def roofline_rate(point: RooflinePoint) -> str:
-    """What a point achieved in the unit of the roof that binds it."""
+def roofline_rates(point: RooflinePoint) -> tuple[str, str]:
+    """What a point achieved in arithmetic and in bytes; empty where its shapes do not tell."""
     if point.seconds_per_step <= 0:
-        return ""
+        return "", ""
     calls = point.calls_per_step / point.seconds_per_step
-    if point.bound == "compute":
-        return units.flops_rate(point.flops * calls)
-    return units.bytes_rate(point.bytes * calls) if point.bytes else ""
+    return (
+        units.flops_rate(point.flops * calls) if point.flops else "",
+        units.bytes_rate(point.bytes * calls) if point.bytes else "",
+    )
 
 
 def ranks(found: Communication) -> str:
     """Who waits for whom, and how much of the communication is hidden behind other work."""
     parts = []
     if found.slowest_rank is not None:
-        lag = f" by {units.seconds(found.lag_seconds_per_step)} a step" if found.lag_seconds_per_step else ""
+        lag = f" for {units.seconds(found.lag_seconds_per_step)} a step" if found.lag_seconds_per_step else ""
         parts.append(f"The others wait for rank {found.slowest_rank}{lag}")
     if found.overlap_share is not None:
         parts.append(f"{units.share(found.overlap_share)} of the communication runs beside other work")

@@ -20,6 +20,7 @@
     return node;
   };
   const duration = (ns) => {
+    if (ns === 0) return "0";
     const [unit, name] = [[1e9, "s"], [1e6, "ms"], [1e3, "µs"], [1, "ns"]].find(([size]) => Math.abs(ns) >= size) || [1, "ns"];
     return `${Number((ns / unit).toPrecision(3))} ${name}`;
   };
@@ -224,11 +225,12 @@
       figure.append(this.readout);
       this.from = 0;
       this.width = 100;
+      this.places = new Map(this.frames.map((frame) => [frame, [parseFloat(frame.style.left), parseFloat(frame.style.width)]]));
       for (const frame of this.frames) {
         frame.tabIndex = 0;
         frame.setAttribute("role", "button");
         const open = () => {
-          const [left, width] = [Number(frame.dataset.left), Number(frame.dataset.width)];
+          const [left, width] = this.places.get(frame);
           if (this.from === left && this.width === width) this.show(0, 100);
           else this.show(left, width);
           this.readout.textContent = frame.title;
@@ -248,10 +250,12 @@
       this.from = from;
       this.width = width;
       for (const frame of this.frames) {
-        const left = ((Number(frame.dataset.left) - from) * 100) / width, right = left + (Number(frame.dataset.width) * 100) / width;
+        const [at, wide] = this.places.get(frame), left = ((at - from) * 100) / width, right = left + (wide * 100) / width;
         frame.hidden = right <= 0.001 || left >= 99.999;
         frame.style.left = `${Math.max(left, 0)}%`;
-        frame.style.width = `${Math.min(right, 100) - Math.max(left, 0)}%`;
+        const shown = Math.min(right, 100) - Math.max(left, 0);
+        frame.style.width = `${shown}%`;
+        frame.classList.toggle("narrow", shown < 4);
       }
     }
   }
