@@ -16,8 +16,10 @@ from torch import Tensor
 from . import _rows, _seeds
 from ._rows import narrow
 
-PARTS, LANES = 16, 64
-"""What a program adds up at once: parts, and columns or granules."""
+AT_ONCE = 2048
+"""Numbers that a program adds up at once: sixteen for each of 128 threads, all of them under way together."""
+MOST_PARTS, LEAST_LANES, MOST_LANES = 64, 32, 512
+"""Of these so many parts, and columns or granules: few where there are many parts, so that no multiprocessor idles."""
 
 
 @triton.jit(do_not_specialize=["batch", "blocks", "granules", "bank_rows"])  # type: ignore[untyped-decorator]
@@ -130,7 +132,7 @@ def backward(
     if not x.numel():
         return dx, dbank.zero_(), dalpha.zero_()
     batch, features, bank_rows = math.prod(x.shape[:-1]), x.shape[-1], bank.shape[0]
-    tiles, grid = _seeds.plan_of(batch, features, seeds, chunk)
+    tiles, grid = _seeds.plan_of(batch, features, seeds, chunk, _seeds.BACKWARD)
     per_seed = chunk // tiles.width
     sums = bank.new_empty(tiles.parts, features) if to_seeds else dbank
     shares = bank.new_empty(tiles.parts, tiles.granules) if to_seeds else dalpha
@@ -145,10 +147,12 @@ def backward(
             tiles.rows, grid.granules, tiles.width, grid.even, num_warps=grid.warps,
         )  # fmt: skip
         if to_seeds:
-            column_programs, at_once = triton.cdiv(features, LANES), min(LANES, triton.next_power_of_2(per_seed))
-            _add_up_kernel[(column_programs + triton.cdiv(seeds * at_once, LANES),)](
+            parts = min(MOST_PARTS, triton.next_power_of_2(tiles.parts))
+            lanes = max(LEAST_LANES, min(MOST_LANES, AT_ONCE // parts))
+            column_programs, at_once = triton.cdiv(features, lanes), min(lanes, triton.next_power_of_2(per_seed))
+            _add_up_kernel[(column_programs + triton.cdiv(seeds * at_once, lanes),)](
                 sums, shares, choices, alpha, dbank, dalpha, features, tiles.parts, tiles.granules, per_seed,
                 bank_rows, seeds, column_programs, alpha_stride, simple, tiles.width,
-                PARTS, LANES, at_once, num_warps=4,
+                parts, lanes, at_once, num_warps=4,
             )  # fmt: skip
     return dx, dbank, dalpha

@@ -1,7 +1,7 @@
 """What the Kasmina kernels share: which columns a seed owns, what it does there, and how statistics are cut up.
 
 Seed s owns the columns from s * chunk on, chunk of them or as many as there are; columns after the last seed's belong
-to nobody, and seeds after the last column own none. Statistics are taken of tiles of :func:`rows_of` rows and
+to nobody, and seeds after the last column own none. Statistics are taken of tiles of up to 64 rows and
 :func:`width_of` columns. That width divides the chunk, so that a tile is of one seed, whatever the chunk is.
 
 A choice is what a seed does in one forward pass, in one number: -1 if it passes its columns through, else its row of
@@ -22,20 +22,38 @@ GRAFTING_TO_FINE_TUNING = 0b1111000
 """Lifecycles 3 to 6, a bit each: those in which a seed blends its blueprint in, as upstream's kernels have it."""
 NEAR_ZERO = 1e-6
 """Smaller numbers count as zeros in the telemetry, as in upstream's PyTorch layer."""
-MOST_ROWS = 64
 MOST_WIDTH = 64
-TILE = 4096
-"""Elements of one program: enough bytes are under way on a multiprocessor, with registers to spare."""
-SMALL_TILE = 1024
 FEW = 2**18
 """Up to so many elements, small tiles spread over more multiprocessors."""
-FEW_A_THREAD, MANY_A_THREAD = 8, 32
-"""Elements of small and other tiles: many share the price of addresses, of what is looked up, and of reductions."""
 
 SWEPT = (100, 200, 500, 1000, 2000, 5000, 10_000)
 """Numbers of seeds that bench walks through; the bytes stay, so that a time which changes is the seeds'."""
 SWEPT_ROWS, SWEPT_COLUMNS = 128, 640_000
 SWEPT_FIXED = f"{SWEPT_ROWS} rows of about {SWEPT_COLUMNS:,} columns"
+
+
+class Shape(NamedTuple):
+    """How a pass cuts x up: the most rows of a tile, the elements of a program, and those of a thread."""
+
+    rows: int
+    elements: int
+    a_thread: int
+
+
+FORWARD, BACKWARD = "forward", "backward"
+SHAPES = {
+    (FORWARD, True): Shape(64, 1024, 8),
+    (FORWARD, False): Shape(64, 4096, 32),
+    (BACKWARD, True): Shape(64, 1024, 8),
+    (BACKWARD, False): Shape(64, 4096, 32),
+}
+"""By pass, and whether there are few elements.
+
+Of many, a program has as many bytes under way as fit beside six others on a multiprocessor, and a thread enough of them
+to share the price of addresses, of what is looked up, and of reductions. The rows of the forward pass are those of its
+statistics; the backward adds columns up over its own, and writes a number of each, so that fewer rows cost bytes.
+"""
+MOST_ROWS = max(shape.rows for shape in SHAPES.values())
 
 
 class Tiles(NamedTuple):
@@ -59,19 +77,20 @@ class Grid(NamedTuple):
     even: bool
 
 
-def rows_of(batch: int) -> int:
-    """Rows of a tile: a power of two."""
-    return min(MOST_ROWS, int(triton.next_power_of_2(max(1, batch))))
-
-
 def width_of(chunk: int) -> int:
     """Columns of a tile, which is also called a granule: the largest power of two that divides the chunk, to 64."""
     return math.gcd(chunk, MOST_WIDTH)
 
 
-def tiles_of(batch: int, features: int, seeds: int, chunk: int) -> Tiles:
+def shape_of(batch: int, features: int, direction: str) -> Shape:
+    """What :data:`SHAPES` has for x of these sizes."""
+    return SHAPES[direction, batch * features <= FEW]
+
+
+def tiles_of(batch: int, features: int, seeds: int, chunk: int, direction: str = FORWARD) -> Tiles:
     """The tiles of the columns that seeds own; the last ones of a row or column may be cut off by the end of x."""
-    rows, width = rows_of(batch), width_of(chunk)
+    most = shape_of(batch, features, direction).rows
+    rows, width = min(most, int(triton.next_power_of_2(max(1, batch)))), width_of(chunk)
     return Tiles(rows, width, triton.cdiv(batch, rows), triton.cdiv(min(features, seeds * chunk), width))
 
 
@@ -82,14 +101,14 @@ def swept_sizes(seeds: int) -> dict[str, int]:
 
 
 @lru_cache(maxsize=1024)
-def plan_of(batch: int, features: int, seeds: int, chunk: int) -> tuple[Tiles, Grid]:
-    """The tiles of statistics, and programs for all of x, also for columns that nobody owns."""
-    tiles = tiles_of(batch, features, seeds, chunk)
-    small = batch * features <= FEW
+def plan_of(batch: int, features: int, seeds: int, chunk: int, direction: str = FORWARD) -> tuple[Tiles, Grid]:
+    """The tiles of a pass, and programs for all of x, also for columns that nobody owns."""
+    shape = shape_of(batch, features, direction)
+    tiles = tiles_of(batch, features, seeds, chunk, direction)
     there = int(triton.next_power_of_2(max(1, triton.cdiv(features, tiles.width))))
-    granules = min(there, max(1, (SMALL_TILE if small else TILE) // (tiles.rows * tiles.width)))
+    granules = min(there, max(1, shape.elements // (tiles.rows * tiles.width)))
     columns = granules * tiles.width
-    warps = max(1, min(8, tiles.rows * columns // (32 * (FEW_A_THREAD if small else MANY_A_THREAD))))
+    warps = max(1, min(8, tiles.rows * columns // (32 * shape.a_thread)))
     even = batch % tiles.rows == 0 == features % columns and tiles.granules * tiles.width == features
     return tiles, Grid(granules, triton.cdiv(features, columns), warps, even)
 
