@@ -122,7 +122,7 @@ class _Gathered:
         numberings = {
             "name": self.names.of(piece.names),
             "thread": self.threads.of(piece.threads),
-            "shapes": np.where([bool(dims) for dims, _ in piece.shapes], self.shapes.of(piece.shapes), -1),
+            "shapes": np.array([self.shapes[texts] if texts[0] else -1 for texts in piece.shapes], np.int64),
         }
         for group, columns in piece.columns.items():
             for column, values in columns.items():
