@@ -1,6 +1,7 @@
 """SQL and pandas over the tables of a trace with known rows, and every way to ask wrongly."""
 
 import json
+import re
 from pathlib import Path
 
 import pandas
@@ -144,3 +145,19 @@ def test_what_is_no_run_is_said(workspace: Path, reference: str) -> None:
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
     assert run("query", "absent").exit_code == 2
+
+
+def test_what_the_documentation_shows_works(workspace: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "analysis.md").read_text()
+    (sql,) = re.findall(r"```sql\n(.*?)```", text, re.DOTALL)
+    assert query.query(file, sql).columns == ["op", "kernels", "kernel_ns", "launch_ns"]
+    (typed,) = re.findall(r'kernbench query RUN "(select [^…]*?)"$', text, re.MULTILINE)
+    assert query.query(file, typed).rows == [("gemm", 200_000), ("add_kernel", 40_000)]
+    (python,) = re.findall(r"```python\n(from kernbench.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(file.parent)
+    exec(python.replace("trace.json.gz", file.name), {})
+    named = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert tuple(named) == tuple(tables.COLUMNS)
+    options = set(re.findall(r"`?(--[a-z][a-z-]+)", text)) - {"--steps"}
+    shown = "".join(run(command, "--help").stdout for command in ("analyze", "query", "gate"))
+    assert not [option for option in options if option not in shown]
