@@ -19,11 +19,14 @@
     for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
     return node;
   };
-  const duration = (ns) => {
+  const duration = (ns, digits = 3) => {
     if (ns === 0) return "0";
     const [unit, name] = [[1e9, "s"], [1e6, "ms"], [1e3, "µs"], [1, "ns"]].find(([size]) => Math.abs(ns) >= size) || [1, "ns"];
-    return `${Number((ns / unit).toPrecision(3))} ${name}`;
+    return `${Number((ns / unit).toPrecision(digits))} ${name}`;
   };
+
+  // As many digits as tell two times apart that lie so far from each other.
+  const digits = (time, apart) => Math.min(Math.max(3, Math.ceil(Math.log10(time / apart)) + 2), 15);
 
   class Timeline {
     constructor(figure) {
@@ -99,7 +102,8 @@
       const length = Math.min(Math.max(to - from, Math.min(CLOSEST, end)), end);
       this.from = Math.min(Math.max(from, 0), end - length);
       this.to = this.from + length;
-      this.range.textContent = `${duration(this.from)} to ${duration(this.to)}`;
+      const exact = digits(this.to, this.to - this.from);
+      this.range.textContent = `${duration(this.from, exact)} to ${duration(this.to, exact)}`;
       if (first) return;
       this.drawings.forEach((drawing, index) => this.draw(drawing, this.data.tracks[index]));
       this.label();
@@ -151,7 +155,7 @@
       const spacing = Math.max(...[1, 2, 5].map((factor) => factor * power).filter((size) => size <= length / 4));
       const labels = [];
       for (let at = Math.ceil(this.from / spacing) * spacing; at < this.from + 0.92 * length; at += spacing) {
-        const tick = make("span", {}, duration(at));
+        const tick = make("span", {}, duration(at, digits(this.to, spacing)));
         tick.style.left = percent(at);
         labels.push(tick);
       }
