@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kineto_builder import AUTOGRAD, KinetoBuilder
 
 from kernbench import trace
-from kernbench.analysis import breakdown, hotspots, idle, launches, stalls, timeline
+from kernbench.analysis import breakdown, findings, hotspots, idle, launches, stalls, timeline
 from kernbench.analysis.intervals import Intervals, union
 from kernbench.nesting import Ints
 from kernbench.record import HostRead, LineLog, SourceLine
@@ -399,7 +399,9 @@ def test_interval_sets_agree_with_counting(
 
 _TIME = st.integers(0, 500)
 _EVENT = st.tuples(
-    st.sampled_from(["launch", "orphan", "lost", "sync", "malloc", "op", "step", "copy", "phase"]),
+    st.sampled_from(
+        ["launch", "orphan", "lost", "sync", "malloc", "op", "step", "copy", "phase", "loader", "wait", "free"]
+    ),
     _TIME,
     st.integers(0, 80),
     st.integers(0, 100),
@@ -433,10 +435,18 @@ def test_any_trace_is_analysed_and_everything_adds_up(
             builder.op(f"aten::mul{number % 4}", start, end, tid, sequence=delay % 4, backward=delay % 2 == 1)
         elif what == "step":
             builder.step(number, start, end)
+        elif what == "loader":
+            builder.annotation("load_batch", start, end, tid)
         elif what == "phase":
             builder.annotation(f"kernbench.phase{number % 3}:site", start, end, tid)
         else:
-            calls = {"lost": "cudaLaunchKernel", "sync": "cudaStreamSynchronize", "malloc": "cudaMalloc"}
+            calls = {
+                "lost": "cudaLaunchKernel",
+                "sync": "cudaStreamSynchronize",
+                "malloc": "cudaMalloc",
+                "wait": "cudaStreamWaitEvent",
+                "free": "cudaFree",
+            }
             builder.call(calls[what], start, end, tid)
     loaded = trace.load(builder.write(tmp_path / "any.json"))
     log = LineLog(steps=1, lines=[NO_LINE], reads=[read(0)], op_lines={"aten::mul1": [0], "aten::mul2": [0, -1]})
@@ -450,7 +460,21 @@ def test_any_trace_is_analysed_and_everything_adds_up(
         parts = breakdown.breakdown(loaded, 1e-3)
         assert sum(part.seconds_per_step for part in parts) == pytest.approx(1e-3)
         assert all(part.seconds_per_step >= 0 for part in parts)
-    assert sum(hotspot.share for hotspot in hotspots.hotspots(loaded, log)) <= 1 + 1e-9
+    # Operators of a CPU run in several threads at once; shares are of the step.
+    whole = 1 + 1e-9 if loaded.on_gpu else len(loaded.threads) + 1e-9
+    assert sum(hotspot.share for hotspot in hotspots.hotspots(loaded, log)) <= whole
     assert launches.launches(loaded).per_step >= 0
     assert all(stall.count_per_step > 0 for stall in stalls.stalls(loaded, log))
     assert all(span.duration_seconds >= 0 for span in timeline.timeline(loaded))
+    for rows in hotspots.views(loaded, log).values():
+        assert sum(row.share for row in rows) <= whole
+    everywhere = sum(site.seconds_per_step for site in idle.sites(loaded, log, limit=1000))
+    assert everywhere == pytest.approx(found.idle_seconds_per_step if found is not None else 0, abs=1e-12)
+    ahead = launches.gaps(loaded)
+    assert ahead is None or ahead.depth is None or 0 <= ahead.depth[0] <= ahead.depth[1]
+    match = stalls.line_match(loaded, log)
+    assert match is None or 0 <= match.matched_per_step <= match.waits_per_step
+    for with_lines in (None, log):
+        told = findings.findings(loaded, lines=with_lines)
+        assert all(0 <= one.share <= 1 and one.sentence.endswith(".") for one in told)
+        assert findings.headline(loaded, told)
