@@ -30,17 +30,28 @@ _NEVER = np.iinfo(np.int64).min
 _CANDIDATES = 16
 
 Kind = Literal["host", "kernel", "copy", "launch", "sync", "communication", "idle"]
+_DEVICE_KINDS: tuple[Kind, ...] = ("communication", "kernel", "copy")
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Time and number of pieces of one name (an index) and line (in ``Places.lines``)."""
+
+    name: int
+    line: int
+    nanoseconds: int
+    count: int
 
 
 @dataclass
 class _Path:
-    """Pieces of the path as start and end in ns; what they are of is a device row, a host row or nothing."""
+    """Pieces of the path as start and end in ns; what they are of is a device row or a host row."""
 
     host: list[tuple[int, int]] = field(default_factory=list)
     device: list[tuple[int, int, int]] = field(default_factory=list)
     launch: list[tuple[int, int, int]] = field(default_factory=list)
     sync: list[tuple[int, int, int]] = field(default_factory=list)
-    idle: list[tuple[int, int]] = field(default_factory=list)
+    idle: list[int] = field(default_factory=list)
 
 
 def critical_path(trace: Trace, lines: LineLog | None, limit: int = 30) -> list[PathPart]:
@@ -74,14 +85,17 @@ class _Walk:
         free = np.where(before >= 0, np.minimum(end[before], start), _NEVER)
         travel = (start - launched)[linked & (launched < start)]
         latency = min(int(travel.min()), LAUNCH_NS) if len(travel) else 0
-        self.late = linked & (launched + latency >= free)
+        late = linked & (launched + latency >= free)
         other = _ended_before(start, end)
         ready = np.maximum(returned, free)
         waited = (other >= 0) & (start - ready > LAUNCH_NS) & (end[other] > ready)
-        self.before = np.where(waited, other, before).tolist()
-        self.late = (self.late & ~waited).tolist()
+        before = np.where(waited, other, before)
+        self.before = before.tolist()
+        self.freed = np.where(before >= 0, np.minimum(end[before], start), _NEVER).tolist()
+        self.late = (late & ~waited).tolist()
         self.row, self.start, self.end = mine.tolist(), start.tolist(), end.tolist()
-        self.launched, self.call, self.stream = launched.tolist(), call.tolist(), device.stream[mine].tolist()
+        self.launched: list[int] = launched.tolist()
+        self.call, self.stream = call.tolist(), device.stream[mine].tolist()
         order = np.argsort(end, kind="stable")
         self.by_end: list[int] = order.tolist()
         self.ends = end[order].tolist()
@@ -100,7 +114,7 @@ class _Walk:
         event = self.by_end[last] if last >= 0 and self.ends[last] == end else -1
         while time > begin:
             if event >= 0:
-                time, event = self._device(event, time, begin)
+                time, event = self._device(event, time, begin), -1
                 continue
             below = min(bisect_right(self.wait_end, time), below) - 1
             if below < 0 or self.wait_end[below] <= begin:
@@ -112,21 +126,24 @@ class _Walk:
             time = max(self.end[event] if event >= 0 else self.wait_start[below], begin)
             self.path.sync.append((time, self.wait_end[below], self.waits[below]))
 
-    def _device(self, event: int, time: int, begin: int) -> tuple[int, int]:
-        """Pass one device event; where the path goes on: the time, and the event that ended then, -1 for the host."""
-        start = max(min(self.start[event], time), begin)
-        self.path.device.append((start, time, self.row[event]))
-        if start == begin:
-            return begin, -1
-        if self.late[event]:
-            launched = max(self.launched[event], begin)
-            self.path.launch.append((launched, start, self.call[event]))
-            return launched, -1
-        before = self.before[event]
-        ended = max(min(self.end[before], start), begin) if before >= 0 else begin
-        if ended < start:
-            self.path.idle.append((ended, start))
-        return ended, before
+    def _device(self, event: int, time: int, begin: int) -> int:
+        """Pass device events back to one that the host launched late, and return when it did, or the step's begin."""
+        path = self.path
+        while True:
+            start = max(min(self.start[event], time), begin)
+            path.device.append((start, time, self.row[event]))
+            if start == begin:
+                return begin
+            if self.late[event]:
+                launched = max(self.launched[event], begin)
+                path.launch.append((launched, start, self.call[event]))
+                return launched
+            time = max(self.freed[event], begin)
+            if time < start:
+                path.idle.append(start - time)
+            event = self.before[event]
+            if event < 0 or time == begin:
+                return begin
 
     def _awaited(self, wait: int) -> int:
         """The event whose end let the host go on; -1 if the wait found nothing to wait for."""
@@ -163,35 +180,52 @@ def _ended_before(start: Ints, end: Ints) -> Ints:
 
 def _parts(trace: Trace, lines: LineLog | None, path: _Path, steps: int) -> list[PathPart]:
     where = attribution.places(trace, lines)
-    spent: dict[tuple[Kind, str, int], list[int]] = {}
-
-    def add(kind: Kind, name: str, line: int, ns: int, count: int = 1) -> None:
-        entry = spent.setdefault((kind, name, line), [0, 0])
-        entry[0] += ns
-        entry[1] += count
-
-    talking = communicates(trace).tolist()
-    for start, end, row in path.device:
-        kind: Kind = "communication" if talking[row] else "kernel" if trace.device.kind[row] == KERNEL else "copy"
-        call = int(trace.device.call[row])
-        line = int(where.line[call]) if call >= 0 else -1
-        add(kind, trace.names[trace.device.name[row]], line, end - start)
-    for start, end, row in path.launch:
-        add("launch", trace.names[trace.host.name[row]], -1, end - start)
-    for start, end, row in path.sync:
-        add("sync", where.op_name(int(where.op[row])), int(where.line[row]), end - start)
-    for start, end in path.idle:
-        add("idle", QUEUED, -1, end - start)
-    for share in hostpath.shares(trace, where, path.host):
-        add("host", share.name, share.line, share.nanoseconds, share.count)
+    device, host = trace.device, trace.host
+    ns, row = _lengths(path.device)
+    kind = np.where(communicates(trace), 0, np.where(device.kind == KERNEL, 1, 2))[row]
+    line = np.where(device.call[row] >= 0, where.line[device.call[row]], -1)
+    found: list[tuple[Kind, str, _Sum]] = []
+    for number, word in enumerate(_DEVICE_KINDS):
+        mine = kind == number
+        sums = _sums(device.name[row][mine], line[mine], ns[mine])
+        found += [(word, trace.names[one.name], one) for one in sums]
+    ns, row = _lengths(path.launch)
+    sums = _sums(host.name[row], np.full(len(row), -1), ns)
+    found += [("launch", trace.names[one.name], one) for one in sums]
+    ns, row = _lengths(path.sync)
+    found += [("sync", where.op_name(one.name), one) for one in _sums(where.op[row], where.line[row], ns)]
+    shares = hostpath.shares(trace, where, path.host)
+    found += [("host", one.name, _Sum(-1, one.line, one.nanoseconds, one.count)) for one in shares]
+    found.append(("idle", QUEUED, _Sum(-1, -1, sum(path.idle), len(path.idle))))
     return [
         PathPart(
-            kind=kind,
+            kind=word,
             name=name,
-            seconds_per_step=ns / steps / 1e9,
-            count_per_step=count / steps,
-            source=where.source(line),
+            seconds_per_step=one.nanoseconds / steps / 1e9,
+            count_per_step=one.count / steps,
+            source=where.source(one.line),
         )
-        for (kind, name, line), (ns, count) in spent.items()
-        if ns
+        for word, name, one in found
+        if one.nanoseconds
+    ]
+
+
+def _lengths(pieces: list[tuple[int, int, int]]) -> tuple[Ints, Ints]:
+    """Length in ns and row of each piece."""
+    columns = np.array(pieces, np.int64).reshape(-1, 3)
+    return columns[:, 1] - columns[:, 0], columns[:, 2]
+
+
+def _sums(name: Ints, line: Ints, ns: Ints) -> list[_Sum]:
+    """Total of ``ns`` and count for each pair of name and line."""
+    if not len(name):
+        return []
+    lines = int(line.max()) + 2
+    keys, position = np.unique(name * lines + line + 1, return_inverse=True)
+    total = np.zeros(len(keys), np.int64)
+    np.add.at(total, position, ns)
+    count = np.bincount(position)
+    return [
+        _Sum(key // lines, key % lines - 1, spent, many)
+        for key, spent, many in zip(keys.tolist(), total.tolist(), count.tolist(), strict=True)
     ]

@@ -165,7 +165,8 @@ def _packages(trace: Trace) -> Ints:
     """For each name of a library's function the first name of that package, so that one label stands for all of it."""
     first: dict[str, int] = {}
     index = np.arange(len(trace.names))
-    for name, file in set(zip(trace.frames.name.tolist(), trace.frames.file.tolist(), strict=True)):
+    names, at = np.unique(trace.frames.name, return_index=True)
+    for name, file in zip(names.tolist(), trace.frames.file[at].tolist(), strict=True):
         if file >= 0:
             index[name] = first.setdefault(_package(trace.names[file]), name)
     return index
@@ -185,59 +186,58 @@ def _package(file: str) -> str:
 def _tree(rows: _Rows) -> _Tree:
     """Level by level: the outermost rows of what is left, and of each of them what lies below."""
     count = len(rows.kind)
-    end = rows.end_ns.copy()
-    above = np.full(count, -1, np.int64)
     of_row = np.full(count, -1, np.int64)
-    merged = np.zeros(count, bool)
+    total = np.zeros(count, np.int64)
     labels = int(rows.label.max()) + 1
     nodes: dict[int, int] = {}
     parents: list[int] = []
-    first_of_node = np.zeros(count, np.int64)
-    rest = np.arange(count)
-    while len(rest):
-        reach = np.maximum.accumulate(end[rest])
-        outermost = np.concatenate([[True], rows.start_ns[rest][1:] >= reach[:-1]])
-        top = rest[outermost]
-        node_above = np.where(above[top] >= 0, of_row[above[top]], -1)
-        caller = first_of_node[node_above]
-        joins = (rows.kind[top] == LIBRARY) & (rows.kind[caller] == LIBRARY)
-        # A backward node runs inside the engine's call of the same name.
-        joins |= (rows.kind[top] == OPERATOR) & (rows.label[top] == rows.label[caller])
-        joins = (joins & (node_above >= 0)) | (rows.kind[top] == BUILT_IN)
-        merged[top] = joins
-        of_row[top[joins]] = node_above[joins]
+    first = np.zeros(count, np.int64)
+    start, end, index, above = rows.start_ns, rows.end_ns, np.arange(count), np.full(count, -1, np.int64)
+    while len(index):
+        reach = np.maximum.accumulate(end)
+        outermost = np.concatenate([[True], start[1:] >= reach[:-1]])
+        top, caller = index[outermost], above[outermost]
+        joins = _joins(rows, top, caller, first)
+        of_row[top] = caller
         new = np.flatnonzero(~joins)
-        keys, first, position = np.unique(
-            (node_above[new] + 1) * labels + rows.label[top[new]], return_index=True, return_inverse=True
+        keys, at, position = np.unique(
+            (caller[new] + 1) * labels + rows.label[top[new]], return_index=True, return_inverse=True
         )
         found = np.fromiter((nodes.setdefault(key, len(nodes)) for key in keys.tolist()), np.int64, len(keys))
         of_row[top[new]] = found[position]
-        for node, row, parent in zip(
-            found.tolist(), top[new][first].tolist(), node_above[new][first].tolist(), strict=True
-        ):
+        for node, row, parent in zip(found.tolist(), top[new][at].tolist(), caller[new][at].tolist(), strict=True):
             if node == len(parents):
                 parents.append(parent)
-                first_of_node[node] = row
+                first[node] = row
             # A folded frame's callees lie on several levels.
-            first_of_node[node] = min(first_of_node[node], row)
-        rest_above = top[np.cumsum(outermost) - 1]
-        rest, rest_above = rest[~outermost], rest_above[~outermost]
-        above[rest] = rest_above
+            first[node] = min(first[node], row)
+        np.add.at(total, found[position], np.maximum(end - start, 0)[outermost][new])
+        inner = ~outermost
+        group = (np.cumsum(outermost) - 1)[inner]
         # Rows that outlast what they lie in, by a clock tick or in a damaged trace, must not count twice.
-        end[rest] = np.minimum(end[rest], end[rest_above])
-    length = np.maximum(end - rows.start_ns, 0)
-    counted = np.flatnonzero(~merged)
-    total = np.zeros(len(nodes), np.int64)
-    np.add.at(total, of_row[counted], length[counted])
+        end = np.minimum(end[inner], end[outermost][group])
+        start, index, above = start[inner], index[inner], of_row[top][group]
     folded = _folded(rows, of_row, len(nodes))
-    return _Tree(np.array(parents, np.int64), first_of_node[: len(nodes)], total, folded)
+    return _Tree(np.array(parents, np.int64), first[: len(nodes)], total[: len(nodes)], folded)
+
+
+def _joins(rows: _Rows, top: Ints, caller: Ints, first: Ints) -> Bools:
+    """Which rows are part of their caller's node: a library's in a library's, and what is built into Python.
+
+    So is a backward node inside the engine's call of the same name.
+    """
+    calling = first[caller]
+    joins = (rows.kind[top] == LIBRARY) & (rows.kind[calling] == LIBRARY)
+    joins |= (rows.kind[top] == OPERATOR) & (rows.label[top] == rows.label[calling])
+    return np.asarray((joins & (caller >= 0)) | (rows.kind[top] == BUILT_IN), np.bool_)
 
 
 def _folded(rows: _Rows, of_row: Ints, nodes: int) -> Ints:
     """How many different functions of libraries each node stands for."""
     hidden = np.flatnonzero(((rows.kind == LIBRARY) | (rows.kind == BUILT_IN)) & (of_row >= 0))
-    pairs = np.unique(np.stack([of_row[hidden], rows.name[hidden]]), axis=1)
-    return np.bincount(pairs[0], minlength=nodes)
+    names = int(rows.name.max()) + 1
+    pairs = np.unique(of_row[hidden] * names + rows.name[hidden])
+    return np.bincount(pairs // names, minlength=nodes)
 
 
 def _named(
