@@ -27,8 +27,13 @@ __all__ = ["line_pass", "trace_steps", "trim"]
 STEP = "kernbench.step#"
 
 
-def trace_steps(built: Built, *, first: int, count: int, device: torch.device, path: Path) -> list[float]:
+def trace_steps(
+    built: Built, *, first: int, count: int, device: torch.device, path: Path, details: bool = False
+) -> list[float]:
     """Trace ``count`` steps from ``first`` on into a gzipped Kineto JSON file at ``path``, written atomically.
+
+    Args:
+        details: record the shapes of operands and the memory in use too, which makes the host slower.
 
     Returns:
         seconds per step under the profiler. On a GPU the host runs ahead, so each is the mean over all steps, with the
@@ -41,7 +46,13 @@ def trace_steps(built: Built, *, first: int, count: int, device: torch.device, p
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     options = _ExperimentalConfig(enable_cuda_sync_events=True) if cuda else None
     marks = []
-    with profile(activities=activities, acc_events=True, experimental_config=options) as profiler:
+    with profile(
+        activities=activities,
+        acc_events=True,
+        experimental_config=options,
+        record_shapes=details,
+        profile_memory=details,
+    ) as profiler:
         if cuda:
             torch.cuda.synchronize(device)
         marks.append(time.perf_counter())

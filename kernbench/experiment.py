@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from kernbench import record, supervised, swap, verdict
 from kernbench.jobs import interpreted
 from kernbench.measure import Settings
@@ -115,6 +117,26 @@ def _side_record(result: record.SwapRecord) -> record.ProfileRecord:
 
 
 def _predict(phase: Phase, before: record.ProfileRecord) -> record.Prediction:
-    if phase.predict is None:
-        return record.Prediction(text=phase.predicts, claim=phase.claim)
-    return phase.predict(before)
+    """The phase's own promise, and beside it what the replay of the trace before says of the phase."""
+    own = record.Prediction(text=phase.predicts, claim=phase.claim)
+    if phase.predict is not None:
+        own = phase.predict(before)
+    replayed = _replayed(phase, before)
+    if replayed is None:
+        return own
+    promised = msgspec.structs.replace(own, replayed=replayed)
+    if own.ratio_low is not None:
+        return promised
+    basis = "; ".join(filter(None, [own.basis, "replay of the trace before"]))
+    return msgspec.structs.replace(promised, ratio_low=replayed[0], ratio_high=replayed[1], basis=basis)
+
+
+def _replayed(phase: Phase, before: record.ProfileRecord) -> tuple[float, float] | None:
+    """Range of the ratio before over after; None where nothing was replayed or the site does not show in the trace."""
+    found = before.analysis.whatif if before.analysis else None
+    step = found.baseline_seconds if found else None
+    for estimate in found.estimates if found else ():
+        low, high = estimate.saving_seconds_per_step
+        if estimate.change == "phase" and estimate.phase == phase.number and step and high < step:
+            return step / (step - low), step / (step - high)
+    return None

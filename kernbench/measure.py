@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from kernbench import analyze, bench, capture, device, figures, ranges, record, statistics, swap, trace
-from kernbench.analysis import breakdown, hotspots, idle, launches, stalls, timeline
+from kernbench.analysis import breakdown, fusion, hotspots, idle, launches, memory, shapes, stalls, timeline
+from kernbench.analysis.phasewhatif import with_phases
 from kernbench.analysis.whatif import with_savings
 from kernbench.errors import KernbenchError, WorkloadFailed
 from kernbench.runfolder import Run
@@ -183,6 +184,8 @@ def measure(
         result.launches_per_step = result.launches.per_step
         result.idle = idle.idle(events)
         result.timeline = timeline.timeline(events)
+        # Shapes and memory come from a step of their own, so that the timed ones are not slowed down by recording them.
+        detailed, _ = trace_side(side, first + TRACED_STEPS, None, details=True)
     # The traced instance goes before the watched one is built, so that only one of them takes memory.
     del side
     with run.stage(f"{name}lines"), run.progress.stage(f"watching {name}host reads"):
@@ -200,6 +203,8 @@ def measure(
     with run.stage(f"{name}what-if"), run.progress.stage(f"replaying {name}steps"):
         ceilings = result.environment.ceilings
         found = analyze.enrich(events, log, ceilings, result.stalls, unprofiled_seconds=median(seconds))
+        _add_details(found, detailed, log, ceilings)
+        found.whatif = with_phases(found.whatif, events, log, ceilings, detailed, unprofiled_seconds=median(seconds))
         result.analysis = found
         result.stalls = with_savings(result.stalls, found.whatif)
 
@@ -229,11 +234,24 @@ class _Toggled:
         return self.side.state_dict()
 
 
-def trace_side(side: Side, first: int, keep: Path | None) -> tuple[trace.Trace, list[float]]:
+def _add_details(
+    found: record.TraceAnalysis, detailed: trace.Trace, log: record.LineLog, ceilings: record.Ceilings | None
+) -> None:
+    """What takes shapes or memory: roofline, fusion candidates with their bytes, hotspots by shape, memory in use."""
+    found.roofline = shapes.roofline(detailed, ceilings)
+    found.fusion = fusion.fusion(detailed, log, ceilings) or found.fusion
+    found.memory = memory.memory(detailed)
+    by_shape = hotspots.views(detailed, log).get("shape")
+    if by_shape:
+        found.views["shape"] = by_shape
+
+
+def trace_side(side: Side, first: int, keep: Path | None, *, details: bool = False) -> tuple[trace.Trace, list[float]]:
     """Trace a few steps; returns all of them read, and seconds per step under the profiler.
 
     Args:
         keep: where one traced step is left for the user, if anywhere.
+        details: trace one step alone, with shapes and memory.
     """
     settings = side.settings
     with tempfile.TemporaryDirectory(prefix="kernbench-") as scratch:
@@ -241,7 +259,14 @@ def trace_side(side: Side, first: int, keep: Path | None) -> tuple[trace.Trace, 
         with swap.annotated(settings.workload, side.built, side.plan):
             modules = ranges.annotate_modules(side.model) if settings.nvtx and side.model is not None else None
             try:
-                profiled = capture.trace_steps(side, first=first, count=TRACED_STEPS, device=settings.device, path=full)
+                profiled = capture.trace_steps(
+                    side,
+                    first=first,
+                    count=1 if details else TRACED_STEPS,
+                    device=settings.device,
+                    path=full,
+                    details=details,
+                )
             finally:
                 if modules is not None:
                     modules.remove()

@@ -4,15 +4,18 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import report_records
 from kineto_builder import AUTOGRAD, MAIN, KinetoBuilder
 
-from kernbench import trace
+from kernbench import experiment, trace
 from kernbench.analysis import stalls
+from kernbench.analysis.phasewhatif import with_phases
 from kernbench.analysis.replay import replay, steady, without_waits
 from kernbench.analysis.replaymodel import CannotReplayError, model
 from kernbench.analysis.replaywaits import NOTHING
 from kernbench.analysis.whatif import LIMIT, whatif, with_savings
-from kernbench.record import Estimate, HostRead, LineLog, SourceLine, WhatIf
+from kernbench.record import Estimate, HostRead, LineLog, Prediction, SourceLine, TraceAnalysis, WhatIf
+from kernbench.workload import Phase
 
 US = 1000
 LATENCY, WAKE, CALL = 5, 8, 4
@@ -265,3 +268,56 @@ def test_host_time_is_scaled_to_the_unprofiled_step(tmp_path: Path) -> None:
     assert found.host_scale == pytest.approx(0.5, abs=0.02)
     assert found.baseline_seconds == pytest.approx(226e-6, rel=0.01)
     assert msgspec.json.decode(msgspec.json.encode(found), type=WhatIf) == found
+
+
+def phased(tmp_path: Path) -> trace.Trace:
+    """A host-bound step with four launches and a read in phase 1, which nothing else waits for."""
+    builder = KinetoBuilder()
+    now = 0.0
+    for step in range(3):
+        start = now
+        builder.launch("before", start + 100, start + 105, start + 115)
+        begin = start + 150
+        for number in range(4):
+            builder.launch("small", begin + 10 + 50 * number, begin + 15 + 50 * number, begin + 25 + 50 * number)
+        now = read_item(builder, begin + 170, begin + 175)
+        builder.annotation("kernbench.phase1:block.norm", begin, now)
+        now += 300
+        builder.step(step, start, now)
+    return trace.load(builder.write(tmp_path / "phased.json"))
+
+
+def test_a_phase_is_foretold_from_its_reads_gone_to_one_launch_for_all(tmp_path: Path) -> None:
+    loaded = phased(tmp_path)
+    found = with_phases(whatif(loaded), loaded, None, None, None)
+    assert found is not None
+    (estimate,) = [row for row in found.estimates if row.change == "phase"]
+    low, high = estimate.saving_seconds_per_step
+    assert estimate.phase == 1
+    # The read takes 16 from its start to its end. Three of four launches take 4 each, with 46 before each of them.
+    assert low == pytest.approx(16e-6, abs=1e-6)
+    assert high == pytest.approx((16 + 3 * 50) * 1e-6, abs=2e-6)
+
+
+def test_an_experiment_shows_the_replay_beside_the_promise_of_the_phase(tmp_path: Path) -> None:
+    loaded = phased(tmp_path)
+    phase = Phase(number=1, title="norm", swaps=(), predicts="Faster.")
+    before = report_records.profile(
+        analysis=TraceAnalysis(whatif=with_phases(whatif(loaded), loaded, None, None, None))
+    )
+    predicted = experiment._predict(phase, before)
+    step = steady(model(loaded)) / 1e9
+    assert predicted.replayed == pytest.approx((step / (step - 16e-6), step / (step - 166e-6)), rel=0.01)
+    assert (predicted.ratio_low, predicted.ratio_high) == predicted.replayed
+    promising = Phase(
+        number=1,
+        title="norm",
+        swaps=(),
+        predicts="Faster.",
+        predict=lambda before: Prediction(text="Faster.", ratio_low=1.0, ratio_high=1.5),
+    )
+    kept = experiment._predict(promising, before)
+    assert (kept.ratio_low, kept.ratio_high) == (1.0, 1.5)
+    assert kept.replayed == predicted.replayed
+    other = Phase(number=2, title="other", swaps=(), predicts="Faster.")
+    assert experiment._predict(other, before).replayed is None

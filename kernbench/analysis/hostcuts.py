@@ -11,7 +11,7 @@ from kernbench.analysis.intervals import union
 from kernbench.analysis.replay import with_host_time
 from kernbench.analysis.replaymodel import Program
 from kernbench.analysis.replaywaits import NOTHING, stream_overlap
-from kernbench.nesting import CALL, Ints
+from kernbench.nesting import CALL, Bools, Ints
 from kernbench.trace import Trace
 
 _LOADING = re.compile(r"enumerate\(DataLoader\)#|(?i:.*\b(data[ _]?load(ing|er)?|(next|get|load|fetch)_?batch)\b)")
@@ -90,17 +90,32 @@ def in_a_graph(trace: Trace, program: Program) -> Program | None:
     step = np.where(launching, nodes.step, -1)
     leading = np.zeros(len(nodes), np.bool_)
     leading[[int(np.flatnonzero(step == number)[0]) for number in np.unique(step[launching]).tolist()]] = True
-    inner = launching & ~leading
-    work = np.where(inner, 0, nodes.work_ns)
     loading = without_loading(trace, program)
-    if loading is not None:
-        work = np.where(inner, nodes.work_ns - loading.nodes.work_ns, work)
-    call = np.where(leading, GRAPH_LAUNCH_NS, np.where(inner, 0, nodes.call_ns))
-    first = np.repeat(leading, nodes.count)
-    latency = np.where(first, items.latency_ns, 0)
-    changed = replace(
-        program,
-        items=replace(items, latency_ns=latency, gap_ns=np.minimum(items.gap_ns, GRAPH_GAP_NS)),
-        nodes=replace(nodes, waits=np.where(launching, NOTHING, nodes.waits)),
+    kept = nodes.work_ns - loading.nodes.work_ns if loading is not None else None
+    changed = launched_together(program, launching & ~leading, kept)
+    call = np.where(leading, GRAPH_LAUNCH_NS, changed.nodes.call_ns)
+    gap = np.minimum(items.gap_ns, GRAPH_GAP_NS)
+    return replace(
+        changed,
+        items=replace(changed.items, gap_ns=gap),
+        nodes=replace(changed.nodes, call_ns=call, waits=np.where(launching, NOTHING, nodes.waits)),
     )
-    return with_host_time(changed, work, call)
+
+
+def launched_together(program: Program, followers: Bools, kept_ns: Ints | None = None) -> Program:
+    """The program whose ``followers`` are launched by the launch before them, without host time of their own.
+
+    Args:
+        kept_ns: host time before each node that stays all the same.
+    """
+    nodes, items = program.nodes, program.items
+    own = np.repeat(followers, nodes.count)
+    return replace(
+        program,
+        nodes=replace(
+            nodes,
+            work_ns=np.where(followers, 0 if kept_ns is None else kept_ns, nodes.work_ns),
+            call_ns=np.where(followers, 0, nodes.call_ns),
+        ),
+        items=replace(items, latency_ns=np.where(own, 0, items.latency_ns)),
+    )

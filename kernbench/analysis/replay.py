@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kernbench.analysis.replaymodel import Program
 from kernbench.analysis.replaywaits import ANYTHING, ITEM, NOTHING
 from kernbench.nesting import Bools, Ints
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,3 +132,10 @@ def with_host_time(program: Program, work_ns: Ints, call_ns: Ints | None = None)
     return replace(
         program, nodes=replace(nodes, work_ns=work_ns, call_ns=nodes.call_ns if call_ns is None else call_ns)
     )
+
+
+def without_items_time(program: Program, share: Floats) -> Program:
+    """The program whose items are shorter by a share of their duration each."""
+    items = program.items
+    shorter = np.rint(items.duration_ns * (1 - share)).astype(np.int64)
+    return replace(program, items=replace(items, duration_ns=shorter))

@@ -70,7 +70,8 @@ def _site(trace: Trace, program: Program, nodes: Ints, key: tuple[str, int, str]
     file, line, op = key
     row = int(program.nodes.row[nodes[0]])
     source = SourceLine(file=file, line=line, text="") if file else None
-    phase = int(trace.host.phase[row]) if trace.host.phase[row] >= 0 else None
+    phases = np.unique(trace.host.phase[program.nodes.row[nodes]]).tolist()
+    phase = int(phases[0]) if len(phases) == 1 and phases[0] >= 0 else None
     if stall is not None:
         phase = stall.phase if stall.phase is not None else phase
         source = SourceLine(file=file, line=line, text=stall.source, function=stall.function) if file else None
