@@ -22,6 +22,8 @@ from kernbench.trace import Trace
 
 NOTABLE_SHARE = 0.03
 """Below this share of the step nothing is worth a finding: runs of one program differ by as much."""
+NAMEABLE_SHARE = 0.01
+"""Where idle time has no notable cause, the largest one is named down to this share; below it none is."""
 OUTWEIGHS = 3.0
 """A condition of the whole step comes before a single fault if it costs more than this many times as much."""
 IDLE_SHARE = 0.1
@@ -71,21 +73,26 @@ def findings(
     notable = [one for one in found if one.share >= NOTABLE_SHARE]
     if notable:
         return notable[:limit]
-    if whole.idle_share >= IDLE_SHARE and found:
-        return found[:1]
-    return [_device_bound(trace, whole)]
+    if whole.idle_share < IDLE_SHARE:
+        return [_device_bound(trace, whole)]
+    return [one for one in found[:1] if one.share >= NAMEABLE_SHARE]
 
 
 def headline(trace: Trace, found: Sequence[Finding], whatif: WhatIf | None = None) -> str:
     """The verdict on a trace in one or two sentences, the cause first; from the same replay as the findings."""
     if not trace.on_gpu:
         return _cpu_headline(trace, found)
-    if not found:
+    if step_windows(trace).mean_ns <= 0:
         return "The steps of this trace take no time, so there is nothing to tell of them."
+    whole = true_step(trace, whatif)
+    if not found:
+        return (
+            f"No cause stands out: the device is busy {percent(1 - whole.idle_share)} of a step of "
+            f"{duration(whole.seconds)}, and the trace does not tell why it is idle for the rest."
+        )
     first = found[0]
     if first.cause == "device-bound":
         return first.sentence
-    whole = true_step(trace, whatif)
     more = f" {len(found) - 1} more finding{'s' * (len(found) > 2)} below." if len(found) > 1 else ""
     title = advice.TITLES[first.cause]
     return (

@@ -11,6 +11,9 @@ from kernbench.analysis.memo import once_per_trace
 from kernbench.nesting import Bools, Ints
 from kernbench.trace import Trace
 
+# Work reaches an idle device within about 10 us of its launch.
+HAND_OVER_NS = 50_000
+
 
 @dataclass(frozen=True, eq=False)
 class Windows:
@@ -34,6 +37,7 @@ def step_windows(trace: Trace) -> Windows:
 
     On a CPU that is the step's host time. On a GPU the device may run behind: a step's window ends when both its host
     part and its last device event have ended, and begins no earlier than the work of the step before has ended.
+    What the device still had to do when the trace began belongs to no step.
     """
     steps = trace.steps
     if not trace.on_gpu:
@@ -43,8 +47,28 @@ def step_windows(trace: Trace) -> Windows:
     np.maximum.at(reach, trace.device.step[mine], trace.device.end_ns[mine])
     reach = np.maximum.accumulate(reach)
     start = steps.start_ns.copy()
+    start[0] = max(int(start[0]), _end_of_earlier_work(trace))
     start[1:] = np.maximum(start[1:], reach[:-1])
     return Windows(start[trace.counted], np.maximum(reach, start)[trace.counted])
+
+
+def _end_of_earlier_work(trace: Trace) -> int:
+    """When the device came to the first step's work, if it was busy with what was launched before; else 0.
+
+    Work whose launch the trace does not hold was launched before it began. Where that work is not in the trace either,
+    the first launch of the step shows it: it had been handed over for longer than a launch takes.
+    """
+    device, host = trace.device, trace.host
+    mine = on_main_device(trace)
+    own = np.flatnonzero(mine & (device.step == 0) & (device.call >= 0))
+    if not len(own):
+        return 0
+    first = int(device.start_ns[own[0]])
+    earlier = mine[: own[0]] & (device.call[: own[0]] < 0)
+    if earlier.any():
+        return min(int(device.end_ns[: own[0]][earlier].max()), first)
+    handed_over = int(host.end_ns[device.call[own[0]]])
+    return first if first - handed_over > HAND_OVER_NS and not mine[: own[0]].any() else 0
 
 
 @once_per_trace
