@@ -91,9 +91,11 @@ def _between(trace: Trace, where: Places, left: Intervals) -> list[Share]:
     """Time outside all operators and calls: by the innermost annotation around it, else by the line that it led to."""
     host, marker = trace.host, trace.steps.marker
     rows = np.flatnonzero((host.thread == trace.steps.thread) & (host.kind == ANNOTATION))
-    edges = np.unique(np.concatenate([left.start, left.end, host.start_ns[rows], host.end_ns[rows]]))
-    start, end = edges[:-1], edges[1:]
-    kept = left.contains(start)
+    edges = np.concatenate([host.start_ns[rows], host.end_ns[rows]])
+    edges = np.unique(edges[left.contains(edges)])
+    start = np.sort(np.concatenate([left.start, edges]), kind="stable")
+    end = np.sort(np.concatenate([left.end, edges]), kind="stable")
+    kept = end > start
     start, end = start[kept], end[kept]
     if not len(start):
         return []
