@@ -89,7 +89,7 @@ def read_sentence(place: Place, step: float) -> str:
     }[place.cause]
     basis = "by the replay" if place.replayed else "by the idle time it leaves behind"
     if place.jointly:
-        basis = "as its part of what the replay saves without all such waits"
+        basis = "by the replay, once waits of other places are gone too"
     waiting = place.seconds - place.copying
     cost = duration(waiting)
     if place.replayed and place.low < 0.95 * place.seconds:

@@ -13,12 +13,12 @@ from kernbench.analysis.costs import IdleCosts, copies_of, exposed_copies
 from kernbench.analysis.stalls import waiting
 from kernbench.analysis.waits import Wait, waits
 from kernbench.nesting import Ints
-from kernbench.record import Cause, Estimate, LineLog, SourceLine, WhatIf
+from kernbench.record import Cause, Change, Estimate, LineLog, SourceLine, WhatIf
 from kernbench.trace import Trace
 
 # Below this a copy to the host is a read of a few values, whatever memory it goes to.
 _LARGE_BYTES = 64 * 1024
-# Single savings that come this close to the joint one need no sharing out.
+# What a wait saves alone is told if it comes this close to what it saves among others.
 _ALL_OF_IT = 0.9
 # Operators whose result has a size that depends on values: they wait without having been asked for a value.
 _SIZED_BY_VALUES = re.compile(
@@ -34,9 +34,9 @@ _TO_DEVICE = re.compile(r".*(HtoD|HostToDevice)")
 class Place:
     """All waits of one line and operator. ``seconds`` is what they cost a step at most, ``count`` how often a step.
 
-    ``low`` is the smaller end where a replay gave a range; ``replayed`` tells that one did, ``jointly`` that it is this
-    place's part of what all places save together. ``idle`` is the idle time that the waits leave behind. ``copying`` is
-    the part of ``seconds`` that copies take while no kernel runs, which from pinned memory they could run beside.
+    ``low`` is the smaller end where a replay gave a range; ``replayed`` tells that one did, ``jointly`` that other
+    waits must go first. ``copying`` is the part of ``seconds`` that copies take while no kernel runs, which from pinned
+    memory they could run beside.
     """
 
     cause: Cause
@@ -45,7 +45,6 @@ class Place:
     seconds: float
     low: float
     count: float
-    idle: float
     copying: float = 0.0
     replayed: bool = False
     jointly: bool = False
@@ -63,7 +62,7 @@ def read_places(trace: Trace, lines: LineLog | None, costs: IdleCosts, whatif: W
     for wait in waits(trace, where):
         stall = stall_of.get(wait.rows[0], -1)
         groups[(stall, "", -1) if stall >= 0 else (-1, wait.op, wait.line)].append(wait)
-    estimates = _by_place(whatif)
+    estimates = _by_place(whatif, "without stall")
     found = []
     for (stall, op, line), group in groups.items():
         rows = np.array([row for wait in group for row in wait.rows], np.int64)
@@ -76,32 +75,27 @@ def read_places(trace: Trace, lines: LineLog | None, costs: IdleCosts, whatif: W
                 if known.file
                 else None
             )
-        place = (source.file, source.line) if source else ("", 0)
-        found.append(_place(trace, group, rows, op, source, float(by_row[rows].sum()), estimates.get((op, *place))))
+        estimate = estimates.get(_key(op, source))
+        found.append(_place(trace, group, rows, op, source, float(by_row[rows].sum()), estimate))
     return _jointly(found, whatif)
 
 
 def _jointly(found: list[Place], whatif: WhatIf | None) -> list[Place]:
-    """The places, each with its part of the joint saving where that is more than all places save one by one.
+    """The places with what each saves in the replay's best order, where that is more than what each saves alone.
 
     Of two reads in a row either alone saves nothing: the other one waits in its place.
     """
-    joint = next((one for one in (whatif.estimates if whatif else ()) if one.change == "without all stalls"), None)
-    idle = sum(place.idle for place in found)
-    alone = sum(place.seconds - place.copying for place in found)
-    if joint is None or not idle or alone >= _ALL_OF_IT * joint.saving_seconds_per_step[1]:
-        return found
-    low, high = joint.saving_seconds_per_step
-    return [
-        replace(
-            place,
-            seconds=high * place.idle / idle + place.copying,
-            low=low * place.idle / idle + place.copying,
-            replayed=True,
-            jointly=True,
-        )
-        for place in found
-    ]
+    in_order = _by_place(whatif, "stalls in best order")
+    result = []
+    for place in found:
+        estimate = in_order.get(_key(place.op, place.source))
+        alone = place.seconds - place.copying
+        if estimate is None or alone >= _ALL_OF_IT * estimate.saving_seconds_per_step[1]:
+            result.append(place)
+            continue
+        low, high = (saved + place.copying for saved in estimate.saving_seconds_per_step)
+        result.append(replace(place, seconds=high, low=low, replayed=True, jointly=True))
+    return result
 
 
 def _place(
@@ -126,19 +120,18 @@ def _place(
         seconds=max(high, 0.0) + copying,
         low=max(low, 0.0) + copying,
         count=len(group) / steps,
-        idle=idle_ns / steps / 1e9,
         copying=copying,
         replayed=estimate is not None,
         deferred=estimate is not None and estimate.deferred,
     )
 
 
-def _by_place(whatif: WhatIf | None) -> dict[tuple[str, str, int], Estimate]:
-    return {
-        (one.op, one.source.file if one.source else "", one.source.line if one.source else 0): one
-        for one in (whatif.estimates if whatif else ())
-        if one.change == "without stall"
-    }
+def _by_place(whatif: WhatIf | None, change: Change) -> dict[tuple[str, str, int], Estimate]:
+    return {_key(one.op, one.source): one for one in (whatif.estimates if whatif else ()) if one.change == change}
+
+
+def _key(op: str, source: SourceLine | None) -> tuple[str, str, int]:
+    return (op, source.file, source.line) if source else (op, "", 0)
 
 
 def _cause(trace: Trace, wait: Wait, copies: Ints) -> Cause:
