@@ -88,13 +88,18 @@ def conclusion(found: Sequence[ClaimCheck]) -> str:
     if len(found) > 1:
         counted = max(claim.counted_bytes for claim in found) / min(claim.counted_bytes for claim in found)
         text += f". From its smallest size to its largest it counts {units.times(counted)} the bytes, and its time"
-        text += f" stays at {units.seconds_range(min(stated), max(stated))}"
+        text += f" stays at {_range(stated)}"
         ours = [claim.called_seconds or claim.seconds for claim in found]
         here = [seconds for seconds in ours if seconds is not None]
         if len(here) == len(found):
-            text += f" (here {units.seconds_range(min(here), max(here))})"
+            text += f" (here {_range(here)})"
         text += ": that is what launching takes, not what moving bytes does"
     return f"{text}."
+
+
+def _range(seconds: Sequence[float]) -> str:
+    low, high = units.seconds(min(seconds)), units.seconds(max(seconds))
+    return low if low == high else units.seconds_range(min(seconds), max(seconds))
 
 
 def _span(factors: Sequence[float]) -> str:

@@ -100,7 +100,7 @@ def test_the_sentence() -> None:
         "The bandwidths of Phase 3 GPU Optimization report of 2025-01-24 count bytes that do not exist, 14.2 to 271 "
         "times too many; that, and no cache, is how 4.99 TB/s come out of an RTX 4060 Ti with 288 GB/s. From its "
         "smallest size to its largest it counts 40.0x the bytes, and its time stays at 14.0–15.2 µs (here "
-        "11.0–11.0 µs): that is what launching takes, not what moving bytes does."
+        "11.0 µs): that is what launching takes, not what moving bytes does."
     )
 
 

@@ -128,17 +128,10 @@ def _plot(sweep: Sweep, rows: Rows, roof: dict[int, float], launch: float | None
     ends = [min(point["value"] for point in points), max(point["value"] for point in points)]  # type: ignore[type-var]
     limits = [{"value": value, "time": took / unit, "name": ROOF} for value, took in sorted(roof.items())]
     floor = [{"value": value, "time": launch / unit, "name": FLOOR} for value in ends] if launch else []
-    drawn = " and ".join(
-        [
-            *(["dashed: the measured launch floor"] if floor else []),
-            *(["solid: the bytes at the measured copy bandwidth"] if limits else []),
-        ]
-    )
-    label = (
-        f"Time of a call over {sweep.size}, {sweep.fixed}. Lines without marks, {drawn}."
-        if drawn
-        else (f"Time of a call over {sweep.size}, {sweep.fixed}.")
-    )
+    drawn = ["dashed: the measured launch floor"] if floor else []
+    drawn += ["solid: the bytes at the measured copy bandwidth"] if limits else []
+    without = f" Lines without marks, {' and '.join(drawn)}." if drawn else ""
+    label = f"Time of a call over {sweep.size}, {sweep.fixed}.{without}"
 
     def chart(alt: Any, width: int) -> Any:
         log = alt.Scale(type="log", nice=False)
@@ -155,11 +148,12 @@ def _plot(sweep: Sweep, rows: Rows, roof: dict[int, float], launch: float | None
             "name:N", title=None, sort=list(rows), legend=alt.Legend(orient="bottom", columns=2 if width < WIDE else 5)
         )
         layers = []
-        for line, dash in ((limits, [1, 0]), (floor, [5, 4])):
+        # What is measured lies above the roof, and above the floor by far: names below the one and above the other.
+        for line, dash, off in ((limits, [1, 0], 11), (floor, [5, 4], -7)):
             if line:
                 base = _values(alt, line)
                 layers.append(base.mark_line(color=MUTED, strokeWidth=1.5, strokeDash=dash).encode(x=x, y=y))
-                written = _values(alt, line[-1:]).mark_text(align="right", dy=-7, color=MUTED, fontSize=11)
+                written = _values(alt, line[-1:]).mark_text(align="right", dy=off, color=MUTED, fontSize=11)
                 layers.append(written.encode(x=x, y=y, text="name:N"))
         lines = (
             _values(alt, points).mark_line(color=ACCENT, strokeWidth=1, opacity=0.7).encode(x=x, y=y, detail="name:N")
@@ -272,8 +266,7 @@ def _curves(name: str, lines: Sequence[Curve]) -> Plot:
             scale=alt.Scale(zero=False),
             axis=alt.Axis(tickCount=5),
         )
-        # Larger marks first, so that curves which coincide show as marks within marks.
-        legend = alt.Legend(orient="bottom", columns=1 if width < WIDE else 3, labelLimit=250)
+        legend = alt.Legend(orient="bottom", columns=1 if width < WIDE else 3, columnPadding=30, labelLimit=250)
         shape = alt.Shape("name:N", title=None, sort=order, legend=legend)
         drawn = (
             _values(alt, points).mark_line(color=ACCENT, strokeWidth=1, opacity=0.7).encode(x=x, y=y, detail="name:N")
