@@ -40,22 +40,23 @@ def innermost(container: Bools, thread: Ints, start_ns: Ints, end_ns: Ints) -> I
     span = int(max(end_ns.max(), start_ns.max())) - first + 2
     if span * (int(thread.max()) + 2) >= 2**62:
         return _swept(container, thread, start_ns, end_ns)
-    begun, ended = thread * span + (start_ns - first), (thread * span + (end_ns - first))[rows]
+    begun, ended = thread * span + (start_ns - first), thread * span + (end_ns - first)
     before = np.zeros(len(thread), np.int64)
     before[rows] = 1
     before = np.cumsum(before) - before
     for _ in range(3):
-        enclosed = _by_level(rows, before - np.searchsorted(np.sort(ended), begun, side="right"))
-        outer = enclosed[rows]
-        limit = np.where(outer >= 0, thread[outer] * span + (end_ns[outer] - first), ended)
-        if np.all(ended <= limit):
+        enclosed = _by_level(rows, before - np.searchsorted(np.sort(ended[rows]), begun, side="right"))
+        inner = rows[enclosed[rows] >= 0]
+        late = inner[ended[inner] > ended[enclosed[inner]]]
+        if not len(late):
             return enclosed
-        if np.any(ended > limit + _ROUNDING_NS):
+        if np.any(ended[late] > ended[enclosed[late]] + _ROUNDING_NS):
             break
-        # Start and duration are rounded apart, so a child may seem to end a little later than its parent.
-        end_ns = end_ns.copy()
-        end_ns[rows] -= np.maximum(ended - limit, 0)
-        ended = np.minimum(ended, limit)
+        # Start and duration are rounded apart, so a child may seem to end a little later than its parent. To cut it
+        # may leave its own children late.
+        while len(late):
+            ended[late] = ended[enclosed[late]]
+            late = inner[ended[inner] > ended[enclosed[inner]]]
     return _swept(container, thread, start_ns, end_ns)
 
 
