@@ -9,12 +9,13 @@ from pathlib import Path
 import msgspec
 import pytest
 import report_records as samples
+import report_traces as traces
 from rich.console import Console
 
 from kernbench import record as records
 from kernbench.record import Hotspot
 from kernbench.report import bars as bars_module
-from kernbench.report import console
+from kernbench.report import console, sentences
 
 REPORT = Path("reports/titan-mac/20261121-142530-profile-3fa9/report.html")
 
@@ -201,3 +202,67 @@ def test_a_terminal_without_these_signs_gets_question_marks(monkeypatch: pytest.
     console.show(samples.profile(), None)
     sys.stdout.flush()
     assert b"A step takes 92.1 ms" in raw.getvalue()
+
+
+@pytest.mark.parametrize("name", list(traces.all_kinds()))
+def test_a_trace_takes_thirty_lines(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    record = traces.all_kinds()[name]
+    console.show(record, REPORT)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 30
+    assert lines[0].startswith(sentences.headline(record)[:60]), "the verdict comes first"
+    assert lines[-1] == f"report: {REPORT}"
+
+
+def test_a_trace_says_on_the_terminal_what_the_page_says(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show(traces.analyze(), REPORT)
+    output = capsys.readouterr().out
+    text = " ".join(output.split())
+    for words in (
+        "h100-train.json.gz, NVIDIA H100 80GB HBM3, 130,211 events, 3 steps counted, 1,421 launches a step",
+        "host read, up to 4.10 ms a step, 4.5 %, optimizer.py:88",
+        "if torch.isnan(norm) or torch.isinf(norm):",
+        "Three reads a step at optimizer.py:88 drain the device for 4.10 ms.",
+        "Replayed unchanged, a step takes 91.2 ms; the trace says 92.1 ms: −1.0 % off, the limit is 5.0 %.",
+        "all waits 5.00–5.60 ms a step (6.1 %)",
+        "is_nonzero, optimizer.py:88 3.10–3.30 ms a step (3.6 %) defer",
+    ):
+        assert words in text, words
+    assert "device-bound" not in output, "a busy device is no fault"
+    assert text.index("host read,") < text.index("Replayed unchanged") < text.index("hotspot own time")
+
+
+def test_a_healthy_trace_names_no_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show(traces.healthy(), None)
+    text = capsys.readouterr().out
+    assert text.startswith("Healthy: the device works for 99 % of a step of 92.1 ms.\n")
+    assert "up to" not in text
+
+
+def test_a_refused_replay_and_ranks_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show(traces.ranks(), None)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "The others wait for rank 1 for 12.0 ms a step; 30 % of the communication runs beside other work." in text
+    assert "so it cannot say what would be won." in text
+    assert "defer" not in text
+
+
+def test_a_finding_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    (first, *_) = traces.findings()
+    record = traces.analyze(
+        analysis=traces.analysis(headline=f"{first.sentence} A step takes 92.1 ms.", findings=[first])
+    )
+    console.show(record, None)
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("drain the device for 4.10 ms") == 1
+    assert "host read, up to 4.10 ms a step" in text
+
+
+def test_a_trace_without_steps_marked_or_analysis_still_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    bare = traces.analyze(
+        traces=[traces.info(marker="", device="", vendor="amd", counted_steps=0)],
+        breakdown=[], hotspots=[], stalls=[], launches=None, idle=None, timeline=[], analysis=None,
+    )  # fmt: skip
+    console.show(bare, None)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert lines == ["A step takes 92.1 ms (mean of 3 steps).", "h100-train.json.gz, AMD, 130,211 events"]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kernbench import record as records
+import msgspec
+
 from kernbench.record import (
     Hotspot,
     ParityResult,
@@ -24,7 +25,7 @@ from kernbench.report.sentences import Tone, difference, step_time
 BUSY_LOOKS, IDLE_LOOKS = 6, 3
 NEUTRAL: Tone = "neutral"
 COLOURED_SHARE = 0.01
-RAW_LIMIT_BYTES = 150_000
+RAW_LIMIT_BYTES = 100_000
 # Lists of thousands of rows, which a page draws anyway.
 BULKY = frozenset({"timeline", "flame", "memory"})
 
@@ -344,11 +345,10 @@ def parity_groups(results: Sequence[ParityResult]) -> list[ParityGroup]:
 
 def raw_json(record: Record) -> tuple[str, bool]:
     """The record as JSON, plain lists on one line; where it would be too long, its drawn lists are left out (True)."""
-    plain = json.loads(records.encode(record))
-    text = _json(plain, "")
-    if len(text.encode()) <= RAW_LIMIT_BYTES:
-        return text, False
-    return _json(_without_bulk(plain), ""), True
+    encoded = msgspec.json.encode(record)
+    plain = msgspec.json.decode(encoded)
+    shortened = len(encoded) > RAW_LIMIT_BYTES
+    return _json(_without_bulk(plain) if shortened else plain, ""), shortened
 
 
 def _without_bulk(plain: Any) -> Any:

@@ -23,7 +23,7 @@ from kernbench.report.terminal import STYLES
 
 TOP_HOTSPOTS, TOP_STALLS = 8, 6
 # A trace has more to tell than a terminal shows; with these the whole is about thirty lines.
-FEW_HOTSPOTS, FEW_STALLS, FEW_PARTS, FEW_FINDINGS, FEW_ESTIMATES = 4, 2, 5, 3, 3
+FEW_HOTSPOTS, FEW_STALLS, FEW_PARTS, FEW_FINDINGS, FEW_ESTIMATES = 3, 2, 4, 3, 3
 BAR_WIDTH = 72
 
 
@@ -35,10 +35,9 @@ def analyze(record: AnalyzeRecord) -> list[RenderableType]:
 def step(record: AnalyzeRecord | ProfileRecord, analysis: TraceAnalysis) -> list[RenderableType]:
     """A step of a trace by cause, what was found in it, what would be won, and the hottest kernels."""
     blocks = [*breakdown([("", record.breakdown)], most=FEW_PARTS), *_findings(analysis)]
-    found = tracewords.faults(analysis)
-    named = {(finding.source.file, finding.source.line) for finding in found if finding.source}
-    waits = [stall for stall in sentences.waiting(record.stalls) if (stall.file, stall.line) not in named]
-    if waits and len(found) < FEW_FINDINGS:
+    waits = sentences.waiting(record.stalls)
+    # Findings name the waits that matter.
+    if waits and not tracewords.faults(analysis):
         blocks.append(stalls([(stall, "", "") for stall in waits], most=FEW_STALLS))
     if analysis.communication is not None and (words := tracewords.ranks(analysis.communication)):
         blocks.append(terminal.text(words))
