@@ -39,10 +39,11 @@ def reading_steps(count: int = 4, *, read: bool = True, length: float = 300.0) -
     return builder
 
 
-def of_rank(path: Path, rank: int, size: int = 2, **options: Any) -> Path:
-    reading_steps(**options).write(path)
+def of_rank(path: Path, rank: int, builder: KinetoBuilder | None = None) -> Path:
+    """A trace file that tells its rank, of two."""
+    (builder or reading_steps()).write(path)
     document = json.loads(path.read_text())
-    document["distributedInfo"] = {"backend": "nccl", "rank": rank, "world_size": size}
+    document["distributedInfo"] = {"backend": "nccl", "rank": rank, "world_size": 2}
     path.write_text(json.dumps(document))
     return path
 
@@ -137,6 +138,30 @@ def test_ranks_are_one_run(workspace: Path, tmp_path: Path) -> None:
     done = run("analyze", *files, "--no-html", "--json")
     assert done.exit_code == 0, done.stderr
     assert [one["rank"] for one in json.loads(done.stdout)["traces"]] == [0, 1]
+
+
+def test_the_figures_are_those_of_the_rank_that_others_wait_for(workspace: Path, tmp_path: Path) -> None:
+    files = []
+    for rank, work in enumerate((100, 600)):
+        builder = KinetoBuilder()
+        for step in range(3):
+            start = step * 1000
+            builder.step(step, start, start + 990)
+            builder.op("aten::mm", start + 10, start + 30)
+            builder.launch("gemm", start + 15, start + 25, start + 25 + work)
+            builder.op("c10d::allreduce_", start + 40, start + 60)
+            builder.launch("ncclDevKernel_AllReduce_Sum_f32_RING_LL", start + 45, start + 30 + work, start + 700)
+        files.append(of_rank(tmp_path / f"rank{rank}.json", rank, builder))
+    assert run("analyze", *files, "--no-html", "--quiet").exit_code == 0
+    folder, found = found_in(workspace)
+    assert found.analysis is not None
+    assert found.analysis.communication is not None
+    assert found.analysis.communication.slowest_rank == 1
+    assert found.analysis.trace == found.traces[1]
+    assert found.hotspots[0].name == "gemm"
+    assert (folder / "rank1.json").exists()
+    asked = run("query", folder.name, "select max(duration_ns) from kernels where name = 'gemm'", "--json")
+    assert json.loads(asked.stdout)["rows"] == [[600_000]]
 
 
 def test_traces_that_are_no_ranks_of_one_run_are_refused(workspace: Path, tmp_path: Path) -> None:
