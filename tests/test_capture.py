@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,31 @@ class TestOnGpu:
     def test_reads_of_host_tensors_are_no_stalls(self) -> None:
         log = capture.line_pass(self.program(lambda p: p.host.item()), warmup=1, count=2, device=self.device)
         assert [(read.host_tensor, read.real, read.step) for read in log.reads] == [(True, False, 1), (True, False, 2)]
+
+    def test_reads_of_another_thread_carry_its_name(self) -> None:
+        def beside(program: Any) -> None:
+            worker = threading.Thread(target=lambda: [program.index.item() for _ in range(2)], name="loader")
+            worker.start()
+            worker.join()
+
+        log = capture.line_pass(self.program(beside, lambda p: p.index.item()), warmup=1, count=2, device=self.device)
+        found = [(read.step, read.thread, read.real) for read in log.reads]
+        assert found == [(1, "loader", True)] * 2 + [(1, "", True)] + [(2, "loader", True)] * 2 + [(2, "", True)]
+        own = [read for read in log.reads if not read.thread]
+        assert all(read.op == "aten::item" and read.wait_seconds is not None for read in own), log.notes
+
+    def test_a_hook_in_backward_reads_for_the_step(self) -> None:
+        def read(gradient: torch.Tensor) -> None:
+            gradient.sum().item()
+
+        def backward(program: Any) -> None:
+            x = program.x.clone().requires_grad_()
+            x.register_hook(read)
+            x.sum().backward()
+
+        log = capture.line_pass(self.program(backward), warmup=1, count=2, device=self.device)
+        assert [(read.step, read.thread, read.real) for read in log.reads] == [(1, "", True), (2, "", True)]
+        assert all(read.wait_seconds is not None for read in log.reads), log.notes
 
     def test_debug_mode_and_wrapped_calls_are_restored(self) -> None:
         before = (torch.cuda.get_sync_debug_mode(), torch.cuda.synchronize, torch.cuda.Event.synchronize)
