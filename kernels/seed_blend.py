@@ -17,6 +17,9 @@ numbers are near zero. No atomics.
 
 Cast order: scale and shift are float32, like the bank and alpha; x is cast up when read and y rounded once.
 
+No library has this operator, or one that picks a vector by an index per column block, so that bench's only peer is
+torch.compile of the reference.
+
 Source: the second id table and the simple one of Kasmina's Triton kernels; Chan et al., 1979, for the statistics.
 Shapes: B rows, H columns, S seeds, N blueprints, P x Q tiles as ``_seeds.tiles_of`` says.
 """
