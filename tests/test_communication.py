@@ -33,8 +33,8 @@ def rank_of(tmp_path: Path, rank: int, arrivals: list[float], ends: list[float],
 def test_overlap_is_what_computing_covers(tmp_path: Path) -> None:
     builder = KinetoBuilder()
     builder.step(0, 0, 1000)
-    builder.launch("gemm", 0, 100, 400)
-    builder.launch(ALL_REDUCE, 5, 300, 700, stream=20)
+    builder.launch("gemm", 90, 100, 400)
+    builder.launch(ALL_REDUCE, 95, 300, 700, stream=20)
     found = communication.communication([load(tmp_path, builder)])
     assert found is not None
     [rank] = found.ranks
