@@ -253,6 +253,56 @@ def test_the_replay_replaces_the_estimate_from_idle_time(tmp_path: Path) -> None
     assert "host read" not in {one.cause for one in nothing}
 
 
+@pytest.mark.parametrize(
+    ("memory", "told"), [("Pageable", "as from and to pageable memory it must"), ("Pinned", "non_blocking=True would")]
+)
+def test_a_blocking_copy_tells_the_memory_and_what_could_overlap(memory: str, told: str, tmp_path: Path) -> None:
+    def copies(program: Program) -> None:
+        for _ in range(3):
+            begin = program.now = program.now + 1
+            program.copy(f"HtoD ({memory} -> Device)", 150, 1 << 20)
+            program.synchronize()
+            program.builder.op("aten::copy_", begin - 0.1, program.now + 0.1)
+            program.now += 1
+            program.kernels(4, 100)
+
+    first = findings.findings(run(copies, tmp_path))[0]
+    assert first.cause == "pageable copy"
+    assert told in first.sentence
+    assert "450 µs of each step" in first.sentence, "three copies of 150 while no kernel runs"
+    assert first.seconds_per_step > 450 * US
+
+
+def test_a_large_copy_to_the_host_is_a_copy_and_a_small_one_a_read(tmp_path: Path) -> None:
+    def to_host(size: int) -> Cause:
+        def fetch(program: Program) -> None:
+            for _ in range(4):
+                program.kernels(4, 100)
+                begin = program.now = program.now + 1
+                program.copy("DtoH (Device -> Pageable)", 20, size)
+                program.synchronize()
+                program.builder.op("aten::_to_copy", begin - 0.1, program.now + 0.1)
+                program.python(60)
+
+        return findings.findings(run(fetch, tmp_path))[0].cause
+
+    assert to_host(1 << 20) == "pageable copy"
+    assert to_host(400) == "host read"
+
+
+def test_an_explicit_synchronisation_is_a_read_without_an_operator(tmp_path: Path) -> None:
+    def pacing(program: Program) -> None:
+        for _ in range(4):
+            program.kernels(4, 100)
+            program.now += 1
+            program.synchronize("cudaDeviceSynchronize")
+            program.python(60)
+
+    first = findings.findings(run(pacing, tmp_path))[0]
+    assert (first.cause, first.op) == ("host read", "cudaDeviceSynchronize")
+    assert first.advice.startswith("Take the synchronisation out")
+
+
 def test_reads_in_a_row_cost_what_they_save_in_order(tmp_path: Path) -> None:
     """Either of two reads alone saves nothing, as the other waits in its place."""
 

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-import msgspec
-
 from kernbench.analysis.readcauses import Place
-from kernbench.record import Cause, Communication, Estimate, Finding, Hotspot, Launches, SourceLine
+from kernbench.record import Cause, Communication, Estimate, Hotspot, Launches, SourceLine
 
 _NAME_LENGTH = 50
+_SYNCHRONIZE = re.compile(r"[sS]ynchronize$")
+_EXPLICIT = (
+    "Take the synchronisation out, or wait for an event, and only where the result is used; for timing, measure with "
+    "events and synchronise once at the end."
+)
+_DEFERRED = (
+    "The value steers the program, so its read must be deferred, not deleted: copy it to pinned memory with "
+    "non_blocking=True and decide a step later, or decide on the device (torch.where)."
+)
+_MEMORY = {
+    "pageable": ", as from and to pageable memory it must",
+    "pinned": ", which from pinned memory non_blocking=True would spare it",
+    "": "",
+}
 
 TITLES: dict[Cause, str] = {
     "host read": "Host read",
     "implicit sync": "Hidden synchronisation",
-    "pageable copy": "Copy from pageable memory",
+    "pageable copy": "Blocking copy",
     "data loading": "Data loading",
     "launch-bound": "Launch-bound",
     "host-bound": "Host-bound",
@@ -84,8 +97,8 @@ def read_sentence(place: Place, step: float) -> str:
         "host read": f"{place_of(place.op, place.source)} makes the host wait for the device{often}",
         "implicit sync": f"{place_of(place.op, place.source)} waits for the device{often}, as the size of its result "
         "depends on values",
-        "pageable copy": f"{place_of(place.op, place.source)} copies from or to pageable memory{often}, and the host "
-        "waits for it",
+        "pageable copy": f"{place_of(place.op, place.source)} copies between host and device{often}, and the host "
+        f"waits for it{_MEMORY[place.memory]}",
     }[place.cause]
     basis = "by the replay" if place.replayed else "by the idle time it leaves behind"
     if place.jointly:
@@ -108,19 +121,17 @@ def reads_sentence(found: Sequence[Place], step: float) -> str:
     what = {
         "host read": "make the host wait for the device",
         "implicit sync": "wait for the device, as the size of their results depends on values",
-        "pageable copy": "copy from or to pageable memory while the host waits",
+        "pageable copy": "copy between host and device while the host waits",
     }[found[0].cause]
     named = place_of(found[0].op, found[0].source)
     return f"{len(found)} places {what}, for {_of_step(together, step)} together; the largest is {named}."
 
 
-def deferred(finding: Finding) -> Finding:
-    """The finding for a value that steers the program: the read cannot simply go."""
-    return msgspec.structs.replace(
-        finding,
-        advice="The value steers the program, so its read must be deferred, not deleted: copy it to pinned memory with "
-        "non_blocking=True and decide a step later, or decide on the device (torch.where).",
-    )
+def of_place(place: Place) -> str:
+    """What to do about one place: a value that steers the program cannot simply stay unread."""
+    if place.deferred:
+        return _DEFERRED
+    return _EXPLICIT if _SYNCHRONIZE.search(place.op) else ADVICE[place.cause]
 
 
 def host_sentence(cause: Cause, seconds: float, step: float, op: str, source: SourceLine | None, share: float) -> str:

@@ -136,8 +136,9 @@ def _reads(found: Sequence[Place], step: float) -> list[Finding]:
         large = [place for place in mine if place.seconds >= NOTABLE_SHARE * step]
         small = [place for place in mine if place.seconds < NOTABLE_SHARE * step]
         for place in large:
-            single = _finding(cause, advice.read_sentence(place, step), place.seconds, step, place.source, place.op)
-            result.append(advice.deferred(single) if place.deferred else single)
+            sentence = advice.read_sentence(place, step)
+            single = _finding(cause, sentence, place.seconds, step, place.source, place.op)
+            result.append(msgspec.structs.replace(single, advice=advice.of_place(place)))
         if small:
             together = sum(place.seconds for place in small)
             result.append(

@@ -36,7 +36,7 @@ class Place:
 
     ``low`` is the smaller end where a replay gave a range; ``replayed`` tells that one did, ``jointly`` that other
     waits must go first. ``copying`` is the part of ``seconds`` that copies take while no kernel runs, which from pinned
-    memory they could run beside.
+    memory they could run beside; ``memory`` is the host's side of them, "pageable" or "pinned", as the trace names it.
     """
 
     cause: Cause
@@ -46,6 +46,7 @@ class Place:
     low: float
     count: float
     copying: float = 0.0
+    memory: str = ""
     replayed: bool = False
     jointly: bool = False
     deferred: bool = False
@@ -110,9 +111,12 @@ def _place(
     steps = len(trace.counted)
     cause = _cause(trace, group[0], copies_of(trace, rows[:1]))
     low, high = estimate.saving_seconds_per_step if estimate else (idle_ns / steps / 1e9, idle_ns / steps / 1e9)
-    copying = 0.0
+    copying, memory = 0.0, ""
     if cause == "pageable copy":
-        copying = exposed_copies(trace, copies_of(trace, rows)) / steps / 1e9
+        copies = copies_of(trace, rows)
+        copying = exposed_copies(trace, copies) / steps / 1e9
+        names = " ".join({trace.names[name] for name in trace.device.name[copies].tolist()})
+        memory = next((kind for kind in ("pageable", "pinned") if kind in names.lower()), "")
     return Place(
         cause=cause,
         op=op,
@@ -121,6 +125,7 @@ def _place(
         low=max(low, 0.0) + copying,
         count=len(group) / steps,
         copying=copying,
+        memory=memory,
         replayed=estimate is not None,
         deferred=estimate is not None and estimate.deferred,
     )
