@@ -1,15 +1,13 @@
 """Two traces with planted differences, aligned by step and operator. All times in the traces are in microseconds."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from kineto_builder import KinetoBuilder
 
 from kernbench import trace
 from kernbench.analysis.difference import difference
-from kernbench.record import Difference, OperatorChange
-from kernbench.report import differenceconsole, html, terminal
+from kernbench.record import OperatorChange
 
 US = 1e-6
 
@@ -99,31 +97,3 @@ def test_a_longer_sequence_is_named(tmp_path: Path) -> None:
     assert difference(before, after).parting == "after goes on after operator 1 of the step, with aten::relu"
     assert difference(after, before).parting == "before goes on after operator 1 of the step, with aten::relu"
     assert difference(before, after).idle_seconds_per_step == {}, "there is no device in these traces"
-
-
-def section(found: Difference | None) -> str:
-    template: Any = html._templates().get_template("difference.html").module
-    return str(template.section(found))
-
-
-def test_the_difference_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = traced(tmp_path / "before.json", {1: 100, 2: 100}, kernel="<b>gemm_64</b>")
-    after = traced(tmp_path / "after.json", {1: 300, 2: 300}, read=True, kernel="gemm_128")
-    found = difference(before, after)
-    for block in differenceconsole.difference(found):
-        terminal.output().print(block)
-    shown = capsys.readouterr().out
-    assert "0 → 1" in shown
-    assert "300 µs" in shown
-    assert "2 operators changed, 2 did not; operator 2 of the step is aten::add before and aten::item after." in shown
-    page = section(found)
-    for text in ("aten::item", "gemm_128", "&lt;b&gt;gemm_64", "1 and 1, 2 and 2", "operator 2 of the step", "launch"):
-        assert text in page
-    assert "<b>" not in page
-
-
-def test_nothing_is_shown_where_nothing_was_compared(tmp_path: Path) -> None:
-    assert differenceconsole.difference(None) == []
-    assert section(None).strip() == ""
-    same = traced(tmp_path / "one.json", {1: 100})
-    assert differenceconsole.in_words(difference(same, same)).startswith("The traces call the same operators")
