@@ -321,3 +321,38 @@ def test_an_experiment_shows_the_replay_beside_the_promise_of_the_phase(tmp_path
     assert kept.replayed == predicted.replayed
     other = Phase(number=2, title="other", swaps=(), predicts="Faster.")
     assert experiment._predict(other, before).replayed is None
+
+
+def test_recorded_stream_waits_hold_a_stream_back_for_the_work_before_the_record(tmp_path: Path) -> None:
+    """The side stream waits for the first of two kernels, launched before the record, and not for the second."""
+    builder = KinetoBuilder()
+    for step in range(2):
+        start = step * 800.0
+        builder.step(step, start, start + 800)
+        builder.launch("first", start + 10, start + 15, start + 115)
+        recorded = builder.call("cudaEventRecord", start + 15, start + 16)
+        builder.launch("second", start + 20, start + 116, start + 616)
+        builder.stream_wait(start + 26, 9, 7, recorded)
+        builder.launch("side", start + 30, start + 116, start + 166, stream=9)
+        builder.call("cudaDeviceSynchronize", start + 700, start + 703)
+    program = model(trace.load(builder.write(tmp_path / "waits.json")))
+    assert {item: [back for back, _ in edges] for item, edges in program.items.depends.items()} == {2: [2], 5: [2]}
+    assert steady(program) == pytest.approx(800 * US, abs=US)
+
+
+def test_blocking_copies_of_amd_wait_for_themselves(tmp_path: Path) -> None:
+    """``hipMemcpyWithStream`` copies and waits in one call; without it 100 of host and 4 of the launch remain."""
+    builder = KinetoBuilder()
+    for step in range(3):
+        start = step * 330.0
+        builder.step(step, start, start + 330)
+        correlation = builder.call("hipLaunchKernel", start + 100, start + 104)
+        builder.on_device("kernel", "kernel", start + 110, start + 310, correlation)
+        builder.op("aten::item", start + 104, start + 330)
+        builder.op("aten::_local_scalar_dense", start + 104, start + 330)
+        copy = builder.call("hipMemcpyWithStream", start + 105, start + 329)
+        builder.on_device("gpu_memcpy", "CopyDeviceToHost", start + 311, start + 313, copy)
+    loaded = trace.load(builder.write(tmp_path / "amd.json"))
+    assert steady(model(loaded)) == pytest.approx(330 * US, abs=US)
+    saved = by_change(whatif(loaded))["without stall"].saving_seconds_per_step
+    assert saved == pytest.approx([130e-6, 130e-6], abs=2e-6), "200 of the kernel bound the step then"

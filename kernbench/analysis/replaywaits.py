@@ -175,7 +175,7 @@ def dependencies(
         return {}
     begun, ended = trace.device.start_ns[issued], trace.device.end_ns[issued]
     launched = trace.host.start_ns[trace.device.call[issued]]
-    edges = _recorded(trace, issued, stream, launched) or _by_call_order(trace, stream, launched)
+    edges = _recorded(trace, issued, launched) or _by_call_order(trace, stream, launched)
     found: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for later, earlier in edges:
         if later > earlier and begun[later] >= ended[earlier] - CLOCK_NS:
@@ -200,18 +200,24 @@ def _pause(observed_ns: int) -> int:
     return observed_ns if 0 <= observed_ns <= 5 * CLOCK_NS else CLOCK_NS
 
 
-def _recorded(trace: Trace, issued: Ints, stream: Ints, launched: Ints) -> list[tuple[int, int]]:
+def _recorded(trace: Trace, issued: Ints, launched: Ints) -> list[tuple[int, int]]:
     """Edges (later item, earlier item) from the trace's own stream waits."""
-    waits, device, edges = trace.waits_on, trace.device, []
-    for position in range(len(waits)):
-        here = (device.device[issued] == waits.device[position]) | (waits.device[position] < 0)
-        call, recorded = int(waits.call[position]), int(waits.record[position])
-        asked = int(trace.host.start_ns[call]) if call >= 0 else int(waits.time_ns[position])
-        until = int(trace.host.start_ns[recorded]) if recorded >= 0 else asked
-        after = np.flatnonzero(here & (device.stream[issued] == waits.stream[position]) & (launched >= asked))
-        before = np.flatnonzero(here & (device.stream[issued] == waits.on_stream[position]) & (launched < until))
-        if len(after) and len(before):
-            edges.append((int(after[0]), int(before[-1])))
+    waits, device, host = trace.waits_on, trace.device, trace.host
+    asked = np.where(waits.call >= 0, host.start_ns[waits.call], waits.time_ns) if len(host) else waits.time_ns
+    until = np.where(waits.record >= 0, host.start_ns[waits.record], asked) if len(host) else asked
+    queues: dict[tuple[int, int], Ints] = {}
+    pairs = np.stack([device.device[issued], device.stream[issued]], axis=1)
+    for number, stream in np.unique(pairs, axis=0).tolist():
+        queues[number, stream] = np.flatnonzero((pairs == (number, stream)).all(axis=1))
+    nothing = np.zeros(0, np.int64)
+    edges = []
+    columns = (waits.device, waits.stream, waits.on_stream, asked, until)
+    for number, stream, on_stream, begin, end in zip(*(column.tolist() for column in columns), strict=True):
+        mine, theirs = queues.get((number, stream), nothing), queues.get((number, on_stream), nothing)
+        after = int(np.searchsorted(launched[mine], begin))
+        before = int(np.searchsorted(launched[theirs], end)) - 1
+        if after < len(mine) and before >= 0:
+            edges.append((int(mine[after]), int(theirs[before])))
     return edges
 
 
