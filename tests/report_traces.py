@@ -12,7 +12,9 @@ from report_records import HOSTILE, LONG_ADD, LONG_GEMM, MEMORY, OPTIMIZER
 from kernbench.record import (
     AnalyzeRecord,
     Communication,
+    CompareRecord,
     Device,
+    Difference,
     Environment,
     Estimate,
     Finding,
@@ -24,6 +26,7 @@ from kernbench.record import (
     LaunchGaps,
     LineMatch,
     MemoryPoint,
+    OperatorChange,
     PathPart,
     ProfileRecord,
     RankTime,
@@ -31,6 +34,7 @@ from kernbench.record import (
     SourceLine,
     Span,
     Stage,
+    StepPair,
     TraceAnalysis,
     TraceInfo,
     WhatIf,
@@ -329,5 +333,43 @@ def profile() -> ProfileRecord:
     return samples.profile(run_id="20261121-203000-profile-7ace", analysis=analysis(), timeline=timeline())
 
 
+def difference() -> Difference:
+    def change(name: str, kind: Any, calls: Any, device: Any, host: Any, **more: Any) -> OperatorChange:
+        return OperatorChange(
+            name=name,
+            kind=kind,
+            calls_per_step=calls,
+            device_seconds_per_step=device,
+            host_seconds_per_step=host,
+            **more,
+        )
+
+    return Difference(
+        steps=[StepPair(before=3, after=3, before_seconds=92e-3, after_seconds=75e-3)],
+        operators=[
+            change("aten::mm", "op", (96.0, 96.0), (12e-3, 9e-3), (2e-3, 2e-3), gone=["gemm_old"], new=[LONG_GEMM]),
+            change(HOSTILE, "kernel", (0.0, 4.0), (0.0, 1e-3), (0.0, 0.0)),
+            change("aten::item", "op", (6.0, 1.0), (0.0, 0.0), (4e-3, 1e-3)),
+            *(change(f"aten::op_{n}", "op", (1.0, 1.0), (2e-6, 1e-6), (0.0, 0.0)) for n in range(20)),
+        ],
+        same=41,
+        parting="operator 17 of the step is aten::item before and aten::add after",
+        idle_seconds_per_step={"host reads": (17e-3, 2e-3), "launch": (1e-3, 1.2e-3)},
+    )
+
+
+def comparison() -> CompareRecord:
+    found = samples.comparison()
+    found.run_id = "20261121-204000-compare-d1ff"
+    found.difference = difference()
+    return found
+
+
 def all_kinds() -> dict[str, Any]:
-    return {"analyze": analyze(), "analyze-healthy": healthy(), "analyze-ranks": ranks(), "profile-traced": profile()}
+    return {
+        "comparison-traced": comparison(),
+        "analyze": analyze(),
+        "analyze-healthy": healthy(),
+        "analyze-ranks": ranks(),
+        "profile-traced": profile(),
+    }

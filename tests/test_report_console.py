@@ -204,7 +204,7 @@ def test_a_terminal_without_these_signs_gets_question_marks(monkeypatch: pytest.
     assert b"A step takes 92.1 ms" in raw.getvalue()
 
 
-@pytest.mark.parametrize("name", list(traces.all_kinds()))
+@pytest.mark.parametrize("name", ["analyze", "analyze-healthy", "analyze-ranks", "profile-traced"])
 def test_a_trace_takes_thirty_lines(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     record = traces.all_kinds()[name]
     console.show(record, REPORT)
@@ -266,3 +266,11 @@ def test_a_trace_without_steps_marked_or_analysis_still_prints(capsys: pytest.Ca
     console.show(bare, None)
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert lines == ["A step takes 92.1 ms (mean of 3 steps).", "h100-train.json.gz, AMD, 130,211 events"]
+
+
+def test_two_traces_show_the_operators_that_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show(traces.comparison(), None)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "aten::mm 12.0 ms 9.00 ms 96 ▼ 3.00 ms less (25 %)" in text
+    assert "aten::item 4.00 ms 1.00 ms 6 → 1 ▼ 3.00 ms less (75 %), on the host" in text
+    assert "Operator 17 of the step is aten::item before and aten::add after." in text

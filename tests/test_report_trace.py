@@ -10,7 +10,7 @@ import report_records as samples
 import report_traces as traces
 
 from kernbench.record import FlameFrame, Span, TraceAnalysis, WhatIf
-from kernbench.report import flameview, html, picture, traceplots, traceview, tracewords
+from kernbench.report import differences, flameview, html, picture, traceplots, traceview, tracewords
 
 SECTIONS = re.compile(r'<section id="(\w+)"')
 
@@ -226,3 +226,24 @@ def test_an_analyzed_trace_is_named_where_it_does_not_lie_beside_the_page() -> N
 def test_a_swap_opens_the_trace_of_each_side() -> None:
     page = html.render(samples.swap(), ["trace.after.json.gz", "trace.before.json.gz"])
     assert re.findall(r'data-trace="([^"]*)"', page) == ["trace.before.json.gz", "trace.after.json.gz"]
+
+
+def test_two_traces_differ_operator_by_operator() -> None:
+    page = html.render(traces.comparison())
+    assert SECTIONS.findall(page)[:4] == ["step", "changes", "operators", "stalls"]
+    text = text_of(page)
+    for words in (
+        "1 pair of steps is set side by side; 41 operators did not change.",
+        "Operator 17 of the step is aten::item before and aten::add after.",
+        "▼ 3.00 ms less (25 %)",
+        "▼ 3.00 ms less (75 %), on the host",
+        "gone: gemm_old",
+        "0 → 4",
+        "11 more",
+    ):
+        assert words in text, words
+    rows = differences.operators(traces.difference())
+    assert [row.tone for row in rows[:3]] == ["good", "bad", "good"]
+    assert {row.tone for row in differences.operators(traces.difference(), shown=False)} == {"neutral"}
+    assert [row.cause for row in differences.idle(traces.difference())] == ["host reads", "launch"]
+    assert "operators" not in SECTIONS.findall(html.render(samples.comparison()))

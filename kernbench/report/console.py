@@ -135,7 +135,8 @@ def _body(record: Record) -> list[RenderableType]:
         case SwapRecord():
             return _swap(record)
         case CompareRecord():
-            return _comparison(record.before, record.after, record.ratio)
+            blocks = _comparison(record.before, record.after, record.ratio)
+            return blocks + stepconsole.changed_operators(record.difference, sentences.changed(record.ratio))
         case ParityRecord():
             return _parity(record.results) + _sanitizer(record.sanitizer)
         case BenchRecord():

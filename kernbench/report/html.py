@@ -29,6 +29,7 @@ from kernbench.record import (
 )
 from kernbench.record import kind as kind_of
 from kernbench.report import (
+    differences,
     machine,
     page,
     picture,
@@ -136,7 +137,7 @@ def _context(record: Record, traces: Sequence[str]) -> dict[str, Any]:
         case SwapRecord():
             return _swap(record, traces)
         case CompareRecord():
-            return _sides(record.before, record.after, record.ratio, traces)
+            return _sides(record.before, record.after, record.ratio, traces) | _difference(record)
         case ParityRecord():
             return {"groups": page.parity_groups(record.results), "mutants": sentences.mutants(record.results)}
         case BenchRecord():
@@ -205,6 +206,18 @@ def _sides(
         "stall_pairs": page.stall_pairs(sentences.waiting(before.stalls), sentences.waiting(after.stalls)),
         "hotspot_pairs": page.hotspot_pairs(before.hotspots, after.hotspots, shown=shown),
         "pictures": _pictures([("before", before.timeline), ("after", after.timeline)], traces),
+    }
+
+
+def _difference(record: CompareRecord) -> dict[str, Any]:
+    found = record.difference
+    if found is None:
+        return {}
+    shown = sentences.changed(record.ratio)
+    return {
+        "operators": differences.operators(found, shown=shown),
+        "idle_changes": differences.idle(found, shown=shown),
+        "alike": differences.alike(found),
     }
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from kernbench.record import (
     AnalyzeRecord,
+    Difference,
     Finding,
     Hotspot,
     Launches,
@@ -18,7 +19,7 @@ from kernbench.record import (
     TraceAnalysis,
     WhatIf,
 )
-from kernbench.report import page, sentences, terminal, traceview, tracewords, units
+from kernbench.report import differences, page, sentences, terminal, traceview, tracewords, units
 from kernbench.report.terminal import STYLES
 
 TOP_HOTSPOTS, TOP_STALLS = 8, 6
@@ -145,6 +146,23 @@ def hotspots(items: Sequence[Hotspot]) -> Table:
             terminal.text(sentences.place(item.source) if item.source else ""),
         )
     return table
+
+
+def changed_operators(found: Difference | None, shown: bool) -> list[RenderableType]:
+    """The operators whose time changed most between two traces, and where they stop doing the same."""
+    if found is None:
+        return []
+    told: list[RenderableType] = [terminal.text(words)] if (words := differences.alike(found)) else []
+    if not found.operators:
+        return told
+    grid = terminal.table("operator", ">before", ">after", ">calls", "change a step")
+    for row in differences.operators(found, shown=shown)[:TOP_HOTSPOTS]:
+        device = row.item.device_seconds_per_step
+        times = device if any(device) else row.item.host_seconds_per_step
+        sides = (terminal.text(units.seconds(amount) if amount else "none") for amount in times)
+        change = terminal.text(row.words, STYLES[row.tone])
+        grid.add_row(terminal.line(row.item.name), *sides, terminal.text(row.calls), change)
+    return [Group(grid, *told)]
 
 
 def stalls(rows: Sequence[tuple[Stall, str, str]], *, most: int = TOP_STALLS) -> RenderableType:
