@@ -124,11 +124,12 @@ class Decoder:
         sum_11H = embedded_11H
         hidden_11H = self.here(self.hidden_MH)[None]
         project = model.into_predictor
-        x_11P = model.predictor.decode_two(project(hidden_11H), project(embedded_11H), cache)
-        for group in range(1, self.config.groups):
-            if group > 1:
-                x_11P = model.predictor.decode_one(project(embedded_11H), cache)
-            logits_1V = model.acoustic_heads[group - 1](x_11P)[:, 0].to(self.logits_dtype)
+        for group, head in enumerate(model.heads_in_order(), start=1):
+            x_11P = project(embedded_11H)
+            if group == 1:
+                logits_1V = model.predictor.logits_after_two(project(hidden_11H), x_11P, cache, head)
+            else:
+                logits_1V = model.predictor.logits_after_one(x_11P, cache, head)
             self.acoustic_logits.append(logits_1V)
             codes.append(self.followed(self.acoustic_code(logits_1V, group), group, ahead=0))
             embedded_11H = model.acoustic_embeddings[group - 1](codes[-1])[None]

@@ -187,7 +187,13 @@ class Stack(nn.Module):
         output: Tensor = self(x_11H, cache)
         return output
 
-    def decode_two(self, first_11H: Tensor, second_11H: Tensor, cache: KVCache) -> Tensor:
-        """Hidden state of the second of two further positions."""
-        output: Tensor = self(torch.cat([first_11H, second_11H], dim=1), cache)[:, 1:]
-        return output
+    def logits_after_one(self, x_11H: Tensor, cache: KVCache, head: nn.Linear) -> Tensor:
+        """What ``head`` makes of the hidden state of one further position, [1, V]."""
+        logits_11V: Tensor = head(self.decode_one(x_11H, cache))
+        return logits_11V[:, 0]
+
+    def logits_after_two(self, first_11H: Tensor, second_11H: Tensor, cache: KVCache, head: nn.Linear) -> Tensor:
+        """What ``head`` makes of the hidden state of the second of two further positions, [1, V]."""
+        hidden_12H = self(torch.cat([first_11H, second_11H], dim=1), cache)
+        logits_11V: Tensor = head(hidden_12H[:, 1:])
+        return logits_11V[:, 0]

@@ -75,10 +75,16 @@ def decode_one(self: Stack, x_11H: Tensor, cache: KVCache) -> Tensor:
     return norm_row(x_H, self.nothing(x_H), self.norm.weight, self.norm.eps)[None, None]
 
 
-def decode_two(self: Stack, first_11H: Tensor, second_11H: Tensor, cache: KVCache) -> Tensor:
-    """``Stack.decode_two`` one after the other: twice the weights, but a third of the launches."""
+def logits_after_one(self: Stack, x_11H: Tensor, cache: KVCache, head: nn.Linear) -> Tensor:
+    """``Stack.logits_after_one``, with the last norm in the head's operator."""
+    x_H = _through_layers(self, x_11H[0, 0], cache)
+    return norm_linear(x_H, self.norm.weight, head.weight, self.norm.eps)[None]
+
+
+def logits_after_two(self: Stack, first_11H: Tensor, second_11H: Tensor, cache: KVCache, head: nn.Linear) -> Tensor:
+    """``Stack.logits_after_two`` one after the other: twice the weights, but a third of the launches."""
     _through_layers(self, first_11H[0, 0], cache)
-    return self.decode_one(second_11H, cache)
+    return self.logits_after_one(second_11H, cache, head)
 
 
 def into_predictor(self: SpeechModel, x_11H: Tensor) -> Tensor:

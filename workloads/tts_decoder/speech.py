@@ -74,6 +74,10 @@ class SpeechModel(nn.Module):
         projected: Tensor = self.predictor_input(x_11H)
         return projected
 
+    def heads_in_order(self) -> list[nn.Linear]:
+        """The acoustic heads, as what they are."""
+        return cast(list[nn.Linear], list(self.acoustic_heads))
+
     def frame_weight_bytes(self) -> int:
         """Bytes of weights that one frame has to read: the predictor's once for each of its passes, no embeddings."""
         talker = _bytes(self.talker) + _bytes(self.codec_head)

@@ -142,7 +142,8 @@ WORKLOAD = Workload(
             predict=predictions.predict_one_row,
             swaps=(
                 Swap(site=(Stack, "decode_one"), use=onerow.decode_one),
-                Swap(site=(Stack, "decode_two"), use=onerow.decode_two),
+                Swap(site=(Stack, "logits_after_one"), use=onerow.logits_after_one),
+                Swap(site=(Stack, "logits_after_two"), use=onerow.logits_after_two),
                 Swap(site=(SpeechModel, "into_predictor"), use=onerow.into_predictor),
                 Swap(site=(onerow, "norm_row"), kernel="add_rms_norm", adapt=onerow.adapt_norm_row),
                 Swap(site=(onerow, "norm_linear"), kernel="decode_norm_linear"),
