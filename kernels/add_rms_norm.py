@@ -6,7 +6,8 @@
     dw = sum over rows of dnormed * n
 
 One program handles one row, each element once. The backward pass reads both incoming gradients and summed, no more;
-its programs add up dw of several rows each, and a second, small kernel adds up the programs, always in one order.
+its programs add up dw of several rows each, and a second, small kernel adds up the programs, always in one order. A
+few rows take one launch.
 
 Cast order, that of the Llama models: summed is rounded to the dtype and the mean square is of what was rounded, in
 float32; n is rounded before it is multiplied by w, and dnormed * w before it is taken further.

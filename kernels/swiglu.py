@@ -97,6 +97,8 @@ SMALL = 1024
 LARGE = 2048
 FEW = 2**18
 """Up to so many elements, small blocks spread over more multiprocessors."""
+SMALLER = () if _rows.INTERPRETED.value else ((2**14, 128), (FEW, 512))
+"""Blocks of so few elements that each waits for memory once: the fewer a thread has, the sooner it is done."""
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -177,6 +179,7 @@ def _backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def _grid(count: int, columns: int) -> tuple[int, int, int]:
     """Blocks of a row, programs in all, and elements of a block: a large one if little of it lies past a row's end."""
     block = LARGE if count > FEW and (columns == count or columns % LARGE == 0) else SMALL
+    block = next((smaller for most, smaller in SMALLER if count <= most), block)
     blocks = -(-columns // block)
     return blocks, count // columns * blocks, block
 
