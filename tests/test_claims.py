@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import pytest
 import report_records
 from terminal import run
 
@@ -179,3 +180,18 @@ def test_a_bench_on_the_cpu_shows_the_bytes_and_leaves_the_journal_alone(toy_wor
     )
     assert {row["case"] for row in found["results"]} == {"document-small"}
     assert (toy_workspace / "JOURNAL.md").read_text() == before
+
+
+@pytest.mark.gpu
+def test_a_bench_on_a_gpu_measures_and_enters_the_journal(toy_workspace: Path) -> None:
+    result = run(
+        "bench", "seed_blend", "--case", "document-small", "--dtype", "float32", "--direction", "forward",
+        "--rounds", "3", "--json", "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    (claim,) = found["claims"]
+    assert 0 < claim["seconds"] < 1e-3
+    assert claim["launch_seconds"] > 0
+    assert "Here the device takes" in claim["sentence"]
+    assert found["run_id"] in (toy_workspace / "JOURNAL.md").read_text()
