@@ -19,7 +19,7 @@ def test_profile_writes_record_trace_and_report(toy_workspace):
     (folder,) = (toy_workspace / "reports" / "toy").iterdir()
     found = record.read(folder / "record.json")
     assert found.status == "complete"
-    assert [stage.status for stage in found.stages] == ["done"] * 3
+    assert [stage.name for stage in found.stages if stage.status == "done"] == ["time", "trace", "lines", "what-if"]
     assert len(found.steps.seconds) == 5
     assert found.throughput.interval[0] <= found.throughput.units_per_second <= found.throughput.interval[1]
     assert found.overhead.trace_ratio > 0
