@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import msgspec
 import torch
 
 from kernbench import analyze, bench, capture, device, figures, ranges, record, statistics, swap, trace
@@ -238,7 +239,11 @@ def _add_details(
     found: record.TraceAnalysis, detailed: trace.Trace, log: record.LineLog, ceilings: record.Ceilings | None
 ) -> None:
     """What takes shapes or memory: roofline, fusion candidates with their bytes, hotspots by shape, memory in use."""
-    found.roofline = shapes.roofline(detailed, ceilings)
+    # Work counted from shapes is whole numbers; a record read back holds floats, and must give the same report.
+    found.roofline = [
+        msgspec.structs.replace(point, flops=float(point.flops), bytes=float(point.bytes))
+        for point in shapes.roofline(detailed, ceilings)
+    ]
     found.fusion = fusion.fusion(detailed, log, ceilings) or found.fusion
     found.memory = memory.memory(detailed)
     by_shape = hotspots.views(detailed, log).get("shape")
