@@ -19,7 +19,7 @@ from kernbench.decodehelper import Helper
 from kernbench.errors import KernbenchError
 from kernbench.kinetopiece import Event, decoded
 
-WINDOW = 4 << 20
+WINDOW = 2 << 20
 """Bytes that are decoded at once."""
 T = TypeVar("T")
 
