@@ -161,7 +161,7 @@ def enrich(
     costs = findings.findings(trace, replayed, lines=lines, communication=ranks)
     return TraceAnalysis(
         trace=trace.info,
-        headline=findings.headline(trace, costs),
+        headline=findings.headline(trace, costs, replayed),
         findings=costs,
         views={str(view): rows for view, rows in hotspots.views(trace, lines).items()},
         gaps=launches.gaps(trace),

@@ -194,6 +194,8 @@ def measure(
         for note in log.notes:
             run.warn(note)
         result.hotspots = hotspots.hotspots(events, log)
+        # Once more, now that waits can name their line.
+        result.timeline = timeline.timeline(events, log)
         result.stalls = stalls.stalls(events, log)
         result.syncs_per_step = stalls.syncs_per_step(log)
         result.cpu_reads_per_step = stalls.cpu_reads_per_step(log)
