@@ -1,12 +1,14 @@
 """The ten scenarios as real steps on a GPU: a fault, the same step without it, and what the replay says of it.
 
-``python tests/planted_workload.py`` prints the table of predicted and measured savings.
+``python tests/planted_workload.py [FOLDER]`` prints the table of predicted and measured savings as an entry for
+JOURNAL.md, and keeps the traces in FOLDER if one is named.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench import capture, trace
+import kernbench
+from kernbench import capture, device, runfolder, trace
 from kernbench.analysis.findings import findings
 from kernbench.analysis.stalls import stalls
 from kernbench.analysis.whatif import whatif
 from kernbench.record import Cause, Change, Finding, WhatIf
 
+RELATIVE, OF_STEP = 0.2, 0.03
+"""A prediction holds within this share of the measured saving, or this share of the step."""
 WARM_UP, ROUNDS, STEPS_PER_ROUND, TRACED = 5, 15, 8, 3
 Step = Callable[[int], Any]
 
@@ -58,6 +63,22 @@ class Outcome:
         found = {estimate.change: sum(estimate.saving_seconds_per_step) / 2 for estimate in self.whatif.estimates}
         alone = found.get("without stall") if self.scenario.change == "without all stalls" else None
         return found.get(self.scenario.change, alone)
+
+    @property
+    def named(self) -> bool:
+        """Whether the first finding is of the planted cause, and the only one where nothing is planted."""
+        causes = [finding.cause for finding in self.findings]
+        return causes[:1] == [self.scenario.cause] and (self.scenario.fixed is not None or len(causes) == 1)
+
+    @property
+    def foretold(self) -> bool:
+        """Whether the prediction came as close to the measured saving as is asked; nothing to foretell is fine."""
+        if self.scenario.fixed is None:
+            return True
+        if self.predicted is None or self.whatif.refused:
+            return False
+        off = abs(self.predicted - self.measured)
+        return off <= max(RELATIVE * self.measured, OF_STEP * self.faulty_seconds)
 
 
 class OneStep:
@@ -262,10 +283,10 @@ def outcome(scenario: Scenario, folder: Path) -> Outcome:
         fixed(index)
     torch.cuda.synchronize()
     slow, fast = _in_turns(faulty, fixed)
-    path = folder / "trace.json.gz"
-    device = torch.device("cuda")
-    capture.trace_steps(OneStep(faulty), first=0, count=TRACED, device=device, path=folder / "warm-up.json.gz")
-    capture.trace_steps(OneStep(faulty), first=0, count=TRACED, device=device, path=path)
+    path = folder / f"{scenario.name.replace(' ', '-')}.json.gz"
+    gpu = torch.device("cuda")
+    capture.trace_steps(OneStep(faulty), first=0, count=TRACED, device=gpu, path=folder / "warm-up.json.gz")
+    capture.trace_steps(OneStep(faulty), first=0, count=TRACED, device=gpu, path=path)
     loaded = trace.load(path)
     replayed = whatif(loaded, stalls(loaded, None), unprofiled_seconds=slow)
     assert replayed is not None
@@ -313,11 +334,42 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def measured_table() -> str:
-    """All scenarios, measured now, as a table."""
-    with tempfile.TemporaryDirectory() as folder:
-        return table([outcome(scenario, Path(folder)) for scenario in SCENARIOS])
+def entry(outcomes: list[Outcome], command: str) -> str:
+    """The table as an entry for JOURNAL.md, with what it says about the aim and what it was measured on."""
+    planted = [one for one in outcomes if one.scenario.fixed is not None]
+    foretold = sum(one.foretold for one in planted)
+    environment = device.fingerprint(torch.device("cuda"))
+    commit = device.git(Path(kernbench.__file__).parent.parent)
+    stated = f"{commit.commit[:12]}{' with uncommitted changes' if commit.dirty else ''}" if commit else "unknown"
+    return "\n".join(
+        [
+            f"## {runfolder.now_utc():%Y-%m-%d} planted faults: what the replay foretold, and what mending them won",
+            "",
+            f"Cause named in {sum(one.named for one in outcomes)} of {len(outcomes)} scenarios; the saving foretold "
+            f"within {RELATIVE:.0%} or {OF_STEP * 100:.0f} points of the step in {foretold} of {len(planted)}. Medians "
+            f"of {ROUNDS} turns of {STEPS_PER_ROUND} steps each, with and without the fault in turns, without a "
+            "profiler.",
+            "",
+            table(outcomes),
+            "",
+            f"- Device: {environment.device.name}, torch {environment.torch}, triton {environment.triton}",
+            f"- Commit: {stated}",
+            f"- Command: `{command}`",
+            "",
+        ]
+    )
+
+
+def measured(folder: Path) -> list[Outcome]:
+    """All scenarios, measured now; their traces stay in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [outcome(scenario, folder) for scenario in SCENARIOS]
+
+
+def main(arguments: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        print(entry(measured(Path(arguments[0] if arguments else scratch)), "python tests/planted_workload.py"))
 
 
 if __name__ == "__main__":
-    print(measured_table())
+    main(sys.argv[1:])
