@@ -312,6 +312,17 @@ def trace_of(step: Step, path: Path, *, steps: int = 4, jitter: float = 0.0, see
     return simulate(step, steps=steps, jitter=jitter, seed=seed).builder.write(path)
 
 
+def window_of(step: Step, path: Path, *, first: int, steps: int, jitter: float = 0.0, seed: int = 0) -> Path:
+    """The trace of a profiler that is switched on when step ``first`` begins, while the device has work left to do.
+
+    The host's events from before are not in it, nor what the device had begun with by then.
+    """
+    machine = simulate(step, steps=first + steps, jitter=jitter, seed=seed)
+    begin = machine.builder.offset_us + machine.steps[first][0]
+    machine.builder.events = [event for event in machine.builder.events if event["ph"] == "M" or event["ts"] >= begin]
+    return machine.builder.write(path)
+
+
 def step_seconds(step: Step, *, jitter: float = 0.0, seed: int = 0) -> float:
     """Seconds per step over many steps, the first ones left out."""
     machine = simulate(step, steps=12, jitter=jitter, seed=seed)

@@ -53,7 +53,7 @@ def replay(program: Program, *, latency_ns: int | None = None, repeats: int = 0,
     )
     clocks = [0.0] * program.clocks
     free = [float(pending) for pending in program.pending_ns.tolist()]
-    ends: list[float] = []
+    ends = [float(end) for end in program.queued_ns.tolist()]
     done = []
     for copy in range(repeats + 1):
         skipped = program.body if copy else 0

@@ -14,6 +14,7 @@ import numpy as np
 
 from kernbench.analysis import replaywaits
 from kernbench.analysis.hostclocks import clocks_of_threads
+from kernbench.analysis.replayqueue import Earlier, queued_before, streams_of
 from kernbench.analysis.replaywaits import NOTHING, Blocks
 from kernbench.errors import KernbenchError
 from kernbench.nesting import Bools, Ints
@@ -87,17 +88,18 @@ class Program:
     """What the host did and what the device was given, over whole steps.
 
     ``body`` is the first node of what can be repeated for a steady state: the second step, or all if there is but one.
-    ``latency_ns`` is the plausible range of launch latencies.
+    ``latency_ns`` is the plausible range of launch latencies. Times of what was queued before the stretch count from
+    its begin: ``pending_ns`` until each stream is free of it, ``queued_ns`` until each piece of it has ended, in order.
     """
 
     nodes: Nodes
     items: Items
     clocks: int
-    streams: int
     steps: int
     body: int
     traced_ns: int
     pending_ns: Ints
+    queued_ns: Ints
     latency_ns: tuple[int, int]
     depth: int
 
@@ -111,14 +113,13 @@ def model(trace: Trace) -> Program:
     first, last = _stretch(trace)
     begin, end = int(trace.steps.start_ns[first]), int(trace.steps.end_ns[last])
     issued = _items(trace, first, last)
-    if not len(issued):
-        raise CannotReplayError("no step of the trace holds device work, so there is nothing to replay")
     row, item_count = np.unique(trace.device.call[issued], return_counts=True)
     waiting = trace.sync_calls[_within(trace.host.step[trace.sync_calls], first, last)]
     rows = np.concatenate([np.union1d(row, waiting), np.full(last - first + 1, -1)])
     start = np.where(rows >= 0, trace.host.start_ns[rows], 0)
     start[rows < 0] = trace.steps.end_ns[first : last + 1]
-    order = np.argsort(start, kind="stable")
+    # A call that begins just when a step ends belongs to the next one.
+    order = np.lexsort((rows >= 0, start))
     rows, start = rows[order], start[order]
     clock, clocks = clocks_of_threads(trace, rows, first, last)
     stop = np.where(rows >= 0, trace.host.end_ns[rows], start)
@@ -132,9 +133,9 @@ def model(trace: Trace) -> Program:
     issuer = np.array([node_of_row[call_row] for call_row in trace.device.call[issued].tolist()], np.int64)
     order = np.lexsort((trace.device.start_ns[issued], issuer))
     issued, issuer = issued[order], issuer[order]
-    stream = _streams(trace, issued)
-    blocks = replaywaits.find(trace, rows, issued, issuer, stream)
-    call, depth = _queue(call, blocks, issued, issuer, start, trace)
+    stream, before = streams_of(trace, issued, begin)
+    blocks = replaywaits.find(trace, rows, issued, issuer, stream, before)
+    call, depth = _queue(call, blocks, issued, issuer, start, trace, before)
     items, latency = _timed(trace, issued, issuer, stream, start, np.where(blocks.waits == NOTHING, call, 0))
     depends = replaywaits.dependencies(trace, issued, stream, items.unexplained_ns, LONGEST_GAP_NS)
     # What waited for another stream says nothing of its own latency.
@@ -156,11 +157,11 @@ def model(trace: Trace) -> Program:
         nodes=nodes,
         items=Items(issued, stream, items.latency_ns, items.gap_ns, items.duration_ns, depends),
         clocks=clocks,
-        streams=int(stream.max()) + 1,
         steps=last - first + 1,
         body=int(np.argmax(rows < 0)) + 1 if last > first else 0,
         traced_ns=max(end, int(trace.device.end_ns[issued].max())) - begin,
-        pending_ns=_pending(trace, issued, stream, begin),
+        pending_ns=_pending(trace, issued, stream, before, begin),
+        queued_ns=before.end_ns - begin,
         latency_ns=latency,
         depth=depth,
     )
@@ -185,16 +186,22 @@ def _items(trace: Trace, first: int, last: int) -> Ints:
     """Device rows whose launch lies in the stretch.
 
     Raises:
-        CannotReplayError: too much of the device work has no launch in the trace.
+        CannotReplayError: there is none, or too much of the device work beside them has no launch in the trace.
     """
     device = trace.device
-    linked = device.call >= 0
-    if np.count_nonzero(~linked) > UNLINKED_SHARE * len(device):
+    issued = np.flatnonzero((device.call >= 0) & _within(device.step, first, last))
+    begin, until = int(trace.steps.start_ns[first]), int(trace.steps.end_ns[last])
+    until = max(until, int(device.end_ns[issued].max(initial=0)))
+    beside = (device.start_ns >= begin) & (device.start_ns < until)
+    lost = np.count_nonzero(beside & (device.call < 0) & ~queued_before(trace))
+    if lost > UNLINKED_SHARE * np.count_nonzero(beside):
         raise CannotReplayError(
-            f"the launches of {np.count_nonzero(~linked)} of {len(device)} device events are missing in the trace, "
+            f"the launches of {lost} of {np.count_nonzero(beside)} device events are missing in the trace, "
             "so it cannot be replayed; record the runtime calls too"
         )
-    return np.flatnonzero(linked & _within(device.step, first, last))
+    if not len(issued):
+        raise CannotReplayError("no step of the trace holds device work, so there is nothing to replay")
+    return issued
 
 
 def _segments(clock: Ints, start: Ints, stop: Ints, begin: int) -> tuple[Ints, Ints]:
@@ -207,13 +214,6 @@ def _segments(clock: Ints, start: Ints, stop: Ints, begin: int) -> tuple[Ints, I
         call[mine] = end - start[mine]
         work[mine] = np.maximum(start[mine] - np.concatenate([[begin], end[:-1]]), 0)
     return work, call
-
-
-def _streams(trace: Trace, issued: Ints) -> Ints:
-    """Streams numbered from 0; one of another device is another one."""
-    device = trace.device
-    pairs = np.stack([device.device[issued], device.stream[issued]])
-    return np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,11 +263,14 @@ def _stream_free(stream: Ints, ended: Ints) -> Ints:
     return free
 
 
-def _queue(call: Ints, blocks: Blocks, issued: Ints, issuer: Ints, start: Ints, trace: Trace) -> tuple[Ints, int]:
+def _queue(
+    call: Ints, blocks: Blocks, issued: Ints, issuer: Ints, start: Ints, trace: Trace, before: Earlier
+) -> tuple[Ints, int]:
     """Call times without waiting for room in the launch queue, and how many launches it holds."""
     launches = np.unique(issuer)
-    ends = np.sort(trace.device.end_ns[issued])
-    waiting_items = np.searchsorted(issuer, launches) - np.searchsorted(ends, start[launches], side="right")
+    ends = np.sort(np.concatenate([before.end_ns, trace.device.end_ns[issued]]))
+    asked = np.searchsorted(issuer, launches) + len(before.end_ns)
+    waiting_items = asked - np.searchsorted(ends, start[launches], side="right")
     usual = int(np.median(call[launches]))
     full = (call[launches] > max(10 * usual, DEEP_NS)) & (waiting_items > QUEUE_DEPTH // 4)
     full &= (waiting_items > 0.9 * waiting_items.max()) & (blocks.waits[launches] == NOTHING)
@@ -277,18 +280,17 @@ def _queue(call: Ints, blocks: Blocks, issued: Ints, issuer: Ints, start: Ints, 
     return shortened, depth
 
 
-def _pending(trace: Trace, issued: Ints, stream: Ints, begin: int) -> Ints:
+def _pending(trace: Trace, issued: Ints, stream: Ints, before: Earlier, begin: int) -> Ints:
     """Per stream, how long after the stretch's begin it was busy with work from before.
 
     That work may have been cut out of the trace; then the first item starts late, long after its launch.
     """
     device = trace.device
-    pending = np.zeros(int(stream.max()) + 1, np.int64)
-    for number in range(len(pending)):
+    pending = before.last_end_ns - begin
+    for number in np.unique(stream).tolist():
         first = issued[int(np.argmax(stream == number))]
         begun = int(device.start_ns[first])
-        same = (device.stream == device.stream[first]) & (device.device == device.device[first])
-        earlier = device.end_ns[same & (device.start_ns < begun) & (device.end_ns > begin)]
-        queued = begun - int(trace.host.end_ns[device.call[first]]) > LONGEST_LATENCY_NS
-        pending[number] = begun - begin if queued else int(earlier.max()) - begin if len(earlier) else 0
+        ready = max(int(trace.host.end_ns[device.call[first]]), begin + int(pending[number]))
+        if begun - ready > LONGEST_LATENCY_NS:
+            pending[number] = begun - begin
     return np.maximum(pending, 0)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kernbench.analysis.intervals import union
+from kernbench.analysis.replayqueue import Earlier
 from kernbench.nesting import CALL, Ints
 from kernbench.trace import Trace
 
@@ -49,20 +50,21 @@ class Blocks:
     cost_ns: Ints
 
 
-def find(trace: Trace, rows: Ints, issued: Ints, issuer: Ints, stream: Ints) -> Blocks:
+def find(trace: Trace, rows: Ints, issued: Ints, issuer: Ints, stream: Ints, before: Earlier) -> Blocks:
     """What each node waits for, and how long it takes to return after that has ended.
 
     Args:
         rows: host row per node, -1 for marks.
         issued: device row per item, in the order of issue; ``issuer`` its node, ``stream`` its stream.
+        before: what was queued when the first node began.
     """
-    return _Search(trace, rows, issued, issuer, stream).blocks()
+    return _Search(trace, rows, issued, issuer, stream, before).blocks()
 
 
 class _Search:
     """One pass over the nodes, with the end of all work issued so far per stream."""
 
-    def __init__(self, trace: Trace, rows: Ints, issued: Ints, issuer: Ints, stream: Ints) -> None:
+    def __init__(self, trace: Trace, rows: Ints, issued: Ints, issuer: Ints, stream: Ints, before: Earlier) -> None:
         self.trace, self.rows, self.stream = trace, rows, stream
         host = trace.host
         known = np.maximum(rows, 0)
@@ -75,14 +77,12 @@ class _Search:
         self.ends = trace.device.end_ns[issued]
         self.from_pageable = trace.named(_FROM_PAGEABLE)[trace.device.name[issued]].tolist()
         self.first = np.searchsorted(issuer, np.arange(len(rows) + 1)).tolist()
-        self.told = self._told(issued)
-        self.latest = [-(2**60)] * (int(stream.max()) + 1)
+        self.told = self._told(before.numbers)
+        self.latest = before.last_end_ns.tolist()
 
-    def _told(self, issued: Ints) -> dict[int, int]:
+    def _told(self, number: dict[tuple[int, int], int]) -> dict[int, int]:
         """Stream by host row, as far as ``cuda_sync`` events tell."""
-        device, syncs = self.trace.device, self.trace.device_syncs
-        pairs = zip(device.device[issued].tolist(), device.stream[issued].tolist(), strict=True)
-        number = dict(zip(pairs, self.stream.tolist(), strict=True))
+        syncs = self.trace.device_syncs
         told = {}
         for call, on_device, on_stream in zip(
             syncs.call.tolist(), syncs.device.tolist(), syncs.stream.tolist(), strict=True
