@@ -6,26 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernbench import host, registry, runfolder, trace
-from kernbench.analysis import (
-    breakdown,
-    communication,
-    criticalpath,
-    findings,
-    flame,
-    fusion,
-    hotspots,
-    idle,
-    launches,
-    memory,
-    shapes,
-    stalls,
-    timeline,
-    whatif,
-)
+from kernbench.analysis import breakdown, communication, findings, hotspots, idle, launches, stalls, timeline, whatif
+from kernbench.analysis.whole import enrich
 from kernbench.errors import KernbenchError
 from kernbench.progress import Progress
 from kernbench.publish import Outcome, publish
-from kernbench.record import AnalyzeRecord, Ceilings, Communication, LineLog, Stall, TraceAnalysis
+from kernbench.record import AnalyzeRecord, Communication
 from kernbench.trace import Trace
 
 GROUP = "analyze"
@@ -135,43 +121,3 @@ def _slowest(traces: Sequence[Trace], ranks: Communication | None) -> Trace:
     if ranks is None or ranks.slowest_rank is None:
         return traces[0]
     return next(one for one in traces if one.info.rank == ranks.slowest_rank)
-
-
-def enrich(
-    trace: Trace,
-    lines: LineLog | None,
-    ceilings: Ceilings | None,
-    found: Sequence[Stall],
-    *,
-    ranks: Communication | None = None,
-    unprofiled_seconds: float | None = None,
-) -> TraceAnalysis:
-    """All that a trace tells beyond a profile's own fields; ``profile`` and ``analyze`` alike call this.
-
-    Args:
-        lines: the log of the line pass over the same steps; None for a trace of others.
-        ceilings: the roofs of the device that the trace is from; None where nobody measured them.
-        found: the stalls of this trace, by ``stalls.stalls``; ``whatif.with_savings`` adds what the replay saves.
-        ranks: the communication of all ranks of the run; that of this trace alone if left out.
-        unprofiled_seconds: a step's time without the profiler, where it was measured.
-    """
-    replayed = whatif.whatif(trace, found, ceilings, lines, unprofiled_seconds=unprofiled_seconds)
-    if ranks is None:
-        ranks = communication.communication([trace])
-    costs = findings.findings(trace, replayed, lines=lines, communication=ranks)
-    return TraceAnalysis(
-        trace=trace.info,
-        headline=findings.headline(trace, costs, replayed),
-        findings=costs,
-        views={str(view): rows for view, rows in hotspots.views(trace, lines).items()},
-        gaps=launches.gaps(trace),
-        idle_sites=idle.sites(trace, lines),
-        fusion=fusion.fusion(trace, lines, ceilings),
-        roofline=shapes.roofline(trace, ceilings),
-        communication=ranks,
-        memory=memory.memory(trace),
-        critical_path=criticalpath.critical_path(trace, lines),
-        flame=flame.flame(trace),
-        whatif=replayed,
-        line_match=stalls.line_match(trace, lines) if lines is not None else None,
-    )

@@ -13,6 +13,7 @@ from terminal import run
 
 from kernbench import analyze, host, record, trace
 from kernbench.analysis import stalls
+from kernbench.analysis.whole import enrich
 from kernbench.progress import Silent
 
 US = 1e-6
@@ -83,7 +84,6 @@ def test_the_first_verdict_comes_before_the_rest(workspace: Path, tmp_path: Path
             told.append(text)
 
     told: list[str] = []
-    enrich = analyze.enrich
 
     def late(*given: Any, **named: Any) -> record.TraceAnalysis:
         told.append("the rest")
@@ -311,6 +311,6 @@ def test_enrich_takes_the_lines_of_the_line_pass(tmp_path: Path) -> None:
     place = record.SourceLine(file="model.py", line=7, text="loss.item()", function="step")
     read = record.HostRead(step=0, line=0, op="aten::item", form="item", host_tensor=False, real=True)
     log = record.LineLog(steps=1, lines=[place], reads=[read])
-    found = analyze.enrich(loaded, log, None, stalls.stalls(loaded, log))
+    found = enrich(loaded, log, None, stalls.stalls(loaded, log))
     assert found.line_match == record.LineMatch(waits_per_step=1, matched_per_step=1)
     assert any(finding.source == place for finding in found.findings)

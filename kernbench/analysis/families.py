@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from kernbench.analysis.memo import once_per_trace
 from kernbench.nesting import ANNOTATION, OP, Bools, Ints
 from kernbench.trace import COPY, KERNEL, Trace
 
@@ -106,6 +107,7 @@ def of_operator(name: str) -> str:
     return family or (ELEMENTWISE if namespace == "aten" else OTHER)
 
 
+@once_per_trace
 def in_optimizer(trace: Trace) -> Bools:
     """Which host rows run inside an optimizer's step, by torch.optim's own annotation."""
     host = trace.host
@@ -116,6 +118,7 @@ def in_optimizer(trace: Trace) -> Bools:
     return inside[host.annotation]
 
 
+@once_per_trace
 def of_host(trace: Trace) -> Ints:
     """Position in ``FAMILIES`` for each host row; operators in an optimizer's step are the optimizer's."""
     by_name = np.array([FAMILIES.index(of_operator(name)) for name in trace.names], np.int64)
@@ -123,6 +126,7 @@ def of_host(trace: Trace) -> Ints:
     return np.where(in_optimizer(trace) & (trace.host.kind == OP), FAMILIES.index(OPTIMIZER), family)
 
 
+@once_per_trace
 def of_device(trace: Trace) -> Ints:
     """Position in ``FAMILIES`` for each device event.
 

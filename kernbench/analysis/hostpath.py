@@ -49,7 +49,7 @@ def shares(trace: Trace, where: Places, path: Sequence[tuple[int, int]]) -> list
     left = union(starts, ends)
     found = []
     for thread, busy in _threads(trace):
-        rows = _outermost(trace, thread)
+        rows = _top_rows(trace, thread)
         # Rows that overlap in one thread, as in a damaged trace, must not count twice.
         reach = np.maximum.accumulate(host.end_ns[rows])
         begun = np.maximum(host.start_ns[rows], np.append(host.start_ns[rows][:1], reach[:-1]))
@@ -65,11 +65,12 @@ def _threads(trace: Trace) -> Iterator[tuple[int, Intervals]]:
     host, main = trace.host, trace.steps.thread
     engine = np.unique(host.thread[host.forward >= 0]).tolist()
     for thread in (main, *(other for other in engine if other != main)):
-        rows = _outermost(trace, thread)
+        rows = _top_rows(trace, thread)
         yield thread, union(host.start_ns[rows], host.end_ns[rows])
 
 
-def _outermost(trace: Trace, thread: int) -> Ints:
+def _top_rows(trace: Trace, thread: int) -> Ints:
+    """Operators and calls of a thread that lie in no other."""
     host = trace.host
     return np.flatnonzero((host.thread == thread) & (host.parent < 0) & (host.kind != ANNOTATION))
 
@@ -110,6 +111,6 @@ def _between(trace: Trace, where: Places, left: Intervals) -> list[Share]:
 
 def _line_after(trace: Trace, where: Places, time: Ints) -> Ints:
     """Line of the next operator or call of the step's thread."""
-    rows = _outermost(trace, trace.steps.thread)
+    rows = _top_rows(trace, trace.steps.thread)
     following = np.searchsorted(trace.host.start_ns[rows], time)
     return np.append(where.line[rows], -1)[following]

@@ -1,4 +1,4 @@
-"""Renders records as HTML: one file each, no request; the only module that knows Jinja.
+"""Renders records as HTML: one file each, no request.
 
 A page reads whole without its script, which zooms. The policy in the page lets no other script run.
 """
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 from xml.sax.saxutils import escape
-
-import jinja2
 
 from kernbench.record import (
     AnalyzeRecord,
@@ -41,6 +39,8 @@ from kernbench.report import (
     units,
 )
 from kernbench.report.sentences import Tone
+from kernbench.report.templating import Templates
+from kernbench.report.templating import source as template_source
 
 # Reads, kernels and rows beyond these stand in a fold.
 TOP_STALLS, TOP_HOTSPOTS = 5, 12
@@ -82,30 +82,27 @@ def render(record: Record, traces: Sequence[str] = ()) -> str:
     headline, rest = sentences.headline(record), ""
     if isinstance(record, AnalyzeRecord):
         headline, rest = tracewords.first_sentence(headline)
-    return (
-        _templates()
-        .get_template(f"{kind_of(record)}.html")
-        .render(
-            record=record,
-            headline=headline,
-            tone=_tone(record),
-            kind=sentences.kind_in_words(record),
-            workload=sentences.workload_of(record),
-            chips=_chips(record),
-            ending=sentences.capitalized(sentences.ending(record)),
-            machine=machine.environment_rows(record.environment),
-            ceilings=machine.ceiling_rows(record.environment),
-            clocks=machine.clock_rows(machine.clocks_of(record)),
-            # Quotes may stand in text as they are; escaped they would double the record's length.
-            raw_json=escape(raw),
-            raw_shortened=shortened,
-            on_gpu=sentences.on_gpu(record),
-            lede=" ".join(filter(None, (rest, sentences.lede(record)))),
-            environment_title="Where it was analysed" if isinstance(record, AnalyzeRecord) else "Environment",
-            measured_here=not isinstance(record, AnalyzeRecord),
-            script=_script() if context.get("pictures") or context.get("view") else None,
-            **context,
-        )
+    return _templates().render(
+        f"{kind_of(record)}.html",
+        record=record,
+        headline=headline,
+        tone=_tone(record),
+        kind=sentences.kind_in_words(record),
+        workload=sentences.workload_of(record),
+        chips=_chips(record),
+        ending=sentences.capitalized(sentences.ending(record)),
+        machine=machine.environment_rows(record.environment),
+        ceilings=machine.ceiling_rows(record.environment),
+        clocks=machine.clock_rows(machine.clocks_of(record)),
+        # Quotes may stand in text as they are; escaped they would double the record's length.
+        raw_json=escape(raw),
+        raw_shortened=shortened,
+        on_gpu=sentences.on_gpu(record),
+        lede=" ".join(filter(None, (rest, sentences.lede(record)))),
+        environment_title="Where it was analysed" if isinstance(record, AnalyzeRecord) else "Environment",
+        measured_here=not isinstance(record, AnalyzeRecord),
+        script=_script() if context.get("pictures") or context.get("view") else None,
+        **context,
     )
 
 
@@ -123,11 +120,7 @@ def render_index(entries: Sequence[IndexEntry]) -> str:
         apart = "traces" if isinstance(entry.record, AnalyzeRecord) else "kernels"
         groups.setdefault(info.name if info else apart, []).append(entry)
     damaged = [entry for entry in entries if entry.record is None]
-    return (
-        _templates()
-        .get_template("index.html")
-        .render(groups=groups, damaged=damaged, count=len(entries), script=None, lede="")
-    )
+    return _templates().render("index.html", groups=groups, damaged=damaged, count=len(entries), script=None, lede="")
 
 
 def _context(record: Record, traces: Sequence[str]) -> dict[str, Any]:
@@ -337,29 +330,21 @@ def _outcome(record: Record) -> list[Chip]:
 
 @cache
 def _script() -> Script:
-    loader = jinja2.PackageLoader("kernbench.report", "templates")
-    text = loader.get_source(_templates(), "page.js")[0]
+    text = template_source("page.js")
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return Script(text, f"sha256-{digest}")
 
 
 @cache
-def _templates() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("kernbench.report", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {
+def _templates() -> Templates:
+    filters = {
         name: getattr(units, name)
         for name in (
             "number", "seconds", "size", "bytes_rate", "flops_rate", "count", "share", "times", "scientific", "moment",
             "floor", "faster", "interval_name", "moved",
         )
     } | {"floor_in_words": sentences.floor_in_words}  # fmt: skip
-    environment.globals |= {
+    names = {
         "seconds_range": units.seconds_range,
         "times_range": units.times_range,
         "units_rate": units.units_rate,
@@ -389,4 +374,4 @@ def _templates() -> jinja2.Environment:
         "top_stalls": TOP_STALLS,
         "top_hotspots": TOP_HOTSPOTS,
     }
-    return environment
+    return Templates(filters, names)

@@ -1,33 +1,14 @@
-"""Plots of a record as static SVG: Altair describes them, vl-convert draws them, the page's style sheet colours them.
-
-Each plot is drawn twice, for a desk and for a phone, because text in a scaled picture would become unreadable.
-"""
+"""Plots of a record's own figures: step times, paired ratios, implementations, the roofline of a bench."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from kernbench.record import BenchResult, Ceilings, Ratio
 from kernbench.report import units
+from kernbench.report.drawing import ACCENT, BAND, HEIGHT, INK, LINE, MUTED, WIDE, Plot, chart_of, draw, linear_axis
 from kernbench.report.sentences import StepTime
-
-WIDE, NARROW = 800, 290
-HEIGHT = 190
-# The style sheet resolves these, so one picture serves light, dark and print.
-INK, MUTED, LINE, ACCENT, BAND = (f"var(--{name})" for name in ("ink", "muted", "line", "accent", "band"))
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One plot: what it shows in a sentence, and its two drawings; ``missing`` says why there are none."""
-
-    label: str
-    wide: str = ""
-    narrow: str = ""
-    missing: str = ""
 
 
 def step_times(seconds: Sequence[float], time: StepTime) -> Plot:
@@ -36,18 +17,18 @@ def step_times(seconds: Sequence[float], time: StepTime) -> Plot:
     label = f"Time of each of {len(rows)} steps in the order they ran; the line is the median, the band its interval."
 
     def chart(alt: Any, width: int) -> Any:
-        y = _linear_axis(alt, "ms", "ms per step")
+        y = linear_axis(alt, "ms", "ms per step")
         layers = []
         if time.interval:
             band = [{"low": units.milliseconds(time.interval[0]), "high": units.milliseconds(time.interval[1])}]
-            layers.append(_values(alt, band).mark_rect(fill=BAND).encode(y=alt.Y("low:Q"), y2="high:Q"))
+            layers.append(chart_of(alt, band).mark_rect(fill=BAND).encode(y=alt.Y("low:Q"), y2="high:Q"))
         middle = [{"ms": units.milliseconds(time.seconds)}]
-        layers.append(_values(alt, middle).mark_rule(color=ACCENT, strokeWidth=1.5).encode(y=y))
+        layers.append(chart_of(alt, middle).mark_rule(color=ACCENT, strokeWidth=1.5).encode(y=y))
         x = alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(nice=False))
-        points = _values(alt, rows).mark_circle(size=34, color=INK, opacity=0.75).encode(x=x, y=y)
+        points = chart_of(alt, rows).mark_circle(size=34, color=INK, opacity=0.75).encode(x=x, y=y)
         return alt.layer(*layers, points).properties(width=width, height=HEIGHT)
 
-    return _draw(label, chart)
+    return draw(label, chart)
 
 
 def paired_ratios(before: Sequence[float], after: Sequence[float], again: Sequence[float], ratio: Ratio) -> Plot:
@@ -68,28 +49,28 @@ def paired_ratios(before: Sequence[float], after: Sequence[float], again: Sequen
     )
 
     def chart(alt: Any, width: int) -> Any:
-        y = _linear_axis(alt, "ratio", "before / after")
+        y = linear_axis(alt, "ratio", "before / after")
         x = alt.X("round:Q", title="round", axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(nice=False))
         floor = [{"low": 1 - ratio.noise_floor, "high": 1 + ratio.noise_floor}]
         interval = [{"low": ratio.low, "high": ratio.high}]
         layers = [
-            _values(alt, floor).mark_rect(fill=LINE).encode(y=alt.Y("low:Q"), y2="high:Q"),
-            _values(alt, interval).mark_rect(fill=BAND).encode(y=alt.Y("low:Q"), y2="high:Q"),
-            _values(alt, [{"ratio": 1}]).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(y=y),
-            _values(alt, [{"ratio": ratio.median}]).mark_rule(color=ACCENT, strokeWidth=1.5).encode(y=y),
-            _values(alt, identical).mark_point(size=26, color=MUTED, opacity=0.8).encode(x=x, y=y),
-            _values(alt, rounds).mark_circle(size=34, color=INK, opacity=0.8).encode(x=x, y=y),
+            chart_of(alt, floor).mark_rect(fill=LINE).encode(y=alt.Y("low:Q"), y2="high:Q"),
+            chart_of(alt, interval).mark_rect(fill=BAND).encode(y=alt.Y("low:Q"), y2="high:Q"),
+            chart_of(alt, [{"ratio": 1}]).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(y=y),
+            chart_of(alt, [{"ratio": ratio.median}]).mark_rule(color=ACCENT, strokeWidth=1.5).encode(y=y),
+            chart_of(alt, identical).mark_point(size=26, color=MUTED, opacity=0.8).encode(x=x, y=y),
+            chart_of(alt, rounds).mark_circle(size=34, color=INK, opacity=0.8).encode(x=x, y=y),
         ]
         return alt.layer(*layers).properties(width=width, height=HEIGHT)
 
-    return _draw(label, chart)
+    return draw(label, chart)
 
 
 def implementations(rows: Sequence[BenchResult], name: str) -> Plot:
     """Time of each implementation of one case, with its interval, from zero."""
     timed = [row for row in rows if row.seconds is not None]
     unit, unit_name = units.time_unit(max((row.seconds or 0.0 for row in timed), default=1.0))
-    values = [
+    bars = [
         {
             "name": row.implementation,
             "time": (row.seconds or 0.0) / unit,
@@ -105,11 +86,11 @@ def implementations(rows: Sequence[BenchResult], name: str) -> Plot:
         x = alt.X(
             "time:Q", title=f"{unit_name}, less is better", scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5)
         )
-        bars = _values(alt, values).mark_bar(color=ACCENT, height=11, opacity=0.85).encode(x=x, y=y)
-        whiskers = _values(alt, values).mark_rule(color=INK, strokeWidth=1.5).encode(x=alt.X("low:Q"), x2="high:Q", y=y)
-        return alt.layer(bars, whiskers).properties(width=width - 130, height=alt.Step(24))
+        drawn = chart_of(alt, bars).mark_bar(color=ACCENT, height=11, opacity=0.85).encode(x=x, y=y)
+        whiskers = chart_of(alt, bars).mark_rule(color=INK, strokeWidth=1.5).encode(x=alt.X("low:Q"), x2="high:Q", y=y)
+        return alt.layer(drawn, whiskers).properties(width=width - 130, height=alt.Step(24))
 
-    return _draw(label, chart)
+    return draw(label, chart)
 
 
 def roofline(rows: Sequence[BenchResult], ceilings: Ceilings) -> Plot | None:
@@ -134,63 +115,15 @@ def roofline(rows: Sequence[BenchResult], ceilings: Ceilings) -> Plot | None:
         sparse = {"tickCount": 5, "format": "~s"}
         x = alt.X("intensity:Q", title="flops per byte", scale=log, axis=alt.Axis(tickCount=5, format="~g"))
         y = alt.Y("rate:Q", title="FLOP/s", scale=alt.Scale(type="log"), axis=alt.Axis(**sparse))
-        lines = _values(alt, roofs).mark_line(color=MUTED, strokeWidth=1.5).encode(x=x, y=y, detail="roof:N")
+        lines = chart_of(alt, roofs).mark_line(color=MUTED, strokeWidth=1.5).encode(x=x, y=y, detail="roof:N")
         written = {"dy": -7, "color": MUTED, "fontSize": 11}
-        flat = _values(alt, [roof for roof in roofs[2:] if roof["intensity"] == high]).mark_text(
+        flat = chart_of(alt, [roof for roof in roofs[2:] if roof["intensity"] == high]).mark_text(
             align="right", **written
         )
-        sloped = _values(alt, roofs[:1]).mark_text(align="left", **written)
+        sloped = chart_of(alt, roofs[:1]).mark_text(align="left", **written)
         shape = alt.Shape("name:N", title=None, legend=alt.Legend(orient="bottom", columns=2 if width < WIDE else 5))
-        dots = _values(alt, points).mark_point(size=55, color=ACCENT, filled=False, strokeWidth=1.8)
+        dots = chart_of(alt, points).mark_point(size=55, color=ACCENT, filled=False, strokeWidth=1.8)
         names = [text.encode(x=x, y=y, text="roof:N") for text in (flat, sloped)]
         return alt.layer(lines, *names, dots.encode(x=x, y=y, shape=shape)).properties(width=width, height=HEIGHT + 60)
 
-    return _draw(label, chart)
-
-
-def _draw(label: str, chart: Callable[[Any, int], Any]) -> Plot:
-    """Draw both widths; a missing library is said in the plot's place."""
-    try:
-        import altair
-        import vl_convert
-    except ImportError as error:
-        return Plot(label, missing=f"This plot was not drawn, because {error.name} cannot be imported here ({error}).")
-    drawings = []
-    for width in (WIDE, NARROW):
-        specification = _styled(chart(altair, width)).to_dict()
-        drawings.append(_inlined(vl_convert.vegalite_to_svg(specification), label))
-    return Plot(label, *drawings)
-
-
-def _styled(chart: Any) -> Any:
-    axis = {
-        "labelColor": MUTED, "titleColor": MUTED, "domainColor": LINE, "tickColor": LINE, "gridColor": LINE,
-        "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "gridOpacity": 0.7,
-    }  # fmt: skip
-    return (
-        chart.properties(background="transparent", padding={"left": 8, "right": 8, "top": 6, "bottom": 0})
-        .configure_view(stroke=None)
-        .configure_axis(**axis)
-        .configure_axisX(grid=False)
-        .configure_legend(labelColor=INK, titleColor=MUTED, labelFontSize=11, symbolStrokeColor=INK)
-    )
-
-
-def _values(alt: Any, rows: Sequence[Any]) -> Any:
-    return alt.Chart(alt.Data(values=list(rows)))
-
-
-def _linear_axis(alt: Any, field: str, title: str) -> Any:
-    return alt.Y(f"{field}:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
-
-
-def _inlined(svg: str, label: str) -> str:
-    """The drawing as it stands inside a page: named, without namespaces (HTML needs none), sized by the style sheet."""
-    opening = svg[: svg.index(">") + 1]
-    view = re.search(r'viewBox="[^"]*"', opening)
-    width = re.search(r' width="(\d+)"', opening)
-    assert view is not None
-    assert width is not None
-    escaped = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    body = re.sub(r' (?:role|aria-roledescription|aria-label|font-family)="[^"]*"', "", svg[len(opening) :])
-    return f'<svg role="img" aria-label="{escaped}" {view[0]} style="max-width:{width[1]}px">{body}'
+    return draw(label, chart)

@@ -9,7 +9,7 @@ from typing import Any
 from kernbench.claims import conclusion
 from kernbench.record import BenchRecord, BenchResult, Ceilings, ClaimCheck, Curve, Sweep
 from kernbench.report import sentences, units
-from kernbench.report.plots import ACCENT, HEIGHT, INK, MUTED, WIDE, Plot, _draw, _values
+from kernbench.report.drawing import ACCENT, HEIGHT, INK, MUTED, WIDE, Plot, chart_of, draw
 
 FLOOR, ROOF = "launch floor", "at copy bandwidth"
 SAME_BYTES = 1.1
@@ -151,19 +151,19 @@ def _plot(sweep: Sweep, rows: Rows, roof: dict[int, float], launch: float | None
         # What is measured lies above the roof, and above the floor by far: names below the one and above the other.
         for line, dash, off in ((limits, [1, 0], 11), (floor, [5, 4], -7)):
             if line:
-                base = _values(alt, line)
+                base = chart_of(alt, line)
                 layers.append(base.mark_line(color=MUTED, strokeWidth=1.5, strokeDash=dash).encode(x=x, y=y))
-                written = _values(alt, line[-1:]).mark_text(align="right", dy=off, color=MUTED, fontSize=11)
+                written = chart_of(alt, line[-1:]).mark_text(align="right", dy=off, color=MUTED, fontSize=11)
                 layers.append(written.encode(x=x, y=y, text="name:N"))
         lines = (
-            _values(alt, points).mark_line(color=ACCENT, strokeWidth=1, opacity=0.7).encode(x=x, y=y, detail="name:N")
+            chart_of(alt, points).mark_line(color=ACCENT, strokeWidth=1, opacity=0.7).encode(x=x, y=y, detail="name:N")
         )
-        marks = _values(alt, points).mark_point(size=55, color=INK, filled=False, strokeWidth=1.6)
+        marks = chart_of(alt, points).mark_point(size=55, color=INK, filled=False, strokeWidth=1.6)
         return alt.layer(*layers, lines, marks.encode(x=x, y=y, shape=shape)).properties(
             width=width, height=HEIGHT + 80
         )
 
-    return _draw(label, chart)
+    return draw(label, chart)
 
 
 def claims(record: BenchRecord) -> Table | None:
@@ -269,9 +269,9 @@ def _curves(name: str, lines: Sequence[Curve]) -> Plot:
         legend = alt.Legend(orient="bottom", columns=1 if width < WIDE else 3, columnPadding=30, labelLimit=250)
         shape = alt.Shape("name:N", title=None, sort=order, legend=legend)
         drawn = (
-            _values(alt, points).mark_line(color=ACCENT, strokeWidth=1, opacity=0.7).encode(x=x, y=y, detail="name:N")
+            chart_of(alt, points).mark_line(color=ACCENT, strokeWidth=1, opacity=0.7).encode(x=x, y=y, detail="name:N")
         )
-        marks = _values(alt, points).mark_point(size=42, color=INK, filled=False, strokeWidth=1.3)
+        marks = chart_of(alt, points).mark_point(size=42, color=INK, filled=False, strokeWidth=1.3)
         return alt.layer(drawn, marks.encode(x=x, y=y, shape=shape)).properties(width=width, height=HEIGHT + 30)
 
-    return _draw(label, chart)
+    return draw(label, chart)

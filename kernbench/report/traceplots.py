@@ -12,7 +12,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from kernbench.record import Ceilings, MemoryPoint, RooflinePoint
 from kernbench.report import units
-from kernbench.report.plots import NARROW, WIDE, Plot
+from kernbench.report.drawing import NARROW, WIDE, Plot
 
 HEIGHT = 230
 LEFT, RIGHT, TOP, BOTTOM = 84, 14, 14, 34

@@ -14,8 +14,8 @@ from kernbench.record import (
     WhatIf,
 )
 from kernbench.report import flameview, traceplots, tracewords
+from kernbench.report.drawing import Plot
 from kernbench.report.flameview import FlameView
-from kernbench.report.plots import Plot
 
 Groups = list[tuple[str, list[Estimate]]]
 
