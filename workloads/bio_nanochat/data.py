@@ -1,0 +1,49 @@
+"""Real text as bytes: Python's own documentation topics, or the file given with --data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernbench.errors import KernbenchError
+
+
+def read_text(path: str | None) -> bytes:
+    """The bytes to train on.
+
+    Raises:
+        KernbenchError: the file cannot be read.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name] for name in sorted(topics)).encode()
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise KernbenchError(f"cannot read {path}: {error.strerror or error}; --data takes a file of text") from None
+
+
+class Text:
+    """Byte ids resident on the device in ``batch`` streams, so that a step copies nothing to it."""
+
+    def __init__(self, path: str | None, *, batch: int, length: int, device: torch.device) -> None:
+        text = read_text(path)
+        stream = len(text) // batch
+        if stream < length + 1:
+            raise KernbenchError(
+                f"the text has {len(text)} bytes and one batch takes {batch * (length + 1)}; "
+                "give a longer file with --data"
+            )
+        ids = torch.frombuffer(bytearray(text[: batch * stream]), dtype=torch.uint8)
+        self.ids_BN: Tensor = ids.view(batch, stream).to(device=device, dtype=torch.int64)
+        self.length = length
+        self.windows = (stream - 1) // length
+
+    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+        """Tokens and the ones that follow them [B, T] of window ``index``, which wraps around."""
+        start = index % self.windows * self.length
+        window_BT = self.ids_BN[:, start : start + self.length + 1]
+        return window_BT[:, :-1], window_BT[:, 1:]

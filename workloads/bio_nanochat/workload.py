@@ -1,0 +1,72 @@
+"""bio-nanochat: a transformer whose attention, feed-forward and experts carry synapses, trained on real text.
+
+The unswapped code is the one that the kernel plan was written for, profile P, with profile K as a variant. Decisions on
+what the specification leaves open, and on upstream's slips:
+
+| matter | decision |
+|---|---|
+| docking transposed upstream | "qk" is the default, "upstream" a preset |
+| rule R1 looks ahead | kept: a synapse hears all queries, so later tokens change earlier logits |
+| noise on entries that no query sees | left out: it lets queries wear out keys behind them |
+| noise | torch's generator, seeded by step; Philox in parity, where kernels must draw the same |
+| precision | parameters and plastic state in float32 or wider, products in the working dtype, as under autocast |
+| embedding cast to bfloat16 | cast to the working dtype |
+| rotary tables | of the sequence's length; rounded to bfloat16 in every dtype |
+| projections | start as torch starts a linear layer; nothing is said of them |
+| experts' input norm | none: the block has just normalized; a dense feed-forward has its own second norm |
+| experts' tensors | stacked, one tensor for all; the loop takes rows, so an unused expert has gradient zero |
+| Muon and vectors | biases, norms, gains and genomes go to AdamW at the head's rate; upstream's is 0.2 |
+| Muon's iteration | in the working dtype, so in bfloat16 where upstream's is |
+| gradient clipping | global norm 1, as in nanochat |
+| pull of the router's embeddings | zero everywhere, kept: its factors never meet |
+| scores without tokens | specialisation and resilience stay as they are; upstream takes them for the best |
+| split, merge: step counters | stay, because a stacked tensor has one for all its experts |
+| split, merge: state of a patch | "zero" as upstream, of both optimizers; "inherit" by row as the plan asks |
+| Hebbian weights | bounded (``hebbian_limit``): upstream's rule is all NaN within 20 steps of the tiny size |
+| seven guards of profile K | kept in the no-gradient path; which value each looks at is ours |
+| no KV cache | training and prefill only; the synapses' state lasts for one call either way |
+| fields that steer nothing | kept in the config, listed in ``synapses.UNREAD`` |
+| native_* switches | refused: phases and their BIO_FUSED_ flags do it |
+| vanilla model | nanochat's: also a norm of the embedding and one before the head |
+| data | bytes of Python's documentation, resident on the device |
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernbench.workload import Curves, Peer, Workload
+
+from .config import PRESETS, BioConfig
+from .training import Training
+
+
+def build(*, preset: BioConfig, device: torch.device, dtype: torch.dtype, seed: int, data: str | None) -> Training:
+    """A training run at ``preset``; ``data`` is a file of text, by default Python's documentation topics."""
+    return Training(preset, device=device, dtype=dtype, seed=seed, data=data)
+
+
+def draw_as_kernels_do(built: Training) -> None:
+    """Make stochastic release comparable: every side draws from the Philox streams of its calls."""
+    built.model.counted_noise = True
+
+
+def compile_model(built: Training) -> None:
+    """Compile the forward pass, and its backward pass with it; the loop over experts breaks the graph at its reads."""
+    built.model.forward = torch.compile(built.model.forward, dynamic=False)  # type: ignore[method-assign]
+
+
+BFLOAT16 = tuple(name for name in PRESETS if name.startswith(("bench", "moe-")))
+
+WORKLOAD = Workload(
+    name="bio-nanochat",
+    unit="tokens",
+    summary="bio-inspired nanochat: a transformer with synapses that tire, learn, split and merge",
+    presets=PRESETS,
+    build=build,
+    dtypes=dict.fromkeys(BFLOAT16, "bfloat16"),
+    peers=(Peer(name="torch.compile", prepare=compile_model),),
+    steady=draw_as_kernels_do,
+    curves=Curves(read=lambda built: {}, presets=("tiny", "tiny-dense"), steps=200, every=10),
+    source="Bio-inspired nanochat kernel plan of 2025-11-19; profiles P and K of its MIT-licensed history",
+)
