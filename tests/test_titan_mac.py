@@ -116,7 +116,7 @@ def test_a_token_far_behind_is_out_of_the_window(attention: str) -> None:
     x_BSD = torch.randn(1, config.persistent + config.length, config.width, dtype=torch.float64)
     other = x_BSD.clone()
     other[:, config.persistent] += 1
-    changed = (layer(x_BSD) != layer(other)).any(dim=-1)[0, config.persistent :]
+    changed = (layer(layer.qkv(x_BSD)) != layer(layer.qkv(other))).any(dim=-1)[0, config.persistent :]
     # Block attention reaches back from the block's start, and its convolutions three further.
     reach = config.window if attention == "windowed" else config.window + config.block - 1 + 3
     assert changed[0]
@@ -135,7 +135,7 @@ def test_both_attentions_agree_where_their_masks_do() -> None:
             # Only the tap on the position itself: the convolution passes its input on.
             convolution.weight.zero_()[..., -1] = 1
     x_BSD = torch.randn(2, config.persistent + config.length, config.width, dtype=torch.float64)
-    torch.testing.assert_close(windowed(x_BSD), block(x_BSD), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(windowed(windowed.qkv(x_BSD)), block(block.qkv(x_BSD)), rtol=1e-12, atol=1e-12)
 
 
 def test_window_mask_by_definition() -> None:

@@ -1,6 +1,7 @@
 """The two attentions of TitanMAC: windowed on SDPA (A) and block-sparse (B).
 
-Shapes: B batch, S positions (persistent tokens first), D width, H heads, F = D / H, Q queries, K keys.
+Shapes: B batch, S positions (persistent tokens first), D width, E = 3 D, H heads, F = D / H, Q queries,
+K keys.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ class WindowedAttention(nn.Module):
         self.output = nn.Linear(config.width, config.width, bias=False, device=device, dtype=dtype)
         self.masks: dict[int, Tensor] = {}
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Mix positions; same shape and dtype as ``x_BSD``."""
-        positions = x_BSD.shape[1]
-        q_BHSF, k_BHSF, v_BHSF = (split_heads(part, self.heads) for part in self.qkv(x_BSD).chunk(3, dim=-1))
+    def forward(self, qkv_BSE: Tensor) -> Tensor:
+        """Mix positions; [B, S, D] of what ``self.qkv`` made."""
+        positions = qkv_BSE.shape[1]
+        q_BHSF, k_BHSF, v_BHSF = (split_heads(part, self.heads) for part in qkv_BSE.chunk(3, dim=-1))
         if positions not in self.masks:
-            self.masks[positions] = window_mask(x_BSD, positions, self.persistent, self.window)
-        bias_SS = x_BSD.new_zeros(positions, positions).masked_fill(~self.masks[positions], float("-inf"))
+            self.masks[positions] = window_mask(qkv_BSE, positions, self.persistent, self.window)
+        bias_SS = qkv_BSE.new_zeros(positions, positions).masked_fill(~self.masks[positions], float("-inf"))
         mixed_BHSF = functional.scaled_dot_product_attention(q_BHSF, k_BHSF, v_BHSF, attn_mask=bias_SS)
         output: Tensor = self.output(join_heads(mixed_BHSF))
         return output
@@ -77,12 +78,12 @@ class BlockAttention(nn.Module):
         )
         self.masks: dict[tuple[int, int], Tensor] = {}
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Mix positions; same shape and dtype as ``x_BSD``."""
-        positions = x_BSD.shape[1]
+    def forward(self, qkv_BSE: Tensor) -> Tensor:
+        """Mix positions; [B, S, D] of what ``self.qkv`` made."""
+        positions = qkv_BSE.shape[1]
         q_BHSF, k_BHSF, v_BHSF = (
             split_heads(convolution(part.transpose(1, 2))[..., :positions].transpose(1, 2), self.heads)
-            for part, convolution in zip(self.qkv(x_BSD).chunk(3, dim=-1), self.convolutions, strict=True)
+            for part, convolution in zip(qkv_BSE.chunk(3, dim=-1), self.convolutions, strict=True)
         )
         kept = self.persistent
         mixed = []
@@ -93,7 +94,7 @@ class BlockAttention(nn.Module):
             first = max(kept, start - self.window)
             keys = torch.cat([k_BHSF[:, :, :kept], k_BHSF[:, :, first:end]], dim=2)
             values = torch.cat([v_BHSF[:, :, :kept], v_BHSF[:, :, first:end]], dim=2)
-            mask_QK = self.block_mask(x_BSD, end - start, start - first)
+            mask_QK = self.block_mask(qkv_BSE, end - start, start - first)
             mixed.append(attend(q_BHSF[:, :, start:end], keys, values, mask_QK))
         output: Tensor = self.output(join_heads(torch.cat(mixed, dim=2)))
         return output

@@ -42,16 +42,16 @@ class RMSNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, exact GELU, Linear."""
+    """Linear and exact GELU, of which :meth:`Block.hidden` is, and the second Linear."""
 
     def __init__(self, config: TitanConfig, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.inner = nn.Linear(config.width, config.feed_forward, device=device, dtype=dtype)
         self.outer = nn.Linear(config.feed_forward, config.width, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as ``x``."""
-        output: Tensor = self.outer(functional.gelu(self.inner(x)))
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The width of the model back from that of the hidden layer."""
+        output: Tensor = self.outer(hidden)
         return output
 
 
@@ -68,9 +68,18 @@ class Block(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Same shape and dtype as ``x_BSD``."""
-        x_BSD = x_BSD + self.attention(self.norm_attention(x_BSD))
-        output: Tensor = x_BSD + self.mlp(self.norm_mlp(x_BSD))
+        x_BSD = x_BSD + self.attention(self.qkv(x_BSD))
+        output: Tensor = x_BSD + self.mlp(self.hidden(x_BSD))
         return output
+
+    def qkv(self, x_BSD: Tensor) -> Tensor:
+        """Queries, keys and values [B, S, 3 D] of the normalized residual, side by side."""
+        output: Tensor = self.attention.qkv(self.norm_attention(x_BSD))
+        return output
+
+    def hidden(self, x_BSD: Tensor) -> Tensor:
+        """The hidden layer of the MLP on the normalized residual, after its GELU."""
+        return functional.gelu(self.mlp.inner(self.norm_mlp(x_BSD)))
 
 
 class TitanMac(nn.Module):
