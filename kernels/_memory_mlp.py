@@ -1,0 +1,288 @@
+"""How the kernels of the memory MLP are launched: forward, gradients, and the write.
+
+Shapes: N rows, D width of keys, H hidden width, M width of values, P = H D + H + M H + M memory weights, in the order
+W1 [H, D], b1 [H], W2 [M, H], b2 [M].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional
+
+from . import _decode, _rows
+from . import _memory_mlp_kernels as kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SMALL = _rows.INTERPRETED.value
+BLOCK = 512 if _SMALL else 1024
+SUM_ROWS, SUM_COLUMNS = (4, 16) if _SMALL else (32, 32)
+LOSS_BLOCK = 16 if _SMALL else 1024
+
+
+class Tiles(NamedTuple):
+    """How a matrix product is cut into programs: a tile's rows, columns and inner width, warps, and stages."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """Tiles of the four products, and the rows that one program adds up for a weight's gradient."""
+
+    hidden: Tiles
+    error: Tiles
+    outer: Tiles
+    inner: Tiles
+    length: int
+
+
+_ONE = Tiles(128, 64, 64, 4, 4)
+PLANS = {"bfloat16": Plan(_ONE, _ONE, _ONE, _ONE, 512)}
+_FLOAT = Tiles(128, 64, 32, 4, 4)
+_FLOAT_PLAN = Plan(_FLOAT, _FLOAT, _FLOAT, _FLOAT, 512)
+_SMALLEST = Tiles(32, 32, 32, 4, 1)
+INTERPRETED = Plan(_SMALLEST, _SMALLEST, _SMALLEST, _SMALLEST, 48)
+"""Small enough that small cases have several of everything."""
+
+
+class Method(NamedTuple):
+    """How the products of a call are taken."""
+
+    plan: Plan
+    precision: str
+
+
+class Saved(NamedTuple):
+    """What the forward pass leaves: z1 and silu(z1) [N, H], y - v [N, M], its sums, and parts of the loss."""
+
+    before: Tensor
+    hidden: Tensor
+    error: Tensor
+    error_sums: Tensor
+    losses: Tensor
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 numbers are multiplied: as torch's setting for CUDA says, in either of its interfaces."""
+    if dtype != torch.float32:
+        return "ieee"
+    chosen = torch.backends.cuda.matmul.fp32_precision
+    if chosen == "none":
+        chosen = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if chosen == "tf32" else "tf32x3"
+
+
+def method_for(key: Tensor, value: Tensor, hidden_width: int) -> Method:
+    return _method(key.shape[0], (key.shape[1], hidden_width, value.shape[1]), key.dtype, precision(key.dtype))
+
+
+@lru_cache(maxsize=256)
+def _method(rows: int, widths: tuple[int, int, int], dtype: torch.dtype, precision: str) -> Method:
+    if _SMALL:
+        return Method(INTERPRETED, precision)
+    return Method(_FLOAT_PLAN if dtype == torch.float32 else PLANS["bfloat16"], precision)
+
+
+def gradient_of(key: Tensor, value: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The gradient of the memory's loss in plain PyTorch without autograd, flat [P] in ``dtype``."""
+    inner_weight, inner_bias, outer_weight, outer_bias = weights
+    before = functional.linear(key, inner_weight, inner_bias)
+    hidden = functional.silu(before)
+    error = functional.linear(hidden, outer_weight, outer_bias) - value
+    dvalue = error * (2 / error.numel())
+    sigmoid = torch.sigmoid(before)
+    dbefore = dvalue @ outer_weight * (sigmoid * (1 + before * (1 - sigmoid)))
+    parts = (dbefore.t() @ key, dbefore.sum(0), dvalue.t() @ hidden, dvalue.sum(0))
+    return torch.cat([part.reshape(-1).to(dtype) for part in parts])
+
+
+def check(kernel: str, key: Tensor, value: Tensor, weights: Sequence[Tensor]) -> None:
+    """Keys [N, D], values [N, M] and weights that fit, contiguous, of one dtype and device.
+
+    Raises:
+        ValueError: they are not.
+    """
+    inner_weight, inner_bias, outer_weight, outer_bias = weights
+    hidden = inner_bias.numel()
+    shapes = (key.dim(), value.dim()) == (2, 2) and (
+        value.shape[0] == key.shape[0]
+        and inner_weight.shape == (hidden, key.shape[1])
+        and outer_weight.shape == (value.shape[1], hidden)
+        and outer_bias.shape == (value.shape[1],)
+        and inner_bias.dim() == 1
+    )
+    alike = all(one.dtype == key.dtype and one.get_device() == key.get_device() for one in (value, *weights))
+    if shapes and alike and key.dtype in DTYPES and key.numel() and value.numel() and hidden:
+        if all(weight.is_contiguous() for weight in weights):
+            return
+        raise ValueError(f"{kernel} takes contiguous weights")
+    described = ", ".join(f"{tuple(one.shape)} {one.dtype} on {one.device}" for one in (key, value, *weights))
+    raise ValueError(
+        f"{kernel} takes key [N, D], value [N, M], W1 [H, D], b1 [H], W2 [M, H] and b2 [M], not empty, of one device "
+        f"and of one dtype, float32, bfloat16 or float16; they are {described}"
+    )
+
+
+def check_state(
+    kernel: str, weights: Sequence[Tensor], momentum: Tensor, forget: Tensor, decay: Tensor, gradient: Tensor | None,
+    size: int,
+) -> None:  # fmt: skip
+    """Momentum and gradient [P] in float32, gates of one number, all beside the weights.
+
+    Raises:
+        ValueError: they are not.
+    """
+    device = weights[0].get_device()
+    flat = [momentum] if gradient is None else [momentum, gradient]
+    if (
+        all(one.shape == (size,) and one.dtype == torch.float32 and one.get_device() == device for one in flat)
+        and all(
+            gate.numel() == 1 and gate.is_floating_point() and gate.get_device() == device for gate in (forget, decay)
+        )
+        and momentum.is_contiguous()
+    ):
+        return
+    described = ", ".join(f"{tuple(one.shape)} {one.dtype} on {one.device}" for one in (*flat, forget, decay))
+    raise ValueError(
+        f"{kernel} takes momentum and gradient [{size}], contiguous and float32, and forget and decay of one number, "
+        f"all on one device; they are {described}"
+    )
+
+
+def _launch(kernel: Any, programs: int, arguments: Sequence[Any], tiles: Tiles | None = None, **constants: Any) -> None:
+    options = {} if tiles is None else {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    if _decode.overlaps():
+        kernel[(programs,)](*arguments, **constants, OVERLAP=True, launch_pdl=True, **options)
+    else:
+        kernel[(programs,)](*arguments, **constants, OVERLAP=False, **options)
+
+
+def _sizes(tiles: Tiles) -> dict[str, int]:
+    return {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "INNER": tiles.inner}
+
+
+def forward(key: Tensor, value: Tensor, weights: Sequence[Tensor], method: Method) -> Saved:
+    """Two launches: z1 with its SiLU, and what is missing to the values."""
+    plan, precision = method
+    (rows, width), hidden_width, value_width = key.shape, weights[0].shape[0], value.shape[1]
+    before = key.new_empty(rows, hidden_width)
+    hidden = torch.empty_like(before)
+    error = torch.empty_like(value)
+    down = triton.cdiv(rows, plan.error.rows)
+    programs = down * triton.cdiv(value_width, plan.error.columns)
+    error_sums = key.new_empty(down, value_width, dtype=torch.float32)
+    losses = key.new_empty(programs, dtype=torch.float32)
+    _launch(
+        kernels.hidden_kernel,
+        triton.cdiv(rows, plan.hidden.rows) * triton.cdiv(hidden_width, plan.hidden.columns),
+        (key, weights[0], weights[1], before, hidden, rows, width, hidden_width),
+        plan.hidden,
+        EVEN=width % plan.hidden.inner == 0, PRECISION=precision, **_sizes(plan.hidden),
+    )  # fmt: skip
+    _launch(
+        kernels.error_kernel,
+        programs,
+        (hidden, weights[2], weights[3], value, error, losses, error_sums, rows, hidden_width, value_width),
+        plan.error,
+        EVEN=hidden_width % plan.error.inner == 0, PRECISION=precision, **_sizes(plan.error),
+    )  # fmt: skip
+    return Saved(before, hidden, error, error_sums, losses)
+
+
+def loss_of(saved: Saved) -> Tensor:
+    """The mean square of the error, 0-dim, in one launch."""
+    loss = saved.error.new_empty(())
+    _launch(
+        kernels.loss_kernel, 1, (saved.losses, loss, float(saved.error.numel()), saved.losses.numel()), BLOCK=LOSS_BLOCK
+    )
+    return loss
+
+
+def gradients(
+    key: Tensor, weights: Sequence[Tensor], saved: Saved, gradient: Tensor, method: Method, *, with_key: bool
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Three launches: fills gradient [P], float32; sums of squares of its blocks, and the gradient of the keys."""
+    plan, precision = method
+    rows, hidden_width, value_width = key.shape[0], weights[1].numel(), saved.error.shape[1]
+    scale = 2.0 / saved.error.numel()
+    splits = triton.cdiv(rows, plan.length)
+    through = torch.empty_like(saved.hidden)
+    hidden_sums = key.new_empty(triton.cdiv(rows, plan.outer.rows), hidden_width, dtype=torch.float32)
+    inner_partials = key.new_empty(splits, weights[0].numel(), dtype=torch.float32)
+    outer_partials = key.new_empty(splits, weights[2].numel(), dtype=torch.float32)
+    key_gradient = torch.empty_like(key) if with_key else None
+    _backward(
+        plan.outer, plan.length, precision, saved.error, weights[2], saved.hidden, saved.before, through, hidden_sums,
+        outer_partials, scale, slope=True,
+    )  # fmt: skip
+    _backward(
+        plan.inner, plan.length, precision, through, weights[0], key, through, key_gradient, hidden_sums,
+        inner_partials, scale, slope=False,
+    )  # fmt: skip
+    sizes = (weights[0].numel(), hidden_width, weights[2].numel(), value_width)
+    programs = sum(triton.cdiv(size, BLOCK) for size in sizes[::2])
+    programs += sum(triton.cdiv(size, SUM_COLUMNS) for size in sizes[1::2])
+    squares = key.new_empty(programs, dtype=torch.float32)
+    _launch(
+        kernels.gather_kernel,
+        programs,
+        (
+            inner_partials, hidden_sums, outer_partials, saved.error_sums, gradient, squares, scale, *sizes,
+            hidden_sums.shape[0], saved.error_sums.shape[0],
+        ),
+        SPLITS=splits, BLOCK=BLOCK, SUM_ROWS=SUM_ROWS, SUM_COLUMNS=SUM_COLUMNS,
+    )  # fmt: skip
+    return squares, key_gradient
+
+
+def _backward(
+    tiles: Tiles, length: int, precision: str, left: Tensor, weight: Tensor, right: Tensor, before: Tensor,
+    out: Tensor | None, sums: Tensor, partials: Tensor, scale: float, *, slope: bool,
+) -> None:  # fmt: skip
+    (rows, inner), columns = left.shape, right.shape[1]
+    across = triton.cdiv(columns, tiles.columns)
+    weight_programs = triton.cdiv(inner, tiles.rows) * across * partials.shape[0]
+    row_programs = 0 if out is None else triton.cdiv(rows, tiles.rows) * across
+    _launch(
+        kernels.backward_kernel,
+        weight_programs + row_programs,
+        (
+            left, weight, right, before, left if out is None else out, sums, partials, scale, rows, inner, columns,
+            length, weight_programs,
+        ),
+        tiles,
+        EVEN=inner % tiles.inner == 0, EVEN_ROWS=length % tiles.inner == rows % tiles.inner == 0, SLOPE=slope,
+        PRECISION=precision, **_sizes(tiles),
+    )  # fmt: skip
+
+
+def write(
+    weights: Sequence[Tensor], momentum: Tensor, gradient: Tensor, squares: Tensor, forget: Tensor, decay: Tensor,
+    step_size: float, clip: float,
+) -> None:  # fmt: skip
+    """One launch: clip, momentum and write."""
+    sizes = [weight.numel() for weight in weights]
+    programs = squares.numel()
+    _launch(
+        kernels.write_kernel,
+        sum(triton.cdiv(size, BLOCK) for size in sizes),
+        (*weights, momentum, gradient, squares, forget, decay, step_size, clip, *sizes, programs),
+        PROGRAMS=triton.next_power_of_2(programs), BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+def squares_of(gradient: Tensor) -> Tensor:
+    """Sums of squares of its blocks, in one launch."""
+    programs = triton.cdiv(gradient.numel(), BLOCK)
+    squares = gradient.new_empty(programs)
+    _launch(kernels.squares_kernel, programs, (gradient, squares, gradient.numel()), BLOCK=BLOCK)
+    return squares

@@ -1,0 +1,316 @@
+"""The Triton kernels of the memory MLP; :mod:`._memory_mlp` says how they are launched.
+
+Shapes: N rows, D width of keys, H hidden width, M width of values, I and J the inner and outer width of one layer.
+Every kernel waits for the one in front before it reads or writes anything, and the next may start once all have.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._rows import INTERPRETED, narrow
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _product(  # type: ignore[no-untyped-def]
+    left, right, row, column, rows, columns, left_row, left_inner, right_inner, right_column, start, end,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left [rows, inner] times right [inner, columns] over inner from start to end: a tile, float32.
+
+    Rows and columns past the end repeat earlier ones, which is cheaper than to mask them: nobody stores what comes of
+    them. EVEN says that the tiles of inner leave no rest.
+    """
+    row = row % rows
+    column = column % columns
+    inner = tl.arange(0, INNER)
+    left += row[:, None].to(tl.int64) * left_row + (inner.to(tl.int64) + start)[None, :] * left_inner
+    right += (inner.to(tl.int64) + start)[:, None] * right_inner + column[None, :].to(tl.int64) * right_column
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(start, end, INNER):
+        if EVEN:
+            a = tl.load(left)
+            b = tl.load(right)
+        else:
+            there = inner < end - first
+            a = tl.load(left, mask=there[None, :], other=0.0)
+            b = tl.load(right, mask=there[:, None], other=0.0)
+        if INTERPRETED:
+            # The interpreter multiplies the bits of bfloat16 numbers.
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        left += INNER * left_inner
+        right += INNER * right_inner
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def hidden_kernel(  # type: ignore[no-untyped-def]
+    key, weight, bias, before, hidden, rows, width, columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program handles a tile of before and hidden [N, H] = silu(before), of key [N, D] and weight [H, D].
+
+    The grid counts tiles, those of one row of tiles first.
+    """
+    across = tl.cdiv(columns, COLUMNS)
+    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    total = _product(
+        key, weight, row, column, rows, columns, width, 1, 1, width, 0, width,
+        ROWS, COLUMNS, INNER, EVEN, PRECISION,
+    )  # fmt: skip
+    DTYPE: tl.constexpr = hidden.dtype.element_ty
+    total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    z = narrow(total, DTYPE)
+    place = row[:, None].to(tl.int64) * columns + column[None, :]
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(before + place, z, mask=mask)
+    z = z.to(tl.float32)
+    tl.store(hidden + place, narrow(z / (1.0 + tl.exp(-z)), DTYPE), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def error_kernel(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, value, error, losses, sums, rows, width, columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program handles a tile of error [N, M] = hidden [N, H] times weight [M, H], plus bias, minus value [N, M].
+
+    losses [programs] gets the sum of its squares, sums [tiles of N, M] those of its columns.
+    """
+    across = tl.cdiv(columns, COLUMNS)
+    down = tl.program_id(0) // across
+    row = down * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    total = _product(
+        hidden, weight, row, column, rows, columns, width, 1, 1, width, 0, width,
+        ROWS, COLUMNS, INNER, EVEN, PRECISION,
+    )  # fmt: skip
+    DTYPE: tl.constexpr = error.dtype.element_ty
+    total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    place = row[:, None].to(tl.int64) * columns + column[None, :]
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    target = tl.load(value + place, mask=mask, other=0.0).to(tl.float32)
+    missed = narrow(narrow(total, DTYPE).to(tl.float32) - target, DTYPE)
+    tl.store(error + place, missed, mask=mask)
+    missed = tl.where(mask, missed.to(tl.float32), 0.0)
+    tl.store(losses + tl.program_id(0), tl.sum(missed * missed))
+    tl.store(sums + down.to(tl.int64) * columns + column, tl.sum(missed, 0), mask=column < columns)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def backward_kernel(  # type: ignore[no-untyped-def]
+    left, weight, right, before, out, sums, partials, scale, rows, inner, columns, length, weight_programs,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, EVEN_ROWS: tl.constexpr,
+    SLOPE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The backward pass of a layer whose outputs have the gradient left [N, I]: two products, tile by tile.
+
+    The first weight_programs programs handle a tile of left' right, of some rows each, with right [N, J] what the layer
+    was given: partials [rows / length, I, J]. The others handle a tile of out [N, J] = left weight, weight [I, J]. With
+    SLOPE that goes on through the SiLU of before [N, J], and sums [tiles of N, J] gets sums of columns; without, it is
+    multiplied by scale.
+    """
+    across = tl.cdiv(columns, COLUMNS)
+    program = tl.program_id(0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if program < weight_programs:
+        column = program % across * COLUMNS + tl.arange(0, COLUMNS)
+        down = tl.cdiv(inner, ROWS)
+        split = program // across // down
+        row = program // across % down * ROWS + tl.arange(0, ROWS)
+        start = split * length
+        total = _product(
+            left, right, row, column, inner, columns, 1, inner, columns, 1, start, tl.minimum(start + length, rows),
+            ROWS, COLUMNS, INNER, EVEN_ROWS, PRECISION,
+        )  # fmt: skip
+        place = (split * inner + row)[:, None].to(tl.int64) * columns + column[None, :]
+        tl.store(partials + place, total, mask=(row < inner)[:, None] & (column < columns)[None, :])
+    else:
+        program -= weight_programs
+        column = program % across * COLUMNS + tl.arange(0, COLUMNS)
+        down = program // across
+        row = down * ROWS + tl.arange(0, ROWS)
+        total = _product(
+            left, weight, row, column, rows, columns, inner, 1, columns, 1, 0, inner,
+            ROWS, COLUMNS, INNER, EVEN, PRECISION,
+        )  # fmt: skip
+        DTYPE: tl.constexpr = out.dtype.element_ty
+        place = row[:, None].to(tl.int64) * columns + column[None, :]
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        if SLOPE:
+            z = tl.load(before + place, mask=mask, other=0.0).to(tl.float32)
+            sigmoid = 1.0 / (1.0 + tl.exp(-z))
+            total = narrow(total, DTYPE).to(tl.float32) * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
+            result = narrow(total, DTYPE)
+            kept = tl.where(mask, result.to(tl.float32), 0.0)
+            tl.store(sums + down.to(tl.int64) * columns + column, tl.sum(kept, 0), mask=column < columns)
+        else:
+            result = narrow(total * scale, DTYPE)
+        tl.store(out + place, result, mask=mask)
+
+
+@triton.jit
+def _square(g, mask):  # type: ignore[no-untyped-def]
+    """The sum of squares of g, NaN if one of them is not finite; it is infinite if they are only large."""
+    finite = tl.abs(g) < float("inf")
+    return tl.sum(tl.where(mask, tl.where(finite, g * g, float("nan")), 0.0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _weight_sums(  # type: ignore[no-untyped-def]
+    partials, gradient, scale, program, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """BLOCK elements of gradient [size], the sums of partials [SPLITS, size] times scale; their square."""
+    place = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < size
+    partials += place
+    total = tl.load(partials, mask=mask, other=0.0)
+    for _ in tl.static_range(1, SPLITS):
+        partials += size
+        total += tl.load(partials, mask=mask, other=0.0)
+    total *= scale
+    tl.store(gradient + place, total, mask=mask)
+    return _square(total, mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _bias_sums(  # type: ignore[no-untyped-def]
+    sums, gradient, scale, program, size, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """COLUMNS elements of gradient [size], the sums of sums [tiles, size] times scale; their square."""
+    place = program * COLUMNS + tl.arange(0, COLUMNS)
+    mask = place < size
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, tiles, ROWS):
+        tile = first + tl.arange(0, ROWS)
+        offset = tile[:, None].to(tl.int64) * size + place[None, :]
+        total += tl.load(sums + offset, mask=(tile < tiles)[:, None] & mask[None, :], other=0.0)
+    result = tl.sum(total, 0) * scale
+    tl.store(gradient + place, result, mask=mask)
+    return _square(result, mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def gather_kernel(  # type: ignore[no-untyped-def]
+    inner_partials, inner_sums, outer_partials, outer_sums, gradient, squares, scale,
+    inner_size, hidden_width, outer_size, value_width, inner_tiles, outer_tiles,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program handles BLOCK weights or SUM_COLUMNS biases: gradient [W1, b1, W2, b2], and squares [programs]."""
+    program = tl.program_id(0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    end1 = tl.cdiv(inner_size, BLOCK)
+    end2 = end1 + tl.cdiv(outer_size, BLOCK)
+    end3 = end2 + tl.cdiv(hidden_width, SUM_COLUMNS)
+    outer = gradient + hidden_width + inner_size
+    if program < end1:
+        square = _weight_sums(inner_partials, gradient, scale, program, inner_size, SPLITS, BLOCK)
+    elif program < end2:
+        square = _weight_sums(outer_partials, outer, scale, program - end1, outer_size, SPLITS, BLOCK)
+    elif program < end3:
+        square = _bias_sums(
+            inner_sums, gradient + inner_size, scale, program - end2, hidden_width, inner_tiles, SUM_ROWS, SUM_COLUMNS
+        )
+    else:
+        square = _bias_sums(
+            outer_sums, outer + outer_size, scale, program - end3, value_width, outer_tiles, SUM_ROWS, SUM_COLUMNS
+        )
+    tl.store(squares + program, square)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def squares_kernel(gradient, squares, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program handles BLOCK elements of gradient [size]: squares [programs] gets their sum of squares."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < size
+    tl.store(squares + tl.program_id(0), _square(tl.load(gradient + place, mask=mask, other=0.0), mask))
+
+
+@triton.jit
+def _written(weight, momentum, gradient, place, size, scale, keep, decay, step_size, good):  # type: ignore[no-untyped-def]
+    """Writes the elements place of weight and momentum [size], or nothing, which is what a mask of their size is."""
+    mask = place < tl.where(good, size, 0)
+    g = tl.load(gradient + place, mask=mask, other=0.0)
+    s = tl.load(momentum + place, mask=mask, other=0.0)
+    w = tl.load(weight + place, mask=mask, other=0.0).to(tl.float32)
+    s = decay * s - step_size * (g * scale)
+    tl.store(momentum + place, s, mask=mask)
+    tl.store(weight + place, narrow(keep * w + s, weight.dtype.element_ty), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def write_kernel(  # type: ignore[no-untyped-def]
+    inner_weight, inner_bias, outer_weight, outer_bias, momentum, gradient, squares, forget, decay, step_size, clip,
+    inner_size, hidden_width, outer_size, value_width, programs,
+    PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program handles BLOCK elements of one weight: S <- decay S - step g, W <- (1 - forget) W + S.
+
+    Every program adds up squares [programs], PROGRAMS at least, to the norm that all of g is clipped by. Where one of
+    g is not finite nothing is written.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    index = tl.arange(0, PROGRAMS)
+    square = tl.sum(tl.load(squares + index, mask=index < programs, other=0.0))
+    norm = tl.sqrt(square)
+    scale = tl.where(norm > clip, clip / norm, 1.0)
+    # The clip of a step that someone spoils may be infinite.
+    good = (square == square) & (scale > float("-inf"))
+    keep = 1.0 - tl.load(forget).to(tl.float32)
+    eta = tl.load(decay).to(tl.float32)
+    end1 = tl.cdiv(inner_size, BLOCK)
+    end2 = end1 + tl.cdiv(hidden_width, BLOCK)
+    end3 = end2 + tl.cdiv(outer_size, BLOCK)
+    place = tl.arange(0, BLOCK).to(tl.int64)
+    start = program * 0 + inner_size + hidden_width
+    if program < end1:
+        place = program * BLOCK + place
+        _written(inner_weight, momentum, gradient, place, inner_size, scale, keep, eta, step_size, good)
+    elif program < end2:
+        place = (program - end1) * BLOCK + place
+        _written(
+            inner_bias, momentum + inner_size, gradient + inner_size, place, hidden_width, scale, keep, eta, step_size,
+            good,
+        )  # fmt: skip
+    elif program < end3:
+        place = (program - end2) * BLOCK + place
+        _written(outer_weight, momentum + start, gradient + start, place, outer_size, scale, keep, eta, step_size, good)
+    else:
+        place = (program - end3) * BLOCK + place
+        start += outer_size
+        _written(outer_bias, momentum + start, gradient + start, place, value_width, scale, keep, eta, step_size, good)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def loss_kernel(losses, loss, count, programs, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program: loss, 0-dim, the sum of losses [programs] over count."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, programs, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        total += tl.load(losses + index, mask=index < programs, other=0.0)
+    tl.store(loss, narrow(tl.sum(total) / count, loss.dtype.element_ty))
