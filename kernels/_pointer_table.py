@@ -84,6 +84,8 @@ class Group:
             if (table.stream == stream or capturing) and table.moving == addresses:
                 if capturing:
                     _in_graphs.append((self, table))
+                else:
+                    self.reserve()
                 return table
         check()
         return self._captured_table(addresses, stream) if capturing else self._uploaded_table(addresses, stream)

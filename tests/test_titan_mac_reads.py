@@ -27,7 +27,7 @@ READ_LINES = {
     "controller input guard": ("optimizer.py", "if torch.isnan(statistics_G3).any() or"),
     "controller output guard": ("optimizer.py", "if torch.isnan(multipliers_G).any() or"),
     "gradient guard": ("optimizer.py", "if not torch.isfinite(norm):"),
-    "learning rates": ("optimizer.py", ".tolist()\n        self.apply_update"),
+    "learning rates": ("optimizer.py", ".tolist()\n        self.move_parameters"),
     "loss": ("training.py", "loss_value = loss.item()"),
 }
 """For each label of ``expected_reads`` the file in workloads/titan_mac and a text that starts on the reading line."""

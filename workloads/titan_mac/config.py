@@ -7,6 +7,7 @@ from typing import Literal
 
 Variant = Literal["mag", "mac", "mal"]
 AttentionKind = Literal["windowed", "block"]
+OptimizerMode = Literal["adamw", "cms"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,8 @@ class TitanConfig:
         segment: tokens per segment, memory_tokens: retrieved tokens before each segment; both for mac only.
         memory_step: theta, the constant step of the memory's own gradient descent.
         exploration: weight of the spread of the multipliers in the controller's proxy loss.
+        optimizer: AdamW, or momenta of three speeds whose updates a network proposes (cms); for cms alone are the
+            network's layers, units per layer, scale of the output layer's first weights, and learning rate.
     """
 
     vocabulary: int = 256
@@ -53,6 +56,11 @@ class TitanConfig:
     meta_lr: float = 1e-4
     meta_update_freq: int = 50
     exploration: float = 0.01
+    optimizer: OptimizerMode = "adamw"
+    momentum_layers: int = 4
+    momentum_width: int = 20
+    momentum_gain: float = 0.1
+    momentum_lr: float = 1e-3
 
     def __post_init__(self) -> None:
         if self.width % self.heads:

@@ -41,10 +41,15 @@ def inject_nan_gradient(built: Training) -> None:
 
 
 def protected(built: Training) -> dict[str, Tensor]:
-    """Parameters, moments and step counters, and the memory's weights (parameters too) and momentum."""
+    """Parameters, the optimizer's state of them, and the memory's weights (parameters too) and momentum."""
     state = {f"model.{name}": tensor for name, tensor in built.model.state_dict().items()}
     names = {id(parameter): name for name, parameter in built.model.named_parameters()}
     for parameter, entry in built.optimizer.adamw.state.items():
         for key in ("exp_avg", "exp_avg_sq", "step"):
             state[f"{key}.{names[id(parameter)]}"] = entry[key]
+    momenta = built.optimizer.momenta
+    if momenta is not None:
+        for parameter, tensor in zip(momenta.parameters, momenta.states, strict=True):
+            state[f"momenta.{names[id(parameter)]}"] = tensor
+        state |= {"network": momenta.network.weights_W, "trainings": momenta.trainings}
     return state

@@ -1,4 +1,6 @@
-"""The nested optimizer in AdamW mode: a small network sets the learning rate of two parameter groups, step by step.
+"""The nested optimizer: a small network sets the learning rate of two parameter groups, step by step.
+
+AdamW moves the parameters, or in CMS mode what :mod:`.cms` has.
 
 Shapes: G = 2 groups (core, embed), statistics [G, 3] = L2 norm of gradients, L2 norm of parameters, mean depth.
 This is the state that the source document profiled: norms are read one by one, and guards are Python branches.
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .adamw import DeviceState, branchless_adamw
+from .cms import TRAIN_EVERY, Momenta, active_levels
 from .config import TitanConfig
 from .model import TitanMac
 
@@ -60,7 +63,7 @@ class LearningRateController(nn.Module):
 
 
 class DeepNestedOptimizer:
-    """AdamW over two groups whose learning rates a controller sets; a bad loss or gradient skips the step.
+    """AdamW or CMS over two groups whose learning rates a controller sets; a bad loss or gradient skips the step.
 
     ``calls`` counts calls of ``step``, skipped ones included, so the host knows every schedule without asking the
     device; AdamW's own counters count updates.
@@ -78,7 +81,10 @@ class DeepNestedOptimizer:
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
-        for parameter in (*core, *embed):
+        self.momenta = None
+        if config.optimizer == "cms":
+            self.momenta = Momenta([core, embed], config, device=device, dtype=dtype, seed=seed)
+        for parameter in (*core, *embed) if self.momenta is None else ():
             self.adamw.state[parameter] = {
                 "step": torch.tensor(0.0, dtype=torch.float32),
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
@@ -101,11 +107,11 @@ class DeepNestedOptimizer:
         """Drop all gradients."""
         self.adamw.zero_grad(set_to_none=True)
 
-    def step(self, loss: float) -> None:
-        """One update; skipped where ``loss`` or the gradient norm is NaN or Inf."""
-        self.calls += 1
-        if self.calls % self.config.meta_update_freq == 0:
-            self.meta_update()
+    def step(self, loss: float | Tensor) -> None:
+        """One update; skipped where ``loss`` or the gradient norm is NaN or Inf. A loss on the device takes phase 0."""
+        if isinstance(loss, Tensor):
+            raise TypeError("a loss on the device needs phase 0 in place")
+        self.count_call()
         if not math.isfinite(loss):
             return
         rate = self.config.loss_average_rate
@@ -118,7 +124,22 @@ class DeepNestedOptimizer:
         if not torch.isfinite(norm):
             return
         lrs = (self.config.base_lr * self.multipliers_G).tolist()
-        self.apply_update(lrs, True)
+        self.move_parameters(lrs, True)
+
+    def count_call(self) -> None:
+        """What comes now and then: a meta update, which sees nothing of the step that it comes with."""
+        self.calls += 1
+        if self.calls % self.config.meta_update_freq == 0:
+            self.meta_update()
+
+    def move_parameters(self, lr: list[float] | Tensor, ok: bool | Tensor) -> None:
+        """One update in the configured mode; arguments as for ``apply_update``."""
+        if self.momenta is None:
+            self.apply_update(lr, ok)
+            return
+        if self.calls % TRAIN_EVERY == 0:
+            self.momenta.train(ok)
+        self.momenta.update(lr, ok, active_levels(self.calls))
 
     @torch.no_grad()
     def group_statistics(self) -> Tensor:
@@ -205,6 +226,7 @@ class DeepNestedOptimizer:
             "meta": self.meta.state_dict(),
             "controller": self.controller.state_dict(),
             "calls": self.calls,
+            **({} if self.momenta is None else {"momenta": self.momenta.state_dict()}),
             **{name: getattr(self, name) for name in self.tensor_names},
         }
 
@@ -219,6 +241,8 @@ class DeepNestedOptimizer:
         self.meta.load_state_dict(state["meta"])
         self.controller.load_state_dict(state["controller"])
         self.calls = state["calls"]
+        if self.momenta is not None:
+            self.momenta.load_state_dict(state["momenta"])
         for name in self.tensor_names:
             getattr(self, name).copy_(state[name])
 

@@ -8,11 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cms import Momenta, gradient_of
 from .memory import NeuralMemory
 from .optimizer import DeepNestedOptimizer, LearningRateController
+from .saying import say
 from .training import LOG_FREQ, LOSSES_KEPT, Training
 
 FusedAdamW = Callable[..., None]
+FusedCms = Callable[..., None]
+NOT_CMS = "phase 5 of titan-mac does nothing here: it fuses the optimizer's CMS mode, which tiny-cms and seed-cms have"
+
+# As it is before any swap.
+_move_parameters = DeepNestedOptimizer.move_parameters
 
 
 def update_memory(self: NeuralMemory, x_BTD: Tensor) -> Tensor:
@@ -56,9 +63,13 @@ def total_norm(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
 @torch.no_grad()
 def step_optimizer(self: DeepNestedOptimizer, loss: Tensor) -> None:
     """``DeepNestedOptimizer.step`` for a loss that stays on the device: a bad step selects the old state."""
-    self.calls += 1
-    if self.calls % self.config.meta_update_freq == 0:
-        self.meta_update()
+    self.count_call()
+    step_on_device(self, loss)
+
+
+@torch.no_grad()
+def step_on_device(self: DeepNestedOptimizer, loss: Tensor) -> None:
+    """What every call of ``step_optimizer`` launches."""
     loss_ok = torch.isfinite(loss)
     rate = self.config.loss_average_rate
     average_G = self.loss_average_G * (1 - rate) + rate * loss.to(self.loss_average_G.dtype)
@@ -67,7 +78,7 @@ def step_optimizer(self: DeepNestedOptimizer, loss: Tensor) -> None:
     if self.calls % self.config.controller_update_freq == 0:
         keep(self.multipliers_G, self.controller(self.statistics_G3), loss_ok)
     norm = self.clip_gradients()
-    self.apply_update(self.config.base_lr * self.multipliers_G, loss_ok & torch.isfinite(norm))
+    self.move_parameters(self.config.base_lr * self.multipliers_G, loss_ok & torch.isfinite(norm))
 
 
 def keep(state: Tensor, new: Tensor, ok: Tensor) -> None:
@@ -85,13 +96,9 @@ def meta_update(self: DeepNestedOptimizer) -> None:
 
 def step_training(self: Training, index: int) -> Tensor:
     """``Training.step`` that leaves the loss on the device until ``losses()`` asks for it."""
-    self.optimizer.zero_grad()
-    loss = self.loss(self.batch(index))
-    loss.backward()  # type: ignore[no-untyped-call]
-    loss = loss.detach()
+    loss = self.advance(self.batch(index))
     self.waiting_losses[index % LOSSES_KEPT].copy_(loss)
     self.recent.append((index, None))
-    self.optimizer.step(loss)  # type: ignore[arg-type]
     if (index + 1) % LOG_FREQ == 0:
         self.log_entries.append(torch.stack(self.log_values()))
     return loss
@@ -122,6 +129,42 @@ def adapt_fused_adamw(op: FusedAdamW) -> Callable[[DeepNestedOptimizer, Any, Any
         )
 
     return apply_update
+
+
+def adapt_fused_cms(op: FusedCms) -> Callable[[Momenta, Any, Any, int], None]:
+    """``Momenta.update`` through ``op``, the ``fused_cms`` kernel in one of its implementations."""
+
+    @torch.no_grad()
+    def update(self: Momenta, lr: list[float] | Tensor, ok: bool | Tensor, active: int) -> None:
+        dtype, device = self.trainings.dtype, self.trainings.device
+        if not isinstance(lr, Tensor):
+            lr = on_device(lr, self.trainings.new_empty(len(lr)))
+        if not isinstance(ok, Tensor):
+            ok = torch.full((), ok, dtype=torch.bool, device=device)
+        chosen = self.having_gradients()
+        op(
+            [self.parameters[index] for index in chosen],
+            [gradient_of(self.parameters[index]) for index in chosen],
+            [self.states[index] for index in chosen],
+            self.network.weights_W.detach(),
+            lr.to(dtype).index_select(0, self.groups_of(tuple(chosen))),
+            ok,
+            active,
+            self.config.momentum_width,
+            self.config.momentum_layers,
+            self.config.weight_decay,
+            self.config.beta1,
+            self.config.beta2,
+        )
+
+    return update
+
+
+def move_parameters(self: DeepNestedOptimizer, lr: list[float] | Tensor, ok: bool | Tensor) -> None:
+    """``DeepNestedOptimizer.move_parameters``, which says so where there is nothing for phase 5 to replace."""
+    if self.momenta is None:
+        say(NOT_CMS)
+    _move_parameters(self, lr, ok)
 
 
 def on_device(lrs: list[float], like: Tensor) -> Tensor:

@@ -13,6 +13,13 @@ ADAMW_PROMISE = "AdamW becomes two launches; at best it takes 28 bytes per param
 # Per parameter in float32: read p, g, m, v and write p, m, v.
 ADAMW_BYTES_PER_PARAMETER = 28
 ADAMW_LAUNCHES = 2
+CMS_PROMISE = (
+    "All momenta, with the network that proposes their updates, become three launches; at best at the matmul roof."
+)
+# The network per parameter: 1,300 multiply-adds and 81 biases.
+CMS_FLOPS_PER_PARAMETER = 2762
+CMS_LAUNCHES = 3
+GRAPH_PROMISE = "A step is one launch of a graph; the gain is the time the device idled, at most."
 
 
 def predict_no_syncs(before: ProfileRecord) -> Prediction:
@@ -59,6 +66,45 @@ def predict_fused_adamw(before: ProfileRecord) -> Prediction:
         ratio_low=None if ratio_high is None else 1.0,
         ratio_high=ratio_high,
         basis=basis,
+    )
+
+
+def predict_fused_cms(before: ProfileRecord) -> Prediction:
+    """All but three launches of the update go; its device time falls to that of the network's work, at best."""
+    spots = [spot for spot in before.hotspots if spot.phase == 5]
+    on_gpu = before.environment.device.type == "cuda"
+    launches = sum(spot.calls_per_step for spot in spots) - CMS_LAUNCHES if spots and on_gpu else None
+    ratio_high, basis = None, "no hotspot of this phase, no step time or no measured matmul in the profile before"
+    step = _step_seconds(before)
+    ceilings = before.environment.ceilings
+    speed = ceilings.matmul_flops_per_second.get("float32") if ceilings else None
+    parameters = before.workload.parameters
+    if spots and step and speed and parameters:
+        now = sum(spot.self_seconds_per_step for spot in spots)
+        least = CMS_FLOPS_PER_PARAMETER * parameters / speed
+        ratio_high = step / (step - max(now - least, 0.0)) if now - least < step else None
+        basis = (
+            f"update {now * 1e3:.3g} ms now; {CMS_FLOPS_PER_PARAMETER} operations x {parameters} parameters at "
+            f"{speed / 1e12:.3g} TFLOP/s take {least * 1e3:.3g} ms"
+        )
+    return Prediction(
+        text=CMS_PROMISE,
+        launches_per_step=launches,
+        ratio_low=None if ratio_high is None else 1.0,
+        ratio_high=ratio_high,
+        basis=basis,
+    )
+
+
+def predict_graph(before: ProfileRecord) -> Prediction:
+    """All idle time of the device goes, at best."""
+    step, ratio_high, basis = _step_seconds(before), None, "no busy time of a device in the profile before"
+    busy = before.idle.busy_seconds_per_step if before.idle else 0.0
+    if step and 0.0 < busy < step:
+        ratio_high = step / busy
+        basis = f"step {step * 1e3:.3g} ms, of which the device is busy {busy * 1e3:.3g} ms"
+    return Prediction(
+        text=GRAPH_PROMISE, ratio_low=None if ratio_high is None else 1.0, ratio_high=ratio_high, basis=basis
     )
 
 

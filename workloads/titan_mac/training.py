@@ -20,7 +20,10 @@ LOSSES_KEPT = 512
 
 
 class Training:
-    """One model, its optimizer and its data on one device. ``units_per_step`` counts tokens."""
+    """One model, its optimizer and its data on one device. ``units_per_step`` counts tokens.
+
+    ``kept`` holds what phases keep from step to step, none of it state.
+    """
 
     def __init__(
         self, config: TitanConfig, *, device: torch.device, dtype: torch.dtype, seed: int, data: str | None
@@ -36,6 +39,7 @@ class Training:
         self.waiting_losses = torch.zeros(LOSSES_KEPT, dtype=dtype, device=device)
         self.recent: deque[tuple[int, float | None]] = deque(maxlen=LOSSES_KEPT)
         self.log_entries: list[list[float] | Tensor] = []
+        self.kept: dict[str, Any] = {}
 
     def step(self, index: int) -> Tensor:
         """Forward, backward and update on batch ``index``; returns the loss, 0-dim and detached."""
@@ -48,6 +52,15 @@ class Training:
         if (index + 1) % LOG_FREQ == 0:
             self.log_entries.append([value.item() for value in self.log_values()])
         return loss.detach()
+
+    def advance(self, tokens_BT: Tensor) -> Tensor:
+        """A step whose loss the optimizer takes from the device, as phase 0 has it; returns the loss, detached."""
+        self.optimizer.zero_grad()
+        loss = self.loss(tokens_BT)
+        loss.backward()  # type: ignore[no-untyped-call]
+        loss = loss.detach()
+        self.optimizer.step(loss)
+        return loss
 
     def batch(self, index: int) -> Tensor:
         """Token ids [B, T] of step ``index``: a slice of the resident text, so a step copies nothing to the device."""

@@ -29,19 +29,25 @@ Decisions on the defects of the specification's section 8, and on what it leaves
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from kernbench.workload import Fault, Peer, Phase, Swap, Workload
 
+from .cms import Momenta
 from .config import TitanConfig
 from .faults import inject_nan_gradient, inject_nan_loss, protected
+from .graph import advance, fixed_batch
 from .memory import NeuralMemory
 from .optimizer import DeepNestedOptimizer, LearningRateController
 from .phases import (
     adapt_fused_adamw,
+    adapt_fused_cms,
     control,
     group_statistics,
     meta_update,
+    move_parameters,
     step_optimizer,
     step_training,
     update_memory,
@@ -49,17 +55,25 @@ from .phases import (
 from .predictions import (
     ADAMW_CLAIM,
     ADAMW_PROMISE,
+    CMS_PROMISE,
+    GRAPH_PROMISE,
     SYNC_CLAIM,
     SYNC_PROMISE,
     predict_fused_adamw,
+    predict_fused_cms,
+    predict_graph,
     predict_no_syncs,
 )
 from .training import Training
 
+SEED = TitanConfig(
+    vocabulary=50257, width=512, layers=6, heads=8, feed_forward=2048, length=512, persistent=8, window=512
+)
 PRESETS = {
     "tiny": TitanConfig(base_lr=3e-3, weight_decay=0.01),
     "tiny-mac": TitanConfig(base_lr=3e-3, weight_decay=0.01, variant="mac"),
     "tiny-mal": TitanConfig(base_lr=3e-3, weight_decay=0.01, variant="mal", attention="block"),
+    "tiny-cms": TitanConfig(base_lr=3e-3, weight_decay=0.01, optimizer="cms"),
     "debug": TitanConfig(batch=2, gate_width=16, attention="block"),
     "profiler": TitanConfig(
         vocabulary=1000,
@@ -74,9 +88,8 @@ PRESETS = {
         weight_decay=0.01,
         attention="block",
     ),
-    "seed": TitanConfig(
-        vocabulary=50257, width=512, layers=6, heads=8, feed_forward=2048, length=512, persistent=8, window=512
-    ),
+    "seed": SEED,
+    "seed-cms": dataclasses.replace(SEED, optimizer="cms"),
     "24gb": TitanConfig(
         vocabulary=50257,
         width=512,
@@ -159,6 +172,28 @@ WORKLOAD = Workload(
             predicts=ADAMW_PROMISE,
             predict=predict_fused_adamw,
             swaps=(Swap(site=(DeepNestedOptimizer, "apply_update"), kernel="fused_adamw", adapt=adapt_fused_adamw),),
+        ),
+        Phase(
+            number=5,
+            title="fused CMS",
+            flag="TITAN_FUSED_CMS",
+            predicts=CMS_PROMISE,
+            predict=predict_fused_cms,
+            swaps=(
+                Swap(site=(DeepNestedOptimizer, "move_parameters"), use=move_parameters),
+                Swap(site=(Momenta, "update"), kernel="fused_cms", adapt=adapt_fused_cms),
+            ),
+        ),
+        Phase(
+            number=6,
+            title="CUDA graph of the step",
+            flag="TITAN_GRAPH",
+            predicts=GRAPH_PROMISE,
+            predict=predict_graph,
+            swaps=(
+                Swap(site=(Training, "batch"), use=fixed_batch),
+                Swap(site=(Training, "advance"), use=advance),
+            ),
         ),
     ),
     peers=(

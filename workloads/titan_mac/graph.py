@@ -1,0 +1,148 @@
+"""Phase 6: a training step as one CUDA graph, whatever other phases are in place; it takes phase 0 alone.
+
+Outside of the graph stays what comes now and then. The batch is copied to where the graph reads it. The meta update
+runs before its step, of which it sees nothing; the log is written after. What else depends on the count of steps makes
+a graph of its own for each combination: whether the controller is asked, and in CMS mode which levels are due and
+whether the network is trained.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernbench.errors import KernbenchError
+
+from .adamw import DeviceState
+from .cms import TRAIN_EVERY, active_levels
+from .optimizer import DeepNestedOptimizer
+from .phases import step_on_device, step_optimizer
+from .saying import say
+from .training import Training
+
+NUMBER = 6
+KEY = "graph"
+EAGER_STEPS = 3
+"""Steps before the first capture: in them kernels are built, and libraries allocate what they work with."""
+UNCAPTURED = "phase 6 of titan-mac runs uncaptured here: a CUDA graph needs a CUDA device"
+HOOKED = "phase 6 of titan-mac ran steps uncaptured: the model has hooks, which a replay would not call"
+
+# As they are before any swap.
+_batch = Training.batch
+_advance = Training.advance
+
+
+@dataclass
+class Captured:
+    """A graph, after a step without one, and the loss that it leaves."""
+
+    graph: torch.cuda.CUDAGraph | None = None
+    loss: Tensor | None = None
+
+
+@dataclass
+class Graphs:
+    """All graphs of one run. They share memory, for no two of them run at once and none reads what another left."""
+
+    tokens: Tensor
+    captured: dict[Hashable, Captured] = field(default_factory=dict)
+    eager_steps: int = 0
+    # What the graphs were captured with: another AdamW state, as after loading one, has other addresses.
+    state: DeviceState | None = None
+    stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
+    pool: Any = field(default_factory=torch.cuda.graph_pool_handle)
+
+
+def fixed_batch(self: Training, index: int) -> Tensor:
+    """``Training.batch`` at the same address every time, where there is a GPU.
+
+    Raises:
+        KernbenchError: the step cannot be captured, because phase 0 is not in place.
+    """
+    if inspect.unwrap(DeepNestedOptimizer.step) is not inspect.unwrap(step_optimizer):
+        raise KernbenchError(
+            f"phase {NUMBER} of titan-mac captures a step without host reads: keep phase 0 first, or type "
+            f"--phases 0,{NUMBER}"
+        )
+    tokens_BT = _batch(self, index)
+    if tokens_BT.device.type != "cuda":
+        return tokens_BT
+    graphs = self.kept.get(KEY)
+    if not isinstance(graphs, Graphs):
+        graphs = self.kept[KEY] = Graphs(torch.empty_like(tokens_BT, memory_format=torch.contiguous_format))
+    return graphs.tokens.copy_(tokens_BT)
+
+
+def advance(self: Training, tokens_BT: Tensor) -> Tensor:
+    """``Training.advance`` by a replay, or where there is no GPU by the same code as it stands."""
+    if tokens_BT.device.type != "cuda":
+        say(UNCAPTURED)
+        return _advance(self, tokens_BT)
+    graphs: Graphs = self.kept[KEY]
+    self.optimizer.count_call()
+    if _has_hooks(self.model):
+        say(HOOKED)
+        return _launch(self, tokens_BT)
+    if graphs.state is not self.optimizer.device_state:
+        graphs.captured.clear()
+        graphs.state = self.optimizer.device_state
+    key = (_due(self.optimizer), _in_place())
+    captured = graphs.captured.get(key)
+    if captured is None or graphs.eager_steps < EAGER_STEPS:
+        graphs.captured[key] = Captured()
+        graphs.eager_steps += 1
+        return _eager(self, graphs)
+    if captured.graph is None:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, as one that reads clocks, may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=graphs.pool, stream=graphs.stream, capture_error_mode="thread_local"):
+            captured.loss = _launch(self, graphs.tokens)
+        captured.graph = graph
+    captured.graph.replay()
+    assert captured.loss is not None
+    # The next replay writes its loss over this one.
+    return captured.loss.clone()
+
+
+def _eager(self: Training, graphs: Graphs) -> Tensor:
+    """A step on the stream that will be captured, so that what autograd remembers of a stream is of this one."""
+    graphs.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(graphs.stream):
+        loss = _launch(self, graphs.tokens)
+    torch.cuda.current_stream().wait_stream(graphs.stream)
+    return loss
+
+
+def _launch(self: Training, tokens_BT: Tensor) -> Tensor:
+    """What a step launches, after its call is counted; returns the loss, detached."""
+    self.optimizer.zero_grad()
+    loss = self.loss(tokens_BT)
+    loss.backward()  # type: ignore[no-untyped-call]
+    loss = loss.detach()
+    step_on_device(self.optimizer, loss)
+    return loss
+
+
+def _due(optimizer: DeepNestedOptimizer) -> Hashable:
+    """What this call's count decides on the host."""
+    calls = optimizer.calls
+    controlled = calls % optimizer.config.controller_update_freq == 0
+    return (controlled, *((active_levels(calls), calls % TRAIN_EVERY == 0) if optimizer.momenta else ()))
+
+
+def _in_place() -> Hashable:
+    """The functions that a step consists of, without what counts or annotates their calls."""
+    from .workload import WORKLOAD
+
+    sites = [swap.site for phase in WORKLOAD.phases if phase.number != NUMBER for swap in phase.swaps]
+    return tuple(inspect.unwrap(getattr(*site)) for site in sites if isinstance(site, tuple))
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    modules = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return modules or any(parameter._backward_hooks for parameter in model.parameters())
