@@ -32,7 +32,7 @@ FEW_BYTES = 2048 if _SMALL else 64 * 1024
 """Most that a program of the single launch for few rows holds, of all rows at once."""
 FEW_ELEMENTS = 4 if _SMALL else 16
 """Of a thread at once."""
-FEW_COLUMNS = 32 if _SMALL else 128
+FEW_COLUMNS = 32
 MOST_WARPS = 16
 WARP_BYTES = 32 * 16
 """What a warp takes in one access of 16 bytes a thread."""

@@ -132,7 +132,7 @@ def backward(
     if not x.numel():
         return dx, dbank.zero_(), dalpha.zero_()
     batch, features, bank_rows = math.prod(x.shape[:-1]), x.shape[-1], bank.shape[0]
-    tiles, grid = _seeds.plan_of(batch, features, seeds, chunk, _seeds.BACKWARD)
+    tiles, grid = _seeds.plan_of(batch, features, seeds, chunk, x.itemsize, _seeds.BACKWARD)
     per_seed = chunk // tiles.width
     sums = bank.new_empty(tiles.parts, features) if to_seeds else dbank
     shares = bank.new_empty(tiles.parts, tiles.granules) if to_seeds else dalpha

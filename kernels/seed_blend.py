@@ -89,21 +89,24 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     x, bank, lifecycle, blueprint, operator, alpha, y, means, squares, zeros, choices,
     batch, features, blocks, granules, per_seed, bank_rows, near_zero,
     x_stride, bank_stride, lifecycle_stride, blueprint_stride, operator_stride, alpha_stride,
-    SIMPLE: tl.constexpr, ACTIVE_STATES: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,
-    EVEN: tl.constexpr,
+    SIMPLE: tl.constexpr, ACTIVE_STATES: tl.constexpr, STACKED: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
+    WIDTH: tl.constexpr, EVEN: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
-    """One program handles ROWS rows and N granules of WIDTH columns of x and y [batch, features].
+    """One program handles STACKED tiles of ROWS rows below each other and N of WIDTH columns beside each other.
 
-    Grid is the parts of ROWS rows times blocks of N granules; statistics are [parts, granules], and the first part
-    leaves the choices [seeds] of those that own columns. ``EVEN`` says that rows and columns are all there.
+    x and y are [batch, features]; grid is levels of STACKED * ROWS rows times blocks of N granules. Statistics are
+    [parts, granules] of tiles, and the first part leaves the choices [seeds] of those that own columns. ``EVEN`` says
+    that rows and columns are all there, ``STREAMS`` that x and y are too large for the caches.
     """
-    part = (tl.program_id(0) // blocks).to(tl.int64)
-    granule = (tl.program_id(0) % blocks) * N + tl.arange(0, N)[None, :, None]
-    row = part * ROWS + tl.arange(0, ROWS)[:, None, None]
-    column = granule.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    level = (tl.program_id(0) // blocks).to(tl.int64)
+    part = level * STACKED + tl.arange(0, STACKED)[:, None, None, None]
+    granule = (tl.program_id(0) % blocks) * N + tl.arange(0, N)[None, None, :, None]
+    row = part * ROWS + tl.arange(0, ROWS)[None, :, None, None]
+    column = granule.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, None, None, :]
     inside = EVEN | ((row < batch) & (column < features))
     # Asked for first, because the blueprint's row is known only after two loads, one after the other.
-    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    first: tl.constexpr = "evict_first" if STREAMS else ""
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0, eviction_policy=first).to(tl.float32)
     covered = EVEN | (granule < granules)
     seed = (granule // per_seed).to(tl.int64)
     choice = _seeds.choice_of(
@@ -113,24 +116,28 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     a = tl.load(alpha + seed * alpha_stride, mask=covered, other=0.0)
     weight = _seeds.weight_of(bank, choice, column, features, bank_rows, bank_stride)
     scale, shift = _seeds.scale_and_shift(choice, a, weight, SIMPLE)
-    tl.store(y + row * features + column, narrow(value * scale + shift, y.dtype.element_ty), mask=inside)
+    blended = narrow(value * scale + shift, y.dtype.element_ty)
+    tl.store(y + row * features + column, blended, mask=inside, cache_modifier=".cs" if STREAMS else "")
     # One program tells of a seed: that with its first granule, in the first part.
-    leads = granule + part * granules == seed * per_seed
+    leads = granule + level * granules == seed * per_seed
     tl.store(choices + seed, choice, mask=covered & leads)
     if EVEN:
-        mean = _seeds.sum_of_granule(value, ROWS, N, WIDTH) * (1.0 / (ROWS * WIDTH))
+        mean = _seeds.sums_of_tiles(value, STACKED, ROWS, N, WIDTH) * (1.0 / (ROWS * WIDTH))
         distance = value - mean
         near = tl.where(tl.abs(value) < near_zero, 1.0, 0.0)
     else:
         rows = tl.minimum(batch - part * ROWS, ROWS)
         columns = tl.minimum(features - granule.to(tl.int64) * WIDTH, WIDTH)
-        mean = tl.math.div_rn(_seeds.sum_of_granule(value, ROWS, N, WIDTH), (rows * columns).to(tl.float32))
+        # Tiles below the last row have no numbers, and are not stored.
+        count = tl.maximum((rows * columns).to(tl.float32), 1.0)
+        mean = tl.math.div_rn(_seeds.sums_of_tiles(value, STACKED, ROWS, N, WIDTH), count)
         distance = tl.where(inside, value - mean, 0.0)
         near = tl.where(inside & (tl.abs(value) < near_zero), 1.0, 0.0)
     place = part * granules + granule
-    tl.store(means + place, mean, mask=covered)
-    tl.store(squares + place, _seeds.sum_of_granule(distance * distance, ROWS, N, WIDTH), mask=covered)
-    tl.store(zeros + place, _seeds.sum_of_granule(near, ROWS, N, WIDTH), mask=covered)
+    there = covered & (EVEN | (part * ROWS < batch))
+    tl.store(means + place, mean, mask=there)
+    tl.store(squares + place, _seeds.sums_of_tiles(distance * distance, STACKED, ROWS, N, WIDTH), mask=there)
+    tl.store(zeros + place, _seeds.sums_of_tiles(near, STACKED, ROWS, N, WIDTH), mask=there)
 
 
 def seed_blend(
@@ -181,7 +188,7 @@ def _forward(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     *rows, features = x.shape
     batch, seeds = math.prod(rows), lifecycle.shape[0]
-    tiles, grid = _seeds.plan_of(batch, features, seeds, chunk)
+    tiles, grid = _seeds.plan_of(batch, features, seeds, chunk, x.itemsize)
     shape = tiles.parts, tiles.granules
     means, squares, zeros = bank.new_empty(shape), bank.new_empty(shape), bank.new_empty(shape)
     choices = lifecycle.new_empty(seeds)
@@ -189,12 +196,12 @@ def _forward(
         x, x_stride = _rows.as_rows(x)
         bank, bank_stride = _rows.as_rows(bank)
         with _rows.on_device(x):
-            _forward_kernel[(tiles.parts * grid.blocks,)](
+            _forward_kernel[(grid.levels * grid.blocks,)](
                 x, bank, lifecycle, blueprint, operator, alpha, y, means, squares, zeros, choices,
                 batch, features, grid.blocks, tiles.granules, chunk // tiles.width, bank.shape[0], near_zero,
                 x_stride, bank_stride, lifecycle.stride(0), blueprint.stride(0), operator.stride(0), alpha.stride(0),
-                table == "simple", active_states, tiles.rows, grid.granules, tiles.width, grid.even,
-                num_warps=grid.warps,
+                table == "simple", active_states, grid.stacked, tiles.rows, grid.granules, tiles.width, grid.even,
+                grid.streams, num_warps=grid.warps,
             )  # fmt: skip
     return y, means, squares, zeros, choices
 
