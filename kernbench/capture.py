@@ -23,7 +23,7 @@ from kernbench.syncwatch import SyncWatch
 from kernbench.trim import trim
 from kernbench.workload import Built
 
-__all__ = ["line_pass", "trace_steps", "trim"]
+__all__ = ["cuda_line_pass", "line_pass", "trace_steps", "trim"]
 STEP = "kernbench.step#"
 
 
@@ -88,7 +88,10 @@ def line_pass(make: Callable[[], Built], *, warmup: int, count: int, device: tor
         whatever ``make`` or a step raises; modes, warnings and the debug mode of torch are restored first.
     """
     if device.type == "cuda":
-        return _cuda_pass(make(), warmup=warmup, count=count, device=device)
+        built = make()
+        for index in range(warmup):
+            built.step(index)
+        return cuda_line_pass(built, first=warmup, count=count, device=device)
     sources = SourceTable()
     with SyncWatch(sources, marker=device) as watch:
         built = make()
@@ -115,13 +118,16 @@ def _watched_steps(watch: SyncWatch, built: Built, first: int, count: int) -> li
     return seconds
 
 
-def _cuda_pass(built: Built, *, warmup: int, count: int, device: torch.device) -> LineLog:
-    for index in range(warmup):
-        built.step(index)
+def cuda_line_pass(built: Built, *, first: int, count: int, device: torch.device) -> LineLog:
+    """:func:`line_pass` on a GPU for a workload that ran already; it takes twice ``count`` steps, from ``first`` on.
+
+    Raises:
+        whatever a step raises; modes, warnings and the debug mode of torch are restored first.
+    """
     sources = SourceTable()
-    reports, waits, notes, seconds = _runtime_pass(sources, built, warmup, count, device)
+    reports, waits, notes, seconds = _runtime_pass(sources, built, first, count, device)
     with SyncWatch(sources, marker=None) as watch:
-        _watched_steps(watch, built, warmup + count, count)
+        _watched_steps(watch, built, first + count, count)
     torch.cuda.synchronize(device)
     reads, unseen = merge(reports, waits, watch.reads, shift=count)
     return LineLog(

@@ -94,6 +94,7 @@ class Side:
     def __init__(self, settings: Settings, plan: swap.Plan, prepare: Callable[[Built], None] | None = None) -> None:
         self.settings = settings
         self.plan = plan
+        self.prepare = prepare
         self.built = settings.build()
         if prepare is not None:
             with workload_errors(f"a peer of {settings.workload.name} could not be prepared"):
@@ -219,6 +220,14 @@ def watch(settings: Settings, plan: swap.Plan, prepare: Callable[[Built], None] 
         return _Toggled(Side(settings, plan, prepare))
 
     return capture.line_pass(make, warmup=LINE_PASS_WARMUP, count=WATCHED_STEPS, device=settings.device)
+
+
+def watch_side(side: Side, first: int) -> record.LineLog:
+    """The line pass from step ``first`` on; on a GPU on ``side`` itself, which may have taken long to compile."""
+    settings = side.settings
+    if settings.device.type != "cuda":
+        return watch(settings, side.plan, side.prepare)
+    return capture.cuda_line_pass(_Toggled(side), first=first, count=WATCHED_STEPS, device=settings.device)
 
 
 class _Toggled:

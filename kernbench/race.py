@@ -13,7 +13,7 @@ import msgspec
 from kernbench import bench, curves, device, record, statistics, swap
 from kernbench.analysis import launches, stalls
 from kernbench.errors import WorkloadFailed
-from kernbench.measure import Settings, Side, trace_side, watch
+from kernbench.measure import TRACED_STEPS, Settings, Side, trace_side, watch_side
 from kernbench.progress import Progress
 from kernbench.runfolder import Run
 from kernbench.workload import Built
@@ -266,8 +266,7 @@ def _counted(
             side = Side(settings, variant.plan, variant.prepare)
             first = _warm(side)
         events, _ = trace_side(side, first, None)
-        del side
-        log = watch(settings, variant.plan, variant.prepare)
+        log = watch_side(side, first + TRACED_STEPS)
     except WorkloadFailed as error:
         return msgspec.structs.replace(row, note=f"launches not counted: {error}")
     return msgspec.structs.replace(
