@@ -1,0 +1,167 @@
+"""How the kernels of presynaptic attention are launched; :mod:`.presyn_attention` says what they compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import _presyn_backward_kernels as backward_kernels
+from . import _presyn_forward_kernels as forward_kernels
+from . import _rows
+from ._presyn_keys import Rates, constants_of
+
+LARGEST_DIM = 128
+MOST_BARRIER = 50.0
+"""Of the barrier over a whole sequence; weights are products with exp(-barrier), which float32 holds up to here."""
+STATE = ("calcium", "buffer", "pool", "reserve", "primed", "clamp", "energy")
+_SMALL = _rows.INTERPRETED.value
+
+
+class Tile(NamedTuple):
+    """What one program handles: M queries and N keys at once, warps, and loads under way."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """Of the four kernels that stream; see :func:`tiles_for`."""
+
+    forward_keys: Tile
+    forward_queries: Tile
+    backward_keys: Tile
+    backward_queries: Tile
+
+
+@lru_cache(maxsize=64)
+def tiles_for(columns: int, itemsize: int) -> Tiles:
+    """By rows of so many columns, of numbers of so many bytes."""
+    if _SMALL:
+        return Tiles(*(Tile(16, 16, 4, 1) for _ in range(4)))
+    if itemsize == 4:
+        small = Tile(32, 32, 4, 1) if columns > 64 else Tile(64, 64, 4, 1)
+        return Tiles(*(small for _ in range(4)))
+    if columns > 64:
+        return Tiles(Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
+    return Tiles(Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, calcium: Tensor, buffer: Tensor, pool: Tensor, reserve: Tensor, primed: Tensor,
+    clamp: Tensor, energy: Tensor, rates: Sequence[float], tiles: Tiles | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """y, the six new quantities of the state and what was used; then, for the backward pass, sums, factors and
+    normalizers."""
+    check(q, k, v, (calcium, buffer, pool, reserve, primed, clamp, energy), rates)
+    batch, heads, tokens, dim = q.shape
+    q, k, v = (dense(tensor) for tensor in (q, k, v))
+    state = [tensor.contiguous() for tensor in (calcium, buffer, pool, reserve, primed, clamp, energy)]
+    y = torch.empty_like(q)
+    after = [torch.empty_like(tensor) for tensor in state[:6]]
+    used = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    normalizers = torch.empty_like(used)
+    sums, factors = used.new_empty(2, *used.shape), used.new_empty(2, *used.shape)
+    if not q.numel():
+        return y, *after, used, sums, factors, normalizers
+    columns = max(16, triton.next_power_of_2(dim))
+    scale = math.log2(math.e) * dim**-0.5
+    tiles = tiles or tiles_for(columns, q.itemsize)
+    with _rows.on_device(q):
+        tile = tiles.forward_keys
+        forward_kernels.keys_kernel[(batch * heads * triton.cdiv(tokens, tile.keys),)](
+            q, k, *state, *after, used, sums, factors, *q.stride()[:3], *k.stride()[:3], tokens, heads, scale,
+            multiplier(q.dtype, rates), constants_of(tuple(rates)), dim, columns, tile.queries, tile.keys,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        tile = tiles.forward_queries
+        forward_kernels.queries_kernel[(batch * heads * triton.cdiv(tokens, tile.queries),)](
+            q, k, v, factors, y, normalizers, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:3],
+            tokens, heads, scale, dim, columns, tile.queries, tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return y, *after, used, sums, factors, normalizers
+
+
+def backward(
+    dy: Tensor | None, d_after: Sequence[Tensor | None], q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor],
+    y: Tensor, sums: Tensor, factors: Tensor, normalizers: Tensor, rates: Sequence[float], tiles: Tiles | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, k, v and the seven quantities of the state."""
+    batch, heads, tokens, dim = q.shape
+    q, k, v = (dense(tensor) for tensor in (q, k, v))
+    state = [tensor.contiguous() for tensor in state]
+    dq, dk, dv = (torch.empty_like(tensor) for tensor in (q, k, v))
+    d_state = [torch.empty_like(tensor) for tensor in state]
+    if not q.numel():
+        return dq, dk, dv, *d_state
+    dy = torch.zeros_like(y) if dy is None else dense(dy)
+    none = None if all(given is not None for given in d_after) else torch.zeros_like(state[0])
+    given = [none if gradient is None else gradient.contiguous() for gradient in d_after]
+    deltas = torch.empty_like(normalizers)
+    d_sums = torch.empty_like(sums)
+    columns = max(16, triton.next_power_of_2(dim))
+    root = dim**-0.5
+    scale = math.log2(math.e) * root
+    tiles = tiles or tiles_for(columns, q.itemsize)
+    strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dy.stride()[:3]]
+    with _rows.on_device(q):
+        rows = 16 if _SMALL else 64
+        backward_kernels.deltas_kernel[(batch * heads * triton.cdiv(tokens, rows),)](
+            y, dy, deltas, *y.stride()[:3], *dy.stride()[:3], tokens, heads, dim, columns, rows, num_warps=4
+        )
+        tile = tiles.backward_keys
+        backward_kernels.keys_kernel[(batch * heads * triton.cdiv(tokens, tile.keys),)](
+            q, k, v, dy, *state, *given, sums, factors, normalizers, deltas, dk, dv, *d_state, d_sums,
+            *strides, *dk.stride()[:3], *dv.stride()[:3], tokens, heads, scale, root,
+            multiplier(q.dtype, rates), constants_of(tuple(rates)), dim, columns, tile.queries, tile.keys,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        tile = tiles.backward_queries
+        backward_kernels.queries_kernel[(batch * heads * triton.cdiv(tokens, tile.queries),)](
+            q, k, v, dy, factors, d_sums, normalizers, deltas, dq, *strides, *dq.stride()[:3], tokens, heads, scale,
+            root, dim, columns, tile.queries, tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return dq, dk, dv, *d_state
+
+
+def multiplier(dtype: torch.dtype, rates: Sequence[float]) -> float:
+    """What weights are multiplied by, so that in float16 the largest is 2^14 and epsilon no subnormal number."""
+    if dtype != torch.float16:
+        return 1.0
+    return float(2.0 ** (14 - math.ceil(math.log2(max(1.0, Rates(*rates).qmax, Rates(*rates).epsilon)))))
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its rows have gaps inside or lie on each other."""
+    covered = all(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+    return tensor if covered and (tensor.shape[-1] == 1 or tensor.stride(-1) == 1) else tensor.contiguous()
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], rates: Sequence[float]) -> None:
+    """Raises ValueError where an argument does not fit."""
+    alike = all(one.shape == q.shape and one.dtype == q.dtype and one.device == q.device for one in (k, v))
+    if q.dim() != 4 or not alike or q.dtype not in _rows.DTYPES or not 1 <= q.shape[-1] <= LARGEST_DIM:
+        described = ", ".join(f"{tuple(one.shape)} {one.dtype} on {one.device}" for one in (q, k, v))
+        raise ValueError(
+            f"presyn_attention takes q, k and v [B, H, T, D] of one dtype and device, D up to {LARGEST_DIM}; they are "
+            f"{described}"
+        )
+    for name, one in zip(STATE, state, strict=True):
+        if one.shape != q.shape[:3] or one.dtype != state[0].dtype or one.device != q.device:
+            raise ValueError(
+                f"presyn_attention takes a state {tuple(q.shape[:3])} of one dtype on {q.device}; {name} is "
+                f"{tuple(one.shape)} {one.dtype} on {one.device}"
+            )
+    if state[0].dtype not in _rows.DTYPES:
+        raise ValueError(f"presyn_attention takes a state of float32, bfloat16 or float16, not {state[0].dtype}")
+    if not 0 <= Rates(*rates).barrier_strength <= MOST_BARRIER or not Rates(*rates).epsilon >= 1e-12:
+        raise ValueError(
+            f"presyn_attention takes a barrier_strength from 0 to {MOST_BARRIER:g} and an epsilon of at least 1e-12"
+        )

@@ -1,0 +1,253 @@
+"""The three backward kernels of presynaptic attention; letters and units as in the forward kernels.
+
+With P the weights, A = F a and E = F eps of a key, e = exp(L) relative to the query's normalizer, d = dP - dy.y:
+
+    P = e (A sigma + E),  dA = sum e d sigma,  dL = e d (A (sigma + sigma') + E) + sigma dS1 [|L| <= 20] + sigma' dS2
+
+dS1 and dS2 of a key are known only when dA is, the sum over its queries. So a program with keys streams the queries
+twice: for dv, dA and the first part of dk, then for the rest of dk. dq follows in a kernel of its own, without atomics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import _presyn_keys, _rows
+from . import _presyn_parts as parts
+from ._presyn_forward_kernels import DRIVE_LIMIT, LANES, LOG2_E, _add, barrier_factor
+
+
+@triton.jit(do_not_specialize=["tokens", "heads"])  # type: ignore[untyped-decorator]
+def deltas_kernel(  # type: ignore[no-untyped-def]
+    y, dy, deltas, y_batch, y_head, y_token, dy_batch, dy_head, dy_token, tokens, heads,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """One program takes dy.y of M queries of one head, to ``deltas`` [B, H, T]; grid is B * H * T / M, rounded up."""
+    batch, head, pair, first = parts.place(tokens, heads, M, False)
+    y_block = parts.pointers(y + batch * y_batch + head * y_head, y_token, M, COLUMNS)
+    dy_block = parts.pointers(dy + batch * dy_batch + head * dy_head, dy_token, M, COLUMNS)
+    product = parts.rows(y_block, first, y_token, tokens, DIM, False).to(tl.float32)
+    product *= parts.rows(dy_block, first, dy_token, tokens, DIM, False).to(tl.float32)
+    query = first + tl.arange(0, M)
+    tl.store(deltas + pair * tokens + query, tl.sum(product, 1), mask=query < tokens)
+
+
+@triton.jit
+def sigma_and_slope(s, scale):  # type: ignore[no-untyped-def]
+    """sigma(L) and its derivative, of products s, right for any of them."""
+    t = parts.exp2(-tl.abs(s) * scale)
+    r = parts.reciprocal(1.0 + t)
+    tr = t * r
+    return tl.where(s >= 0.0, r, tr), tr * r
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _through_weights(  # type: ignore[no-untyped-def]
+    dk, dv, da, k, v, slope, floor, q_block, dy_block, normalizers, deltas, first, end, key, q_token, dy_token, tokens,
+    scale, M: tl.constexpr, DIM: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Adds what queries from first to end give keys k, v [N, D] through their weights: dk, dv, and dA [N, LANES]."""
+    N: tl.constexpr = k.shape[0]
+    for start in range(first, end, M):
+        query = start + tl.arange(0, M)
+        inside = query < tokens
+        q = parts.rows(q_block, start, q_token, tokens, DIM, False)
+        dy = parts.rows(dy_block, start, dy_token, tokens, DIM, False)
+        normalizer = tl.load(normalizers + query, mask=inside, other=float("inf"))
+        delta = tl.load(deltas + query, mask=inside, other=0.0)
+        s = parts.dot(k, tl.trans(q), tl.zeros([N, M], tl.float32))
+        dp = parts.dot(v, tl.trans(dy), tl.zeros([N, M], tl.float32))
+        e = parts.exp2(s * scale - normalizer[None, :])
+        if DIAGONAL:
+            e = tl.where(query[None, :] >= key[:, None], e, 0.0)
+        sigma, derivative = sigma_and_slope(s, scale)
+        p = e * (slope[:, None] * sigma + floor[:, None])
+        ed = e * (dp - delta[None, :])
+        dv = parts.dot(_rows.narrow(p, dy.dtype), dy, dv)
+        dl = ed * (slope[:, None] * (sigma + derivative) + floor[:, None])
+        dk = parts.dot(_rows.narrow(dl, q.dtype), q, dk)
+        if parts.INTERPRETED:
+            da += tl.sum(tl.reshape(ed * sigma, [N, M // LANES, LANES]), 1)
+        else:
+            da += tl.reduce(tl.reshape(ed * sigma, [N, M // LANES, LANES]), 1, _add)
+    return dk, dv, da
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _through_sums(  # type: ignore[no-untyped-def]
+    dk, k, d_soft, d_sigma, q_block, first, end, key, q_token, tokens, scale,
+    M: tl.constexpr, DIM: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Adds what queries from first to end give dk through the two sums of a key; those that are none are zeros."""
+    N: tl.constexpr = k.shape[0]
+    limit = DRIVE_LIMIT * LOG2_E / scale
+    for start in range(first, end, M):
+        query = start + tl.arange(0, M)
+        q = parts.rows(q_block, start, q_token, tokens, DIM, False)
+        s = parts.dot(k, tl.trans(q), tl.zeros([N, M], tl.float32))
+        sigma, derivative = sigma_and_slope(s, scale)
+        driven = tl.where(tl.abs(s) <= limit, sigma, 0.0)
+        dl = driven * d_soft[:, None] + derivative * d_sigma[:, None]
+        if DIAGONAL:
+            dl = tl.where(query[None, :] >= key[:, None], dl, 0.0)
+        dk = parts.dot(_rows.narrow(dl, q.dtype), q, dk)
+    return dk
+
+
+@triton.jit(do_not_specialize=["tokens", "heads"])  # type: ignore[untyped-decorator]
+def keys_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, dy, calcium, buffer, pool, reserve, primed, clamp, energy,
+    d_new_calcium, d_new_buffer, d_new_pool, d_new_reserve, d_new_primed, d_new_energy,
+    sums, factors, normalizers, deltas, dk, dv, d_calcium, d_buffer, d_pool, d_reserve, d_primed, d_clamp, d_energy,
+    d_sums, q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, dy_batch, dy_head, dy_token,
+    dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, tokens, heads, scale, root, multiplier,
+    R: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """One program takes dk, dv and the state's gradients of N keys of one head; grid as in the forward pass.
+
+    Writes ``d_sums`` [2, B H T] too, gradients of what a key adds up to, for those of the queries.
+    """
+    batch, head, pair, first = parts.place(tokens, heads, N, False)
+    key = first + tl.arange(0, N)
+    inside = key < tokens
+    place = pair * tokens + key
+    total = tl.num_programs(0) // tl.cdiv(tokens, N) * tokens.to(tl.int64)
+    k_block = parts.pointers(k + batch * k_batch + head * k_head, k_token, N, COLUMNS)
+    v_block = parts.pointers(v + batch * v_batch + head * v_head, v_token, N, COLUMNS)
+    k = parts.rows(k_block, first, k_token, tokens, DIM, False)
+    v = parts.rows(v_block, first, v_token, tokens, DIM, False)
+    q_block = parts.pointers(q + batch * q_batch + head * q_head, q_token, M, COLUMNS)
+    dy_block = parts.pointers(dy + batch * dy_batch + head * dy_head, dy_token, M, COLUMNS)
+    slope = tl.load(factors + place, mask=inside, other=0.0)
+    floor = tl.load(factors + total + place, mask=inside, other=0.0)
+    normalizers += pair * tokens
+    deltas += pair * tokens
+    d_keys = tl.zeros([N, COLUMNS], tl.float32)
+    d_values = tl.zeros([N, COLUMNS], tl.float32)
+    d_slope = tl.zeros([N, LANES], tl.float32)
+    begin = first // M * M
+    below = tl.minimum(tl.cdiv(first + N, M) * M, tl.cdiv(tokens, M) * M)
+    d_keys, d_values, d_slope = _through_weights(
+        d_keys, d_values, d_slope, k, v, slope, floor, q_block, dy_block, normalizers, deltas, begin, below, key,
+        q_token, dy_token, tokens, scale, M, DIM, True,
+    )  # fmt: skip
+    d_keys, d_values, d_slope = _through_weights(
+        d_keys, d_values, d_slope, k, v, slope, floor, q_block, dy_block, normalizers, deltas, below, tokens, key,
+        q_token, dy_token, tokens, scale, M, DIM, False,
+    )  # fmt: skip
+    column = tl.arange(0, COLUMNS)
+    whole = inside[:, None] & (column < DIM)[None, :]
+    target = dv + batch * dv_batch + head * dv_head + first.to(tl.int64) * dv_token
+    tl.store(parts.pointers(target, dv_token, N, COLUMNS), _rows.narrow(d_values, dv.dtype.element_ty), mask=whole)
+
+    c, b, p, r, s, blocked, e, d_influx, d_release = _presyn_keys.update_gradients(
+        tl.load(calcium + place, mask=inside, other=0.0).to(tl.float32),
+        tl.load(buffer + place, mask=inside, other=0.0).to(tl.float32),
+        tl.load(pool + place, mask=inside, other=0.0).to(tl.float32),
+        tl.load(reserve + place, mask=inside, other=0.0).to(tl.float32),
+        tl.load(primed + place, mask=inside, other=0.0).to(tl.float32),
+        tl.load(clamp + place, mask=inside, other=0.0).to(tl.float32),
+        tl.load(energy + place, mask=inside, other=0.0).to(tl.float32),
+        tl.load(sums + place, mask=inside, other=0.0),
+        tl.load(sums + total + place, mask=inside, other=0.0),
+        tl.load(d_new_calcium + place, mask=inside, other=0.0).to(tl.float32),
+        tl.load(d_new_buffer + place, mask=inside, other=0.0).to(tl.float32),
+        tl.load(d_new_pool + place, mask=inside, other=0.0).to(tl.float32),
+        tl.load(d_new_reserve + place, mask=inside, other=0.0).to(tl.float32),
+        tl.load(d_new_primed + place, mask=inside, other=0.0).to(tl.float32),
+        tl.load(d_new_energy + place, mask=inside, other=0.0).to(tl.float32),
+        tl.sum(d_slope, 1) * (multiplier * barrier_factor(key, tokens, R)), R,
+    )  # fmt: skip
+    DTYPE: tl.constexpr = d_calcium.dtype.element_ty
+    tl.store(d_calcium + place, _rows.narrow(c, DTYPE), mask=inside)
+    tl.store(d_buffer + place, _rows.narrow(b, DTYPE), mask=inside)
+    tl.store(d_pool + place, _rows.narrow(p, DTYPE), mask=inside)
+    tl.store(d_reserve + place, _rows.narrow(r, DTYPE), mask=inside)
+    tl.store(d_primed + place, _rows.narrow(s, DTYPE), mask=inside)
+    tl.store(d_clamp + place, _rows.narrow(blocked, DTYPE), mask=inside)
+    tl.store(d_energy + place, _rows.narrow(e, DTYPE), mask=inside)
+    # Keys beyond the last would divide by zero.
+    d_soft = tl.where(inside, d_influx / tl.maximum(tokens - key, 1).to(tl.float32), 0.0)
+    tl.store(d_sums + place, d_soft, mask=inside)
+    tl.store(d_sums + total + place, d_release, mask=inside)
+
+    d_keys = _through_sums(
+        d_keys, k, d_soft, d_release, q_block, begin, below, key, q_token, tokens, scale, M, DIM, True
+    )
+    d_keys = _through_sums(
+        d_keys, k, d_soft, d_release, q_block, below, tokens, key, q_token, tokens, scale, M, DIM, False
+    )
+    target = dk + batch * dk_batch + head * dk_head + first.to(tl.int64) * dk_token
+    d_keys = _rows.narrow(d_keys * root, dk.dtype.element_ty)
+    tl.store(parts.pointers(target, dk_token, N, COLUMNS), d_keys, mask=whole)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _to_queries(  # type: ignore[no-untyped-def]
+    dq, q, dy, normalizer, delta, k_block, v_block, factors, d_sums, first, end, query, k_token, v_token, tokens,
+    total, scale, N: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds what keys from first to end give queries q [M, D], through their weights and through their sums."""
+    M: tl.constexpr = q.shape[0]
+    limit = DRIVE_LIMIT * LOG2_E / scale
+    for start in range(first, end, N):
+        k = parts.rows(k_block, start, k_token, tokens, DIM, not MASKED)
+        v = parts.rows(v_block, start, v_token, tokens, DIM, not MASKED)
+        key = start + tl.arange(0, N)
+        # Those beyond the last key are above the diagonal of every query that there is.
+        there = key < tokens
+        slope = tl.load(factors + key, mask=there, other=0.0)
+        floor = tl.load(factors + total + key, mask=there, other=0.0)
+        d_soft = tl.load(d_sums + key, mask=there, other=0.0)
+        d_sigma = tl.load(d_sums + total + key, mask=there, other=0.0)
+        s = parts.dot(q, tl.trans(k), tl.zeros([M, N], tl.float32))
+        dp = parts.dot(dy, tl.trans(v), tl.zeros([M, N], tl.float32))
+        ed = parts.exp2(s * scale - normalizer[:, None]) * (dp - delta[:, None])
+        sigma, derivative = sigma_and_slope(s, scale)
+        dl = ed * (slope[None, :] * (sigma + derivative) + floor[None, :])
+        dl += tl.where(tl.abs(s) <= limit, sigma, 0.0) * d_soft[None, :] + derivative * d_sigma[None, :]
+        if MASKED:
+            dl = tl.where(query[:, None] >= key[None, :], dl, 0.0)
+        dq = parts.dot(_rows.narrow(dl, k.dtype), k, dq)
+    return dq
+
+
+@triton.jit(do_not_specialize=["tokens", "heads"])  # type: ignore[untyped-decorator]
+def queries_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, dy, factors, d_sums, normalizers, deltas, dq,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, dy_batch, dy_head, dy_token,
+    dq_batch, dq_head, dq_token, tokens, heads, scale, root,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """One program takes dq of M queries of one head; grid is B * H * T / M, rounded up, late queries first."""
+    batch, head, pair, first = parts.place(tokens, heads, M, True)
+    query = first + tl.arange(0, M)
+    inside = query < tokens
+    q_block = parts.pointers(q + batch * q_batch + head * q_head, q_token, M, COLUMNS)
+    dy_block = parts.pointers(dy + batch * dy_batch + head * dy_head, dy_token, M, COLUMNS)
+    q = parts.rows(q_block, first, q_token, tokens, DIM, False)
+    dy = parts.rows(dy_block, first, dy_token, tokens, DIM, False)
+    normalizer = tl.load(normalizers + pair * tokens + query, mask=inside, other=float("inf"))
+    delta = tl.load(deltas + pair * tokens + query, mask=inside, other=0.0)
+    k_block = parts.pointers(k + batch * k_batch + head * k_head, k_token, N, COLUMNS)
+    v_block = parts.pointers(v + batch * v_batch + head * v_head, v_token, N, COLUMNS)
+    total = tl.num_programs(0) // tl.cdiv(tokens, M) * tokens.to(tl.int64)
+    factors += pair * tokens
+    d_sums += pair * tokens
+    d_queries = tl.zeros([M, COLUMNS], tl.float32)
+    full = first // N * N
+    end = tl.minimum(first + M, tokens)
+    d_queries = _to_queries(
+        d_queries, q, dy, normalizer, delta, k_block, v_block, factors, d_sums, 0, full, query, k_token, v_token,
+        tokens, total, scale, N, DIM, False,
+    )  # fmt: skip
+    d_queries = _to_queries(
+        d_queries, q, dy, normalizer, delta, k_block, v_block, factors, d_sums, full, end, query, k_token, v_token,
+        tokens, total, scale, N, DIM, True,
+    )  # fmt: skip
+    column = tl.arange(0, COLUMNS)
+    target = dq + batch * dq_batch + head * dq_head + first.to(tl.int64) * dq_token
+    d_queries = _rows.narrow(d_queries * root, dq.dtype.element_ty)
+    mask = inside[:, None] & (column < DIM)[None, :]
+    tl.store(parts.pointers(target, dq_token, M, COLUMNS), d_queries, mask=mask)

@@ -1,0 +1,208 @@
+"""What happens to one key's synapse in one call of rule R1, and the derivatives of that, in closed form.
+
+    I = S1 / (T - j),  on = alpha_on C (1 - BUF),  off = alpha_off BUF
+    C' = max(0, rho_c C + alpha_ca I - on + off),  BUF' = clip(rho_buf BUF + on - off)
+    f = sigma(3 syt(C') + 2 PRm - 2 (CL + bias)),  g = f Rr
+    kept = g min(1, Rr / max(eps, g S2)),  used = kept S2,  a = kept max(qamp(E'), eps)
+
+S1 and S2 are sums over the queries that see the key, of softplus(clip(L)) and of sigma(L). Where the pool binds, kept
+is Rr / S2 and used is Rr: neither depends on g. Written so, nothing has to cancel, here and in the derivatives.
+
+Source: specification of the workload, section 2.3, steps 1 to 11.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from ._presyn_parts import sigmoid
+
+
+class Rates(NamedTuple):
+    """The settings of rule R1 under their names upstream, those of profile P by default; tau_* in calls."""
+
+    tau_c: float = 4.0
+    tau_buf: float = 10.0
+    alpha_ca: float = 0.25
+    alpha_buf_on: float = 0.6
+    alpha_buf_off: float = 0.1
+    tau_prime: float = 18.0
+    tau_rrp: float = 40.0
+    alpha_prime: float = 0.10
+    alpha_unprime: float = 0.04
+    alpha_refill: float = 0.04
+    tau_energy: float = 80.0
+    energy_in: float = 0.03
+    energy_cost_rel: float = 0.015
+    energy_cost_pump: float = 0.006
+    syt_fast_kd: float = 0.4
+    syt_slow_kd: float = 3.0
+    complexin_bias: float = 0.5
+    qmax: float = 1.3
+    q_beta: float = 2.0
+    barrier_strength: float = 0.075
+    epsilon: float = 1e-6
+
+
+class Constants(NamedTuple):
+    """Rates with what is kept of a quantity from call to call in place of its time constant, as kernels take them."""
+
+    keep_c: float
+    keep_buf: float
+    alpha_ca: float
+    alpha_buf_on: float
+    alpha_buf_off: float
+    keep_prime: float
+    keep_rrp: float
+    alpha_prime: float
+    alpha_unprime: float
+    alpha_refill: float
+    keep_energy: float
+    energy_in: float
+    energy_cost_rel: float
+    energy_cost_pump: float
+    syt_fast_kd: float
+    syt_slow_kd: float
+    complexin_bias: float
+    qmax: float
+    q_beta: float
+    barrier_strength: float
+    epsilon: float
+
+
+def constants_of(rates: tuple[float, ...]) -> Constants:
+    named = Rates(*rates)._asdict()
+    return Constants(*(math.exp(-1 / value) if name.startswith("tau_") else value for name, value in named.items()))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def clip(x, most: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.minimum(tl.maximum(x, 0.0), most)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def unclipped(x, most: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One where :func:`clip` lets a derivative through, bounds included, as in torch.clamp."""
+    return tl.where((x >= 0.0) & (x <= most), 1.0, 0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def recovered(calcium, buffer, pool, reserve, primed, energy, influx, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Steps 2 to 4, before they are clipped: C', BUF', PRm, Rr, RESm, Em."""
+    bound = R.alpha_buf_on * calcium * (1.0 - buffer)
+    freed = R.alpha_buf_off * buffer
+    return (
+        R.keep_c * calcium + R.alpha_ca * influx - bound + freed,
+        R.keep_buf * buffer + bound - freed,
+        R.keep_prime * primed + R.alpha_prime * (1.0 - primed),
+        R.keep_rrp * pool + R.alpha_refill * reserve,
+        reserve * (1.0 - R.alpha_refill),
+        R.keep_energy * energy + R.energy_in,
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def fired(calcium, primed, clamp, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """f, from C' and PRm. Steps 6 and 7."""
+    sensor = 0.7 * calcium / (calcium + R.syt_fast_kd) + 0.3 * calcium / (calcium + R.syt_slow_kd)
+    return sigmoid(3.0 * sensor + 2.0 * primed - 2.0 * (clamp + R.complexin_bias))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def kept_of(g, pool, release, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """g min(1, Rr / max(eps, g S2)), whether the pool binds, and whether it does below eps."""
+    total = g * release
+    binds = (total >= R.epsilon) & (pool <= total)
+    dry = (total < R.epsilon) & (pool <= R.epsilon)
+    kept = tl.where(binds, pool / tl.where(binds, release, 1.0), tl.where(dry, g * pool / R.epsilon, g))
+    return kept, binds, dry
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def settled(pool, reserve, primed, energy, used, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Step 10, before the clips: RRP', RES', PR', E'."""
+    refilled = reserve + used
+    spent = R.energy_cost_rel * used + R.energy_cost_pump * (1.0 - clip(refilled, 1.0))
+    return pool - used, refilled, primed - R.alpha_unprime * used, energy - spent
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def update(  # type: ignore[no-untyped-def]
+    calcium, buffer, pool, reserve, primed, clamp, energy, influx, release, R: tl.constexpr
+):
+    """The new C, BUF, RRP, RES, PR and E of keys, what they used, and the a of their bias; all float32, of one shape.
+
+    ``influx`` is S1 / (T - j), ``release`` is S2.
+    """
+    c, b, p, r, s, e = recovered(calcium, buffer, pool, reserve, primed, energy, influx, R)
+    c = tl.maximum(c, 0.0)
+    p, r, s, e = clip(p, 1.0), clip(r, 1.0), clip(s, 1.0), clip(e, 1.6)
+    kept, binds, _ = kept_of(fired(c, p, clamp, R) * r, r, release, R)
+    used = tl.where(binds, r, kept * release)
+    pool_after, reserve_after, primed_after, energy_after = settled(r, s, p, e, used, R)
+    energy_after = clip(energy_after, 1.6)
+    amplitude = tl.maximum(R.qmax * sigmoid(R.q_beta * (energy_after - 0.5)), R.epsilon)
+    return (
+        c, clip(b, 1.0), clip(pool_after, 1.0), clip(reserve_after, 1.0), clip(primed_after, 1.0), energy_after, used,
+        kept * amplitude,
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def update_gradients(  # type: ignore[no-untyped-def]
+    calcium, buffer, pool, reserve, primed, clamp, energy, influx, release,
+    d_calcium, d_buffer, d_pool, d_reserve, d_primed, d_energy, d_a, R: tl.constexpr,
+):  # fmt: skip
+    """Gradients of C, BUF, RRP, RES, PR, CL and E, of influx and of release, from those of the new state and of a."""
+    c0, b0, p0, r0, s0, e0 = recovered(calcium, buffer, pool, reserve, primed, energy, influx, R)
+    c = tl.maximum(c0, 0.0)
+    p, r, s, e = clip(p0, 1.0), clip(r0, 1.0), clip(s0, 1.0), clip(e0, 1.6)
+    f = fired(c, p, clamp, R)
+    g = f * r
+    kept, binds, dry = kept_of(g, r, release, R)
+    used = tl.where(binds, r, kept * release)
+    pool_after, reserve_after, primed_after, energy_after = settled(r, s, p, e, used, R)
+    open_gate = sigmoid(R.q_beta * (clip(energy_after, 1.6) - 0.5))
+    amplitude = R.qmax * open_gate
+
+    d_amplitude = tl.where(amplitude >= R.epsilon, d_a * kept, 0.0)
+    d_energy += d_amplitude * amplitude * (1.0 - open_gate) * R.q_beta
+    de = d_energy * unclipped(energy_after, 1.6)
+    dp = d_primed * unclipped(primed_after, 1.0)
+    ds = (d_reserve + R.energy_cost_pump * de) * unclipped(reserve_after, 1.0)
+    dr = d_pool * unclipped(pool_after, 1.0)
+    d_used = ds - R.energy_cost_rel * de - R.alpha_unprime * dp - dr
+
+    d_weight = d_a * tl.maximum(amplitude, R.epsilon)
+    d_kept = d_weight + d_used * release
+    d_release = tl.where(binds, -d_weight * kept / tl.where(binds, release, 1.0), d_used * kept)
+    dr += tl.where(binds, d_weight / tl.where(binds, release, 1.0) + d_used, tl.where(dry, d_kept * g / R.epsilon, 0.0))
+    dg = tl.where(binds, 0.0, tl.where(dry, d_kept * r / R.epsilon, d_kept))
+    dr += dg * f
+    dh = dg * r * f * (1.0 - f)
+    dp += 2.0 * dh
+    fast = c + R.syt_fast_kd
+    slow = c + R.syt_slow_kd
+    slope = 0.7 * R.syt_fast_kd / (fast * fast) + 0.3 * R.syt_slow_kd / (slow * slow)
+    dc = tl.where(c0 >= 0.0, d_calcium + 3.0 * dh * slope, 0.0)
+    db = d_buffer * unclipped(b0, 1.0)
+    dp *= unclipped(p0, 1.0)
+    dr *= unclipped(r0, 1.0)
+    ds *= unclipped(s0, 1.0)
+    de *= unclipped(e0, 1.6)
+    d_bound = db - dc
+    return (
+        R.keep_c * dc + d_bound * R.alpha_buf_on * (1.0 - buffer),
+        R.keep_buf * db - d_bound * (R.alpha_buf_on * calcium + R.alpha_buf_off),
+        R.keep_rrp * dr,
+        R.alpha_refill * dr + (1.0 - R.alpha_refill) * ds,
+        (R.keep_prime - R.alpha_prime) * dp,
+        -2.0 * dh,
+        R.keep_energy * de,
+        R.alpha_ca * dc,
+        d_release,
+    )  # fmt: skip

@@ -1,0 +1,225 @@
+"""Presynaptic attention: causal attention whose keys are synapses, with their state's step, forward and backward.
+
+    y, C', BUF', RRP', RES', PR', E', used = presyn_attention(q, k, v, C, BUF, RRP, RES, PR, CL, E)
+
+Rule R1 with dock="qk". With L = q k^T / sqrt(D), causal, i a query and j a key:
+
+    S1_j = sum_i softplus(clip(L_ij, -20, 20)),  S2_j = sum_i sigma(L_ij)
+    the state's step gives a_j from both sums: see _presyn_keys
+    y_i = sum_j w_ij v_j / sum_j w_ij,  w_ij = exp(L_ij) (a_j sigma(L_ij) + eps) exp(barrier (j - T) / T)
+
+That is softmax(L + ln(release qamp + eps) - barrier |i - j| / T) V: the release before it is scaled is a product of
+factors below one, so its clip never acts and its sum is f Rr S2; of the barrier the query's part falls out of the
+softmax.
+
+Nothing of size (T, T) is made. A kernel streams queries past keys for the sums and the state, a second one keys past
+queries for y. Backward, one streams queries past keys twice, for dk, dv and the state, a second one does dq; nothing
+is added atomically, so that results are the same from run to run.
+
+Cast order: the product q k^T is rounded to no dtype, weights are rounded to that of v before they mix values; the
+state's arithmetic is float32, and it is rounded to its own dtype when stored.
+
+Source: specification of bio-nanochat, section 2.3 (rule R1), profile P; Dao, FlashAttention-2, 2023, for the streaming.
+Shapes: B batch, H heads, T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from kernbench.spec import KernelSpec, Sizes, Tolerance, Values
+
+from . import _presyn, _presyn_cases, _rows
+from ._presyn_keys import Rates
+
+DRIVE_LIMIT = 20.0
+ENERGY_LIMIT = 1.6
+DEFAULT = Rates()
+
+
+def presyn_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, calcium: Tensor, buffer: Tensor, pool: Tensor, reserve: Tensor, primed: Tensor,
+    clamp: Tensor, energy: Tensor, rates: Sequence[float] = DEFAULT, dock: str = "qk",
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """In plain PyTorch; arguments as in :func:`presyn_attention`, but that ``dock`` may be "upstream" too."""
+    logits, bias, after, used = released(q, k, (calcium, buffer, pool, reserve, primed, clamp, energy), rates, dock)
+    weights = torch.softmax(logits + bias, -1)
+    return weights.to(v.dtype) @ v, *after, used.to(torch.promote_types(used.dtype, torch.float32))
+
+
+def released(
+    q: Tensor, k: Tensor, state: Sequence[Tensor], rates: Sequence[float] = DEFAULT, dock: str = "qk"
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """Masked logits and bias [B, H, T, T], the new state without the clamp, and what was used by key."""
+    r = Rates(*rates)
+    dtype = state[0].dtype
+    wide = torch.promote_types(torch.promote_types(q.dtype, dtype), torch.float32)
+    calcium, buffer, pool, reserve, primed, clamp, energy = (one.to(wide) for one in state)
+    tokens, root = q.shape[2], q.shape[3] ** -0.5
+    place = torch.arange(tokens, device=q.device)
+    visible = place[:, None] >= place[None, :]
+    scores = (q @ k.transpose(-2, -1)).to(wide) * root
+    logits = scores.masked_fill(~visible, float("-inf"))
+    drive = functional.softplus(scores.clamp(-DRIVE_LIMIT, DRIVE_LIMIT)) * visible
+    influx = drive.sum(2) / (tokens - place)
+    bound, freed = r.alpha_buf_on * calcium * (1 - buffer), r.alpha_buf_off * buffer
+    new_calcium = (math.exp(-1 / r.tau_c) * calcium + r.alpha_ca * influx - bound + freed).clamp(min=0)
+    new_buffer = (math.exp(-1 / r.tau_buf) * buffer + bound - freed).clamp(0, 1)
+    primed = (math.exp(-1 / r.tau_prime) * primed + r.alpha_prime * (1 - primed)).clamp(0, 1)
+    pool = (math.exp(-1 / r.tau_rrp) * pool + r.alpha_refill * reserve).clamp(0, 1)
+    reserve = (reserve * (1 - r.alpha_refill)).clamp(0, 1)
+    energy = (math.exp(-1 / r.tau_energy) * energy + r.energy_in).clamp(0, ENERGY_LIMIT)
+    # Position i's key with position j's query, transposed, is what upstream has.
+    docked = torch.sigmoid(scores if dock == "qk" else scores.transpose(-2, -1))
+    fast, slow = new_calcium / (new_calcium + r.syt_fast_kd), new_calcium / (new_calcium + r.syt_slow_kd)
+    fire = torch.sigmoid(3 * (0.7 * fast + 0.3 * slow) + 2 * primed - 2 * (clamp + r.complexin_bias))
+    raw = (fire.unsqueeze(2) * docked * visible * pool.unsqueeze(2)).clamp(0, 1)
+    share = (pool / raw.sum(2).clamp(min=r.epsilon)).clamp(max=1)
+    release = raw * share.unsqueeze(2)
+    used = release.sum(2)
+    new_reserve = (reserve + used).clamp(0, 1)
+    spent = r.energy_cost_rel * used + r.energy_cost_pump * (1 - new_reserve)
+    new_energy = (energy - spent).clamp(0, ENERGY_LIMIT)
+    amplitude = (r.qmax * torch.sigmoid(r.q_beta * (new_energy - 0.5))).clamp(min=r.epsilon)
+    distance = (place[:, None] - place[None, :]).abs() * (r.barrier_strength / max(1, tokens))
+    bias = torch.log(release * amplitude.unsqueeze(2) + r.epsilon) - distance
+    new_pool, new_primed = (pool - used).clamp(0, 1), (primed - r.alpha_unprime * used).clamp(0, 1)
+    after = [new_calcium, new_buffer, new_pool, new_reserve, new_primed, new_energy]
+    return logits, bias, [one.to(dtype) for one in after], used
+
+
+def presyn_attention(
+    q: Tensor, k: Tensor, v: Tensor, calcium: Tensor, buffer: Tensor, pool: Tensor, reserve: Tensor, primed: Tensor,
+    clamp: Tensor, energy: Tensor, rates: Sequence[float] = DEFAULT,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Attention biased by release, and the synapses after it; differentiable in all tensors, with no host sync.
+
+    Rows of q, k and v may be any distance apart, as they are in a transposed view; other layouts are copied.
+
+    Args:
+        q: [B, H, T, D], float32, bfloat16 or float16, D up to 128 (16, 32, 64 and 128 waste nothing).
+        k: as q, v likewise; its heads repeated to H.
+        calcium: C, [B, H, T], of one floating dtype with the rest of the state, float32 where it counts. Not negative.
+        buffer: BUF, from 0 to 1, as the next four.
+        pool: RRP.
+        reserve: RES.
+        primed: PR.
+        clamp: CL, which stays as it is.
+        energy: E, from 0 to 1.6.
+        rates: a :class:`Rates`; a kernel is built for each that is used.
+
+    Returns:
+        y like q and laid out like it; C', BUF', RRP', RES', PR' and E' like the state; and, float32 without a gradient,
+        what each key used [B, H, T].
+
+    Raises:
+        ValueError: a shape, dtype or device is another, or a rate is out of range.
+    """
+    arguments = (q, k, v, calcium, buffer, pool, reserve, primed, clamp, energy, list(rates))
+    if _rows.watched():
+        results = torch.ops.kernbench.presyn_attention.default(*arguments)
+    elif torch.is_grad_enabled() and any(one.requires_grad for one in arguments[:10]):
+        results = _PresynAttention.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        results = _presyn.forward(*arguments)
+    return tuple(results[:8])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.rates = inputs
+    ctx.save_for_backward(*tensors, output[0], *output[8:])
+    ctx.mark_non_differentiable(*output[7:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, *d_after: Tensor | None) -> tuple[Tensor | None, ...]:
+    if all(gradient is None for gradient in (dy, *d_after[:6])):
+        return (None,) * 11
+    backward = torch.ops.kernbench.presyn_attention_backward.default if _rows.watched() else _presyn.backward
+    q, k, v, *state, y, sums, factors, normalizers = ctx.saved_tensors
+    gradients = backward(dy, list(d_after[:6]), q, k, v, state, y, sums, factors, normalizers, ctx.rates)
+    return (*gradients, None)
+
+
+class _PresynAttention(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _presyn.forward(*inputs)
+        _keep(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, *gradients)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    state = others[:6]
+    by_key = q.new_empty(q.shape[:3], dtype=torch.float32)
+    sums, factors = (by_key.new_empty(2, *by_key.shape) for _ in range(2))
+    after = [one.new_empty(one.shape) for one in state]
+    return torch.empty_like(_presyn.dense(q)), *after, by_key, sums, factors, torch.empty_like(by_key)
+
+
+def _fake_backward(
+    dy: Tensor | None, d_after: list[Tensor | None], q: Tensor, k: Tensor, v: Tensor, state: list[Tensor], *others: Any
+) -> tuple[Tensor, ...]:
+    rows = (torch.empty_like(_presyn.dense(one)) for one in (q, k, v))
+    return *rows, *(one.new_empty(one.shape) for one in state)
+
+
+_ROWS, _STATE = "Tensor q, Tensor k, Tensor v, ", "".join(f"Tensor {name}, " for name in _presyn.STATE)
+_LIBRARY = torch.library.Library("kernbench", "FRAGMENT")  # type: ignore[no-untyped-call]
+for _name, _schema, _implementation in (
+    ("presyn_attention", f"({_ROWS}{_STATE}float[] rates) -> ({', '.join(['Tensor'] * 11)})", _presyn.forward),
+    (
+        "presyn_attention_backward",
+        f"(Tensor? dy, Tensor?[] d_after, {_ROWS}Tensor[] state, Tensor y, Tensor sums, Tensor factors, "
+        f"Tensor normalizers, float[] rates) -> ({', '.join(['Tensor'] * 10)})",
+        _presyn.backward,
+    ),
+):
+    _LIBRARY.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)  # type: ignore[no-untyped-call]
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _implementation, _key)  # type: ignore[no-untyped-call]
+torch.library.register_fake("kernbench::presyn_attention", _fake, lib=_LIBRARY)
+torch.library.register_fake("kernbench::presyn_attention_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("kernbench::presyn_attention", _gradients, setup_context=_keep, lib=_LIBRARY)
+
+
+SPEC = KernelSpec(
+    name="presyn_attention",
+    reference=presyn_attention_reference,
+    optimized=presyn_attention,
+    make_inputs=_presyn_cases.make_inputs,
+    cases=_presyn_cases.CASES,
+    tolerance={"float32": Tolerance(), "bfloat16": Tolerance(), "float16": Tolerance()},
+    cost=_presyn_cases.cost,
+    backward_cost=_presyn_cases.backward_cost,
+    sizes={
+        "batch": Sizes(most=2),
+        "heads": Sizes(least=1, most=2),
+        "tokens": Sizes(most=40, block=16),
+        "dim": Sizes(least=1, most=40),
+    },
+    values={
+        "q": Values(least=-10, most=10),
+        "k": Values(least=-10, most=10),
+        "v": Values(least=-1e3, most=1e3),
+        "calcium": Values(least=0, most=4),
+        "energy": Values(least=0, most=1.6),
+        **{name: Values(least=0, most=1) for name in ("buffer", "pool", "reserve", "primed", "clamp")},
+    },
+    differentiable=True,
+    source='bio-nanochat, profile P, rule R1 with dock="qk"; Dao, FlashAttention-2, 2023',
+)

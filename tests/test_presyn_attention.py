@@ -1,0 +1,154 @@
+"""What the declaration of presynaptic attention cannot say: golden vectors, single gradients, layouts, operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernbench import device, registry
+from kernbench.spec import Case, Inputs
+
+DEVICE = device.resolve("auto")
+SPEC = registry.kernel("presyn_attention").declaration
+MODULE: Any = __import__("sys").modules[SPEC.optimized.__module__]
+
+
+def golden() -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Inputs of the golden vectors, specification section 10: q, k [1, 2, 4, 8] and the initial state of profile P."""
+    head, token, column = (
+        torch.arange(size, dtype=torch.float64).view(shape)
+        for size, shape in ((2, (2, 1, 1)), (4, (1, 4, 1)), (8, (1, 1, 8)))
+    )
+    q = torch.sin(0.3 + 0.5 * head + 0.8 * token + 0.37 * column)[None]
+    k = torch.cos(0.1 + 0.4 * head + 0.6 * token + 0.53 * column)[None]
+    values = (0.0, 0.0, 0.8, 0.2, 0.6, 0.5, 0.8)
+    return q, k, [torch.full((1, 2, 4), value, dtype=torch.float64) for value in values]
+
+
+def test_the_reference_repeats_the_golden_vectors_of_the_transposed_dock() -> None:
+    q, k, state = golden()
+    _, bias, (calcium, _, pool, reserve, primed, energy), _ = MODULE.released(q, k, state, dock="upstream")
+    rows = [
+        [-1.916681],
+        [-2.288635, -1.729864],
+        [-2.463218, -2.201494, -1.736888],
+        [-2.343217, -2.572095, -2.262743, -1.751507],
+    ]
+    for query, row in enumerate(rows):
+        assert bias[0, 0, query, : query + 1].tolist() == pytest.approx(row, abs=1e-6)
+    assert bias[0, 0, 0, 1].item() == pytest.approx(-13.834261, abs=1e-6)
+    expected = {
+        "calcium": (calcium, [0.297598, 0.284517, 0.239657, 0.190749]),
+        "pool": (pool, [0.267428, 0.351709, 0.45503, 0.583461]),
+        "reserve": (reserve, [0.71282, 0.628539, 0.525218, 0.396787]),
+        "primed": (primed, [0.586743, 0.590114, 0.594247, 0.599384]),
+        "energy": (energy, [0.810527, 0.811285, 0.812215, 0.813371]),
+    }
+    for name, (got, wanted) in expected.items():
+        assert got[0, 0].tolist() == pytest.approx(wanted, abs=1e-6), name
+
+
+def drawn(dtype: torch.dtype = torch.float32, **sizes: int) -> Inputs:
+    sizes = {"batch": 1, "heads": 2, "tokens": 21, "dim": 16} | sizes
+    return SPEC.make_inputs(Case("drawn", large=False, **sizes), dtype, DEVICE, 0)
+
+
+def agreed(inputs: Inputs, chosen: list[int], rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    """Results and, of those chosen, gradients are the reference's."""
+    sources = [leaf for leaf in inputs.values() if isinstance(leaf, Tensor) and leaf.requires_grad]
+    found = []
+    for function in (SPEC.reference, SPEC.optimized):
+        results = function(**inputs)
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        total = sum(
+            (one * torch.randn(one.shape, generator=generator, device=DEVICE)).sum()
+            for one in (results[index] for index in chosen)
+        )
+        found.append((results, torch.autograd.grad(total, sources, allow_unused=True)))
+    (wanted, wanted_gradients), (got, got_gradients) = found
+    torch.testing.assert_close(got, wanted, rtol=rtol, atol=atol)
+    for one, other in zip(got_gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("chosen", [[0], [1], [3, 6], [0, 2, 4, 5]], ids=str)
+def test_results_have_gradients_one_by_one(chosen: list[int]) -> None:
+    agreed(drawn(), chosen)
+
+
+def test_logits_of_any_size_are_right() -> None:
+    inputs = drawn(tokens=19)
+    with torch.no_grad():
+        inputs["q"] *= 12
+        inputs["q"][:, :, 5:9] *= 8
+    agreed(inputs, [0, 1, 4], rtol=1e-3, atol=2e-4)
+
+
+def test_empty_pools_leave_what_epsilon_gives() -> None:
+    inputs = drawn()
+    with torch.no_grad():
+        inputs["pool"].zero_()
+        inputs["reserve"].zero_()
+    agreed(inputs, [0, 3, 4])
+
+
+def test_pools_that_do_not_bind_and_pools_that_do() -> None:
+    inputs = drawn(tokens=9)
+    with torch.no_grad():
+        inputs["clamp"][:, 0] = 0.0
+    *_, used = SPEC.optimized(**inputs)
+    full = 0.9753099 * inputs["pool"] + 0.04 * inputs["reserve"]
+    binds = used >= full * 0.9999
+    assert binds.any()
+    assert not binds.all()
+    agreed(inputs, list(range(7)))
+
+
+def test_other_rates_count_each() -> None:
+    inputs = drawn()
+    rates = MODULE.Rates(*(value * 1.3 + 0.01 for value in MODULE.Rates()))
+    inputs["rates"] = rates
+    agreed(inputs, list(range(7)))
+
+
+def test_views_of_tokens_first_are_read_and_written_where_they_are() -> None:
+    inputs = drawn()
+    for name in ("q", "k", "v"):
+        inputs[name] = inputs[name].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    y, *_ = SPEC.optimized(**inputs)
+    assert y.stride() == inputs["q"].stride()
+    agreed(inputs, [0, 1])
+
+
+def test_a_state_of_the_activations_dtype_is_taken() -> None:
+    inputs = drawn(torch.float16)
+    for name in ("calcium", "buffer", "pool", "reserve", "primed", "clamp", "energy"):
+        inputs[name] = inputs[name].detach().half().requires_grad_()
+    results = SPEC.optimized(**inputs)
+    assert {one.dtype for one in results[:7]} == {torch.float16}
+    agreed(inputs, [0, 1, 3], rtol=2e-2, atol=4e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(1, 2, 20, 16)}, "one dtype and device"),
+        ({"pool": torch.zeros(1, 2, 20)}, "pool is"),
+        ({"energy": torch.zeros(1, 2, 21, dtype=torch.float64)}, "energy is"),
+        ({"rates": [80.0 if name == "barrier_strength" else 1.0 for name in MODULE.Rates._fields]}, "barrier_strength"),
+    ],
+    ids=["k", "pool", "energy", "rates"],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    changed = {name: one.to(DEVICE) if isinstance(one, Tensor) else one for name, one in change.items()}
+    with pytest.raises(ValueError, match=message):
+        SPEC.optimized(**(drawn() | changed))
+
+
+def test_the_operator_is_registered_as_it_behaves() -> None:
+    inputs = drawn(tokens=5)
+    arguments = (*inputs.values(), list(MODULE.Rates()))
+    torch.library.opcheck(torch.ops.kernbench.presyn_attention.default, arguments)
