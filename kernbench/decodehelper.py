@@ -35,7 +35,7 @@ class Helper:
         except OSError:
             self._process = None
 
-    def send(self, text: bytes) -> bool:
+    def send(self, text: bytes | memoryview) -> bool:
         """Hand over the text of some whole events; False if nobody took it."""
         if self._process is None or self._process.stdin is None:
             return False
@@ -76,13 +76,13 @@ def serve() -> None:
         except EOFError:
             return
         try:
-            piece = kinetopiece.of_events(kinetopiece.decoded(b"[" + text + b"]", list[kinetopiece.Event]))
+            piece = kinetopiece.of_events(kinetopiece.decoded(b"".join((b"[", text, b"]")), list[kinetopiece.Event]))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             piece = None
         _write(outgoing, pickle.dumps(piece, protocol=5))
 
 
-def _write(file: IO[bytes], data: bytes) -> None:
+def _write(file: IO[bytes], data: bytes | memoryview) -> None:
     file.write(len(data).to_bytes(_LENGTH_BYTES, "little"))
     file.write(data)
     file.flush()

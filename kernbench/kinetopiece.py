@@ -165,12 +165,20 @@ def of_events(events: list[Event]) -> Piece:
         for column in NUMBERS[group]:
             found[column] = integers(list(map(attrgetter(column), args)))
         if group == "ops":
-            dims, types = (map(bytes, map(attrgetter(column), args)) for column in ("dims", "types"))
-            found["shapes"] = shapes.of(zip(dims, types, strict=True), count)
+            found["shapes"] = _shapes(args, shapes)
         elif group == "kernels":
             collectives = {row: _collective(arg) for row, arg in enumerate(args) if arg.collective is not None}
         columns[group] = found
     return Piece(len(events), columns, list(names), list(threads), list(shapes), collectives)
+
+
+def _shapes(args: list[Args], numbers: Numbering[Shapes]) -> Ints:
+    dims = list(map(attrgetter("dims"), args))
+    if dims.count(_NOTHING.dims) == len(dims):
+        # Recorded without shapes, as most traces are: nothing to look at operator by operator.
+        return np.full(len(dims), numbers[b"", b""])
+    types = map(bytes, map(attrgetter("types"), args))
+    return numbers.of(zip(map(bytes, dims), types, strict=True), len(dims))
 
 
 def _grouped(events: list[Event]) -> dict[str, list[Event]]:

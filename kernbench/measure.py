@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 import torch
 
-from kernbench import analyze, bench, capture, device, figures, ranges, record, statistics, swap, trace
+from kernbench import bench, capture, device, figures, ranges, record, statistics, swap, trace
 from kernbench.analysis import breakdown, fusion, hotspots, idle, launches, memory, shapes, stalls, timeline
 from kernbench.analysis.phasewhatif import with_phases
 from kernbench.analysis.whatif import with_savings
+from kernbench.analysis.whole import enrich
 from kernbench.errors import KernbenchError, WorkloadFailed
 from kernbench.runfolder import Run
 from kernbench.workload import Built, Workload
@@ -206,7 +207,7 @@ def measure(
             )
     with run.stage(f"{name}what-if"), run.progress.stage(f"replaying {name}steps"):
         ceilings = result.environment.ceilings
-        found = analyze.enrich(events, log, ceilings, result.stalls, unprofiled_seconds=median(seconds))
+        found = enrich(events, log, ceilings, result.stalls, unprofiled_seconds=median(seconds))
         _add_details(found, detailed, log, ceilings)
         found.whatif = with_phases(found.whatif, events, log, ceilings, detailed, unprofiled_seconds=median(seconds))
         result.analysis = found

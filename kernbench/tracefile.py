@@ -19,8 +19,8 @@ from kernbench.decodehelper import Helper
 from kernbench.errors import KernbenchError
 from kernbench.kinetopiece import Event, decoded
 
-WINDOW = 2 << 20
-"""Bytes that are decoded at once."""
+WINDOW = 1 << 20
+"""Bytes that are decoded at once: few enough to stay in the caches, and for the allocator to reuse their memory."""
 T = TypeVar("T")
 
 _EVENTS = re.compile(rb'"traceEvents"\s*:\s*\[')
@@ -122,16 +122,18 @@ class _Pieces(Generic[T]):
             if cut is None:
                 self._more()
             elif self._helper is not None and not self._helped:
-                if self._helper.send(self._text[: cut[0]]):
+                if self._helper.send(memoryview(self._text)[: cut[0]]):
                     self._advance(cut[1], helped=True)
                 else:
                     self._helper = None
             else:
                 try:
-                    events = decoded(b"[" + self._text[: cut[0]] + b"]", list[Event])
+                    events = decoded(b"".join((b"[", memoryview(self._text)[: cut[0]], b"]")), list[Event])
                 except msgspec.DecodeError:
                     break
                 piece = self._decode(events)
+                # Their memory is free again before the next piece needs as much.
+                del events
                 if not self._fetch_helped():
                     return
                 self._take(piece)

@@ -100,3 +100,8 @@ def test_a_page_of_compiled_templates_is_the_page(tmp_path: Path) -> None:
         for how in ("first", "again")
     ]
     assert pages[0] == pages[1] == html.render(samples.profile())
+
+
+def test_processes_that_measure_load_no_templates() -> None:
+    program = "import sys, kernbench.jobs; assert not {'jinja2', 'rich'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
