@@ -18,7 +18,7 @@ from torch.nn import functional
 from . import _decode, _rows
 from . import _memory_mlp_kernels as kernels
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16)
 _SMALL = _rows.INTERPRETED.value
 BLOCK = 512 if _SMALL else 1024
 SUM_ROWS, SUM_COLUMNS = (4, 16) if _SMALL else (32, 32)
@@ -128,34 +128,40 @@ def check(kernel: str, key: Tensor, value: Tensor, weights: Sequence[Tensor]) ->
     described = ", ".join(f"{tuple(one.shape)} {one.dtype} on {one.device}" for one in (key, value, *weights))
     raise ValueError(
         f"{kernel} takes key [N, D], value [N, M], W1 [H, D], b1 [H], W2 [M, H] and b2 [M], not empty, of one device "
-        f"and of one dtype, float32, bfloat16 or float16; they are {described}"
+        f"and of one dtype, float32 or bfloat16; they are {described}"
     )
 
 
-def check_state(
-    kernel: str, weights: Sequence[Tensor], momentum: Tensor, forget: Tensor, decay: Tensor, gradient: Tensor | None,
-    size: int,
-) -> None:  # fmt: skip
-    """Momentum and gradient [P] in float32, gates of one number, all beside the weights.
+def check_flat(kernel: str, weights: Sequence[Tensor], **flat: Tensor | None) -> None:
+    """What is given of these is [P], float32, contiguous, and beside the weights.
 
     Raises:
-        ValueError: they are not.
+        ValueError: it is not.
     """
-    device = weights[0].get_device()
-    flat = [momentum] if gradient is None else [momentum, gradient]
-    if (
-        all(one.shape == (size,) and one.dtype == torch.float32 and one.get_device() == device for one in flat)
-        and all(
-            gate.numel() == 1 and gate.is_floating_point() and gate.get_device() == device for gate in (forget, decay)
+    size, device = sum(weight.numel() for weight in weights), weights[0].get_device()
+    for name, one in flat.items():
+        if one is None or (
+            one.shape == (size,) and one.dtype == torch.float32 and one.is_contiguous() and one.get_device() == device
+        ):
+            continue
+        raise ValueError(
+            f"{kernel} takes {name} [{size}], float32 and contiguous, beside the weights on {weights[0].device}; it is "
+            f"{tuple(one.shape)} {one.dtype} with strides {one.stride()} on {one.device}"
         )
-        and momentum.is_contiguous()
-    ):
-        return
-    described = ", ".join(f"{tuple(one.shape)} {one.dtype} on {one.device}" for one in (*flat, forget, decay))
-    raise ValueError(
-        f"{kernel} takes momentum and gradient [{size}], contiguous and float32, and forget and decay of one number, "
-        f"all on one device; they are {described}"
-    )
+
+
+def check_gates(kernel: str, weights: Sequence[Tensor], **gates: Tensor) -> None:
+    """Each is one number of a floating dtype, beside the weights.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, one in gates.items():
+        if one.numel() != 1 or not one.is_floating_point() or one.get_device() != weights[0].get_device():
+            raise ValueError(
+                f"{kernel} takes {name} as one number on {weights[0].device}, not {tuple(one.shape)} {one.dtype} on "
+                f"{one.device}"
+            )
 
 
 def _launch(kernel: Any, programs: int, arguments: Sequence[Any], tiles: Tiles | None = None, **constants: Any) -> None:
@@ -177,9 +183,8 @@ def forward(key: Tensor, value: Tensor, weights: Sequence[Tensor], method: Metho
     before = key.new_empty(rows, hidden_width)
     hidden = torch.empty_like(before)
     error = torch.empty_like(value)
-    down = triton.cdiv(rows, plan.error.rows)
-    programs = down * triton.cdiv(value_width, plan.error.columns)
-    error_sums = key.new_empty(down, value_width, dtype=torch.float32)
+    error_sums = empty_sums(value, plan)
+    programs = error_sums.shape[0] * triton.cdiv(value_width, plan.error.columns)
     losses = key.new_empty(programs, dtype=torch.float32)
     _launch(
         kernels.hidden_kernel,
@@ -198,6 +203,11 @@ def forward(key: Tensor, value: Tensor, weights: Sequence[Tensor], method: Metho
     return Saved(before, hidden, error, error_sums, losses)
 
 
+def empty_sums(value: Tensor, plan: Plan) -> Tensor:
+    """For the sums over the rows of each tile of the error."""
+    return value.new_empty(triton.cdiv(value.shape[0], plan.error.rows), value.shape[1], dtype=torch.float32)
+
+
 def loss_of(saved: Saved) -> Tensor:
     """The mean square of the error, 0-dim, in one launch."""
     loss = saved.error.new_empty(())
@@ -209,8 +219,8 @@ def loss_of(saved: Saved) -> Tensor:
 
 def gradients(
     key: Tensor, weights: Sequence[Tensor], saved: Saved, gradient: Tensor, method: Method, *, with_key: bool
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Three launches: fills gradient [P], float32; sums of squares of its blocks, and the gradient of the keys."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Three launches: fills gradient [P], float32; sums of squares of its blocks, and the keys' gradient."""
     plan, precision = method
     rows, hidden_width, value_width = key.shape[0], weights[1].numel(), saved.error.shape[1]
     scale = 2.0 / saved.error.numel()
@@ -219,7 +229,7 @@ def gradients(
     hidden_sums = key.new_empty(triton.cdiv(rows, plan.outer.rows), hidden_width, dtype=torch.float32)
     inner_partials = key.new_empty(splits, weights[0].numel(), dtype=torch.float32)
     outer_partials = key.new_empty(splits, weights[2].numel(), dtype=torch.float32)
-    key_gradient = torch.empty_like(key) if with_key else None
+    key_gradient = torch.empty_like(key) if with_key else key.new_empty(0)
     _backward(
         plan.outer, plan.length, precision, saved.error, weights[2], saved.hidden, saved.before, through, hidden_sums,
         outer_partials, scale, slope=True,
@@ -246,12 +256,12 @@ def gradients(
 
 def _backward(
     tiles: Tiles, length: int, precision: str, left: Tensor, weight: Tensor, right: Tensor, before: Tensor,
-    out: Tensor | None, sums: Tensor, partials: Tensor, scale: float, *, slope: bool,
+    out: Tensor, sums: Tensor, partials: Tensor, scale: float, *, slope: bool,
 ) -> None:  # fmt: skip
     (rows, inner), columns = left.shape, right.shape[1]
     across = triton.cdiv(columns, tiles.columns)
     weight_programs = triton.cdiv(inner, tiles.rows) * across * partials.shape[0]
-    row_programs = 0 if out is None else triton.cdiv(rows, tiles.rows) * across
+    row_programs = 0 if not out.numel() else triton.cdiv(rows, tiles.rows) * across
     _launch(
         kernels.backward_kernel,
         weight_programs + row_programs,
@@ -286,3 +296,24 @@ def squares_of(gradient: Tensor) -> Tensor:
     squares = gradient.new_empty(programs)
     _launch(kernels.squares_kernel, programs, (gradient, squares, gradient.numel()), BLOCK=BLOCK)
     return squares
+
+
+def scaled(upstream: Tensor, key_gradient: Tensor, error: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    """One launch: the gradients of keys, values and weights of a loss whose own gradient is upstream."""
+    out = empty_gradients(key_gradient, error, gradient)
+    sizes = [one.numel() for one in out]
+    _launch(
+        kernels.scale_kernel,
+        sum(triton.cdiv(size, BLOCK) for size in sizes),
+        (upstream, key_gradient, error, gradient, *out, 2.0 / error.numel(), *sizes),
+        BLOCK=BLOCK,
+    )
+    return out
+
+
+def empty_gradients(key_gradient: Tensor, error: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    """For keys, values and weights, whose shapes follow from P: it is H D + H + M H + M."""
+    width, value_width = key_gradient.shape[1], error.shape[1]
+    hidden_width = (gradient.numel() - value_width) // (width + 1 + value_width)
+    shapes = ((hidden_width, width), (hidden_width,), (value_width, hidden_width), (value_width,))
+    return (torch.empty_like(key_gradient), torch.empty_like(error), *(error.new_empty(shape) for shape in shapes))

@@ -314,3 +314,46 @@ def loss_kernel(losses, loss, count, programs, BLOCK: tl.constexpr, OVERLAP: tl.
         index = first + tl.arange(0, BLOCK)
         total += tl.load(losses + index, mask=index < programs, other=0.0)
     tl.store(loss, narrow(tl.sum(total) / count, loss.dtype.element_ty))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scaled(source, target, program, size, factor, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """BLOCK elements of target [size], which is source times factor."""
+    place = program * BLOCK + tl.arange(0, BLOCK)
+    found = tl.load(source + place, mask=place < size, other=0.0).to(tl.float32)
+    tl.store(target + place, narrow(found * factor, target.dtype.element_ty), mask=place < size)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scale_kernel(  # type: ignore[no-untyped-def]
+    upstream, key, error, gradient, dkey, dvalue, inner_weight, inner_bias, outer_weight, outer_bias, scale,
+    key_size, value_size, inner_size, hidden_width, outer_size, value_width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program handles BLOCK elements of one of six gradients of a loss whose own is upstream, 0-dim.
+
+    key and gradient are what they are for an upstream of one; error times scale is that of the values but for its sign.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    factor = tl.load(upstream).to(tl.float32)
+    end1 = tl.cdiv(inner_size, BLOCK)
+    end2 = end1 + tl.cdiv(hidden_width, BLOCK)
+    end3 = end2 + tl.cdiv(outer_size, BLOCK)
+    end4 = end3 + tl.cdiv(value_width, BLOCK)
+    end5 = end4 + tl.cdiv(key_size, BLOCK)
+    bias = gradient + inner_size
+    outer = bias + hidden_width
+    if program < end1:
+        _scaled(gradient, inner_weight, program, inner_size, factor, BLOCK)
+    elif program < end2:
+        _scaled(bias, inner_bias, program - end1, hidden_width, factor, BLOCK)
+    elif program < end3:
+        _scaled(outer, outer_weight, program - end2, outer_size, factor, BLOCK)
+    elif program < end4:
+        _scaled(outer + outer_size, outer_bias, program - end3, value_width, factor, BLOCK)
+    elif program < end5:
+        _scaled(key, dkey, program - end4, key_size, factor, BLOCK)
+    else:
+        _scaled(error, dvalue, program - end5, value_size, -scale * factor, BLOCK)

@@ -53,7 +53,7 @@ def memory_mlp_update(
     """Writes one batch of keys and values into the memory, in place; no host sync.
 
     Args:
-        key: [N, D], float32, bfloat16 or float16, on one device with all others; at least one row.
+        key: [N, D], float32 or bfloat16, on one device with all others; at least one row.
         value: [N, M], of its dtype.
         inner_weight: W1 [H, D], of the same dtype, contiguous, as are all that are written.
         inner_bias: b1 [H].
@@ -64,7 +64,7 @@ def memory_mlp_update(
         decay: eta, 0-dim, of the weights' dtype.
         step_size: theta.
         clip: largest norm of g.
-        gradient: g before the clip where it is known, [P], float32; key and value do not count then.
+        gradient: g before the clip where it is known, [P], float32, contiguous; key and value do not count then.
 
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device than said here.
@@ -82,8 +82,8 @@ def _launch(
 ) -> None:  # fmt: skip
     weights = (inner_weight, inner_bias, outer_weight, outer_bias)
     _memory_mlp.check("memory_mlp_update", key, value, weights)
-    size = sum(weight.numel() for weight in weights)
-    _memory_mlp.check_state("memory_mlp_update", weights, momentum, forget, decay, gradient, size)
+    _memory_mlp.check_flat("memory_mlp_update", weights, momentum=momentum, gradient=gradient)
+    _memory_mlp.check_gates("memory_mlp_update", weights, forget=forget, decay=decay)
     with _rows.on_device(momentum):
         if gradient is None:
             key, value = key.contiguous(), value.contiguous()
@@ -92,7 +92,6 @@ def _launch(
             gradient = torch.empty_like(momentum)
             squares, _ = _memory_mlp.gradients(key, weights, saved, gradient, method, with_key=False)
         else:
-            gradient = gradient.contiguous()
             squares = _memory_mlp.squares_of(gradient)
         _memory_mlp.write(weights, momentum, gradient, squares, forget, decay, step_size, clip)
     torch.autograd.graph.increment_version([*weights, momentum])
