@@ -208,16 +208,15 @@ class Momenta:
         dtype = self.network.weights_W.dtype
         gradient_JK, momentum_JK = padded(gradients).to(dtype), padded(momenta)
         update_JK = self.network(gradient_JK, momentum_JK) * mask_JK
-        norm_J, update_norm_J = torch.linalg.vector_norm(gradient_JK, dim=1), torch.linalg.vector_norm(update_JK, dim=1)
-        alive_J = norm_J > 0
-        # A tensor whose gradient is zero has no direction to learn.
-        norm_J = torch.where(alive_J, norm_J, 1.0)
-        cosine_J = (update_JK * gradient_JK).sum(dim=1) / (update_norm_J * norm_J).clamp(min=torch.finfo(dtype).tiny)
-        difference_JK = (update_JK - momentum_JK) * mask_JK
-        smoothness_J = difference_JK.square().sum(dim=1) / mask_JK.sum(dim=1)
+        # Below what the features resolve a length says nothing, and the square of its inverse would drown the rest.
+        least_J = math.exp(-LOG_SCALE) * mask_JK.sum(dim=1).sqrt()
+        norm_J = torch.maximum(torch.linalg.vector_norm(gradient_JK, dim=1), least_J)
+        update_norm_J = torch.linalg.vector_norm(update_JK, dim=1)
+        cosine_J = (update_JK * gradient_JK).sum(dim=1) / torch.maximum(update_norm_J * norm_J, least_J.square())
+        smoothness_J = ((update_JK - momentum_JK) * mask_JK).square().sum(dim=1) / mask_JK.sum(dim=1)
         length_J = (update_norm_J / norm_J - 1).square()
-        loss_J = 1 - cosine_J + LENGTH_WEIGHT * length_J + SMOOTHNESS_WEIGHT * smoothness_J
-        return torch.where(alive_J, loss_J, 0.0).mean()
+        loss_J: Tensor = 1 - cosine_J + LENGTH_WEIGHT * length_J + SMOOTHNESS_WEIGHT * smoothness_J
+        return loss_J.mean()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next update depends on."""

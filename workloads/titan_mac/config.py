@@ -59,7 +59,7 @@ class TitanConfig:
     optimizer: OptimizerMode = "adamw"
     momentum_layers: int = 4
     momentum_width: int = 20
-    momentum_gain: float = 0.1
+    momentum_gain: float = 0.01
     momentum_lr: float = 1e-3
 
     def __post_init__(self) -> None:

@@ -21,7 +21,16 @@ Decisions on the defects of the specification's section 8, and on what it leaves
 | parameters without gradient | their norm is read like the others', no gradient norm is read |
 | meta update | one read (did the average loss fall?); it runs before the guards and trains the controller only |
 | logging | five reads every 100 steps, kept in a list |
-| CMS mode, its 12 state copies, momentum MLP | not part of this workload |
+| CMS mode | presets with optimizer="cms"; only there its 12 copies of the parameters are allocated |
+| CMS: average and square of each level | kept as specified, and used by nothing |
+| CMS: levels due in a skipped step | stay as they are, and wait for their next turn; the host counts every call |
+| CMS: order of guard and momentum | clamp, guard, then the momentum is written: a bad level keeps its own |
+| CMS: a parameter without a good level | stays, weight decay included |
+| CMS: what trains the network | the first 20 tensors with gradients, of each at most 4,096 elements evenly spread |
+| CMS: when it is trained | before the update of every fifth call, on that step's clipped gradients |
+| CMS: u_prev | the fastest momentum, which is the average of past u; a copy of its own is not kept |
+| CMS: lengths in its loss | at least e^-10 an element, which is what the features resolve |
+| CMS: first weights | Xavier, the output layer's a hundredth of that; rates of 0.3 and 1, as u is as long as g |
 | gradient accumulation of the 168m run | left out: one batch is one step |
 | data | bytes (ids below 256 for every vocabulary) in contiguous windows, resident on the device |
 | causality of mac | within a segment its mean and the freshly written memory look ahead, by the dataflow itself |
@@ -73,7 +82,7 @@ PRESETS = {
     "tiny": TitanConfig(base_lr=3e-3, weight_decay=0.01),
     "tiny-mac": TitanConfig(base_lr=3e-3, weight_decay=0.01, variant="mac"),
     "tiny-mal": TitanConfig(base_lr=3e-3, weight_decay=0.01, variant="mal", attention="block"),
-    "tiny-cms": TitanConfig(base_lr=3e-3, weight_decay=0.01, optimizer="cms"),
+    "tiny-cms": TitanConfig(base_lr=1.0, weight_decay=0.0, optimizer="cms"),
     "debug": TitanConfig(batch=2, gate_width=16, attention="block"),
     "profiler": TitanConfig(
         vocabulary=1000,
@@ -89,7 +98,7 @@ PRESETS = {
         attention="block",
     ),
     "seed": SEED,
-    "seed-cms": dataclasses.replace(SEED, optimizer="cms"),
+    "seed-cms": dataclasses.replace(SEED, base_lr=0.3, weight_decay=0.0, optimizer="cms"),
     "24gb": TitanConfig(
         vocabulary=50257,
         width=512,
