@@ -25,6 +25,8 @@ NEAR_ZERO = 1e-6
 MOST_WIDTH = 64
 FEW = 2**12 if triton.knobs.runtime.interpret else 2**18
 """Up to so many elements, small tiles spread over more multiprocessors. The interpreter takes few for many."""
+LONG_ROW = 2**20
+"""Bytes from which on a row of x is long."""
 
 SWEPT = (100, 200, 500, 1000, 2000, 5000, 10_000)
 """Numbers of seeds that bench walks through; the bytes stay, so that a time which changes is the seeds'."""
@@ -33,34 +35,35 @@ SWEPT_FIXED = f"{SWEPT_ROWS} rows of about {SWEPT_COLUMNS:,} columns"
 
 
 class Shape(NamedTuple):
-    """How a pass cuts x up: the most rows of a tile, the elements of a program, and those of a thread.
+    """How a pass cuts x up: the elements of a program, and those of a thread.
 
     ``streams`` says that x leaves the caches before anything else does, and that y passes them by.
     """
 
-    rows: int
     elements: int
     a_thread: int
     streams: bool = False
 
 
 FORWARD, BACKWARD = "forward", "backward"
-FORWARD_ROWS = 32
-"""Of a tile in the forward pass: statistics are those of a tile, so its size must not depend on how x is rounded."""
+ROWS = 64
+"""Most of a tile."""
+FEW_ELEMENTS = Shape(1024, 8)
+LONG_ROWS = Shape(4096, 32)
 SHAPES = {
-    (FORWARD, 4): Shape(FORWARD_ROWS, 2048, 16),
-    (FORWARD, 2): Shape(FORWARD_ROWS, 8192, 32, streams=True),
-    (BACKWARD, 4): Shape(64, 4096, 32),
-    (BACKWARD, 2): Shape(64, 4096, 32),
+    (FORWARD, 4): Shape(4096, 16),
+    (FORWARD, 2): Shape(4096, 32, streams=True),
+    (BACKWARD, 4): Shape(4096, 32),
+    (BACKWARD, 2): Shape(4096, 32),
 }
-"""By pass, and bytes of a number of x, where there are many.
+"""By pass, and bytes of a number of x, where there are many elements and rows are not long.
 
 A program has as many bytes under way as fit beside six others on a multiprocessor, and a thread enough of them
 to share the price of addresses, of what is looked up, and of reductions. The rows of the forward pass are those of its
-statistics; the backward adds columns up over its own, and writes a number of each, so that fewer rows cost bytes.
+statistics, which do not depend on how x is rounded; the backward adds columns up over its own, and writes a number of
+each, so that fewer rows cost bytes. Why float32 wants half as many elements a thread unless rows are long, which makes
+3 % of the time at 4096 x 8192 and costs 6 % at 128 x 640,000, is measured and not explained.
 """
-SMALL = {FORWARD: Shape(FORWARD_ROWS, 1024, 8), BACKWARD: Shape(64, 1024, 8)}
-MOST_ROWS = 64
 
 
 class Tiles(NamedTuple):
@@ -73,22 +76,14 @@ class Tiles(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """How x is handed to programs.
+    """How x is handed to programs: each takes a tile of some granules side by side; ``blocks`` of them make a part.
 
-    Attributes:
-        stacked: tiles that a program takes below each other.
-        granules: and side by side.
-        blocks: programs side by side.
-        levels: programs below each other.
-        warps: of a program.
-        even: all programs have all of their rows and columns, so that nothing needs a mask.
-        streams: as :class:`Shape` has it.
+    ``even`` says that all programs have all of their rows and columns, so that nothing needs a mask; ``streams`` is
+    that of the shape.
     """
 
-    stacked: int
     granules: int
     blocks: int
-    levels: int
     warps: int
     even: bool
     streams: bool
@@ -99,10 +94,17 @@ def width_of(chunk: int) -> int:
     return math.gcd(chunk, MOST_WIDTH)
 
 
-def tiles_of(batch: int, features: int, seeds: int, chunk: int, direction: str = FORWARD) -> Tiles:
+def shape_of(batch: int, features: int, itemsize: int, direction: str) -> Shape:
+    """How a pass cuts up x of these sizes."""
+    if batch * features <= FEW:
+        return FEW_ELEMENTS
+    long = itemsize == 4 and features * itemsize >= LONG_ROW
+    return LONG_ROWS if long else SHAPES[direction, itemsize]
+
+
+def tiles_of(batch: int, features: int, seeds: int, chunk: int) -> Tiles:
     """The tiles of the columns that seeds own; the last ones of a row or column may be cut off by the end of x."""
-    rows = min(SMALL[direction].rows, int(triton.next_power_of_2(max(1, batch))))
-    width = width_of(chunk)
+    rows, width = min(ROWS, int(triton.next_power_of_2(max(1, batch)))), width_of(chunk)
     return Tiles(rows, width, triton.cdiv(batch, rows), triton.cdiv(min(features, seeds * chunk), width))
 
 
@@ -117,19 +119,14 @@ def plan_of(
     batch: int, features: int, seeds: int, chunk: int, itemsize: int, direction: str = FORWARD
 ) -> tuple[Tiles, Grid]:
     """The tiles of a pass, and programs for all of x, also for columns that nobody owns."""
-    shape = SMALL[direction] if batch * features <= FEW else SHAPES[direction, itemsize]
-    tiles = tiles_of(batch, features, seeds, chunk, direction)
-    at_once = max(1, shape.elements // (tiles.rows * tiles.width))
-    # Tiles side by side are put in order for a reduction, by way of shared memory, and those below each other are not.
-    wide = tiles.width < MOST_WIDTH or direction == BACKWARD
-    stacked = 1 if wide else min(at_once, int(triton.next_power_of_2(max(1, tiles.parts))))
+    shape = shape_of(batch, features, itemsize, direction)
+    tiles = tiles_of(batch, features, seeds, chunk)
     there = int(triton.next_power_of_2(max(1, triton.cdiv(features, tiles.width))))
-    granules = min(there, at_once // stacked) if wide else 1
-    rows, columns = stacked * tiles.rows, granules * tiles.width
-    warps = max(1, min(8, rows * columns // (32 * shape.a_thread)))
-    even = batch % rows == 0 == features % columns and tiles.granules * tiles.width == features
-    blocks, levels = triton.cdiv(features, columns), triton.cdiv(batch, rows)
-    return tiles, Grid(stacked, granules, blocks, levels, warps, even, shape.streams)
+    granules = min(there, max(1, shape.elements // (tiles.rows * tiles.width)))
+    columns = granules * tiles.width
+    warps = max(1, min(8, tiles.rows * columns // (32 * shape.a_thread)))
+    even = batch % tiles.rows == 0 == features % columns and tiles.granules * tiles.width == features
+    return tiles, Grid(granules, triton.cdiv(features, columns), warps, even, shape.streams)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -137,7 +134,7 @@ def choice_of(  # type: ignore[no-untyped-def]
     lifecycle, blueprint, operator, seed, covered, bank_rows,
     lifecycle_stride, blueprint_stride, operator_stride, ACTIVE_STATES: tl.constexpr,
 ):  # fmt: skip
-    """The choices of some seeds, shaped as ``seed``."""
+    """The choices of some seeds, [1, N, 1]."""
     state = tl.load(lifecycle + seed * lifecycle_stride, mask=covered, other=-1)
     row = tl.load(blueprint + seed * blueprint_stride, mask=covered, other=0)
     kind = tl.load(operator + seed * operator_stride, mask=covered, other=0)
@@ -169,8 +166,7 @@ def scale_and_shift(choice, a, weight, SIMPLE: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def sums_of_tiles(values, STACKED: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums over the rows and columns of tiles [STACKED, ROWS, N, WIDTH], [STACKED, 1, N, 1]."""
+def sum_of_granule(tile, ROWS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums over the rows and columns of each granule of a tile [ROWS, N, WIDTH], [1, N, 1]."""
     # One reduction, not one by rows and one by columns, so that threads wait for each other once.
-    tiles = tl.reshape(tl.permute(values, (0, 2, 1, 3)), (STACKED, N, ROWS * WIDTH))
-    return tl.reshape(tl.sum(tiles, 2), (STACKED, 1, N, 1))
+    return tl.reshape(tl.sum(tl.reshape(tl.permute(tile, (1, 0, 2)), (N, ROWS * WIDTH)), 1), (1, N, 1))

@@ -89,20 +89,19 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     x, bank, lifecycle, blueprint, operator, alpha, y, means, squares, zeros, choices,
     batch, features, blocks, granules, per_seed, bank_rows, near_zero,
     x_stride, bank_stride, lifecycle_stride, blueprint_stride, operator_stride, alpha_stride,
-    SIMPLE: tl.constexpr, ACTIVE_STATES: tl.constexpr, STACKED: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
-    WIDTH: tl.constexpr, EVEN: tl.constexpr, STREAMS: tl.constexpr,
+    SIMPLE: tl.constexpr, ACTIVE_STATES: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,
+    EVEN: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
-    """One program handles STACKED tiles of ROWS rows below each other and N of WIDTH columns beside each other.
+    """One program handles ROWS rows and N granules of WIDTH columns of x and y [batch, features].
 
-    x and y are [batch, features]; grid is levels of STACKED * ROWS rows times blocks of N granules. Statistics are
-    [parts, granules] of tiles, and the first part leaves the choices [seeds] of those that own columns. ``EVEN`` says
-    that rows and columns are all there, ``STREAMS`` that x and y are too large for the caches.
+    Grid is the parts of ROWS rows times blocks of N granules; statistics are [parts, granules], and the first part
+    leaves the choices [seeds] of those that own columns. ``EVEN`` says that rows and columns are all there,
+    ``STREAMS`` that x and y are too large for the caches.
     """
-    level = (tl.program_id(0) // blocks).to(tl.int64)
-    part = level * STACKED + tl.arange(0, STACKED)[:, None, None, None]
-    granule = (tl.program_id(0) % blocks) * N + tl.arange(0, N)[None, None, :, None]
-    row = part * ROWS + tl.arange(0, ROWS)[None, :, None, None]
-    column = granule.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, None, None, :]
+    part = (tl.program_id(0) // blocks).to(tl.int64)
+    granule = (tl.program_id(0) % blocks) * N + tl.arange(0, N)[None, :, None]
+    row = part * ROWS + tl.arange(0, ROWS)[:, None, None]
+    column = granule.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     inside = EVEN | ((row < batch) & (column < features))
     # Asked for first, because the blueprint's row is known only after two loads, one after the other.
     first: tl.constexpr = "evict_first" if STREAMS else ""
@@ -119,25 +118,22 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     blended = narrow(value * scale + shift, y.dtype.element_ty)
     tl.store(y + row * features + column, blended, mask=inside, cache_modifier=".cs" if STREAMS else "")
     # One program tells of a seed: that with its first granule, in the first part.
-    leads = granule + level * granules == seed * per_seed
+    leads = granule + part * granules == seed * per_seed
     tl.store(choices + seed, choice, mask=covered & leads)
     if EVEN:
-        mean = _seeds.sums_of_tiles(value, STACKED, ROWS, N, WIDTH) * (1.0 / (ROWS * WIDTH))
+        mean = _seeds.sum_of_granule(value, ROWS, N, WIDTH) * (1.0 / (ROWS * WIDTH))
         distance = value - mean
         near = tl.where(tl.abs(value) < near_zero, 1.0, 0.0)
     else:
         rows = tl.minimum(batch - part * ROWS, ROWS)
         columns = tl.minimum(features - granule.to(tl.int64) * WIDTH, WIDTH)
-        # Tiles below the last row have no numbers, and are not stored.
-        count = tl.maximum((rows * columns).to(tl.float32), 1.0)
-        mean = tl.math.div_rn(_seeds.sums_of_tiles(value, STACKED, ROWS, N, WIDTH), count)
+        mean = tl.math.div_rn(_seeds.sum_of_granule(value, ROWS, N, WIDTH), (rows * columns).to(tl.float32))
         distance = tl.where(inside, value - mean, 0.0)
         near = tl.where(inside & (tl.abs(value) < near_zero), 1.0, 0.0)
     place = part * granules + granule
-    there = covered & (EVEN | (part * ROWS < batch))
-    tl.store(means + place, mean, mask=there)
-    tl.store(squares + place, _seeds.sums_of_tiles(distance * distance, STACKED, ROWS, N, WIDTH), mask=there)
-    tl.store(zeros + place, _seeds.sums_of_tiles(near, STACKED, ROWS, N, WIDTH), mask=there)
+    tl.store(means + place, mean, mask=covered)
+    tl.store(squares + place, _seeds.sum_of_granule(distance * distance, ROWS, N, WIDTH), mask=covered)
+    tl.store(zeros + place, _seeds.sum_of_granule(near, ROWS, N, WIDTH), mask=covered)
 
 
 def seed_blend(
@@ -196,11 +192,11 @@ def _forward(
         x, x_stride = _rows.as_rows(x)
         bank, bank_stride = _rows.as_rows(bank)
         with _rows.on_device(x):
-            _forward_kernel[(grid.levels * grid.blocks,)](
+            _forward_kernel[(tiles.parts * grid.blocks,)](
                 x, bank, lifecycle, blueprint, operator, alpha, y, means, squares, zeros, choices,
                 batch, features, grid.blocks, tiles.granules, chunk // tiles.width, bank.shape[0], near_zero,
                 x_stride, bank_stride, lifecycle.stride(0), blueprint.stride(0), operator.stride(0), alpha.stride(0),
-                table == "simple", active_states, grid.stacked, tiles.rows, grid.granules, tiles.width, grid.even,
+                table == "simple", active_states, tiles.rows, grid.granules, tiles.width, grid.even,
                 grid.streams, num_warps=grid.warps,
             )  # fmt: skip
     return y, means, squares, zeros, choices
@@ -313,7 +309,7 @@ SPEC = KernelSpec(
     cost=_seed_cases.cost,
     backward_cost=_seed_cases.backward_cost,
     sizes={
-        "batch": Sizes(most=150, block=_seeds.MOST_ROWS),
+        "batch": Sizes(most=150, block=_seeds.ROWS),
         "features": Sizes(most=400, block=_seeds.MOST_WIDTH),
         "seeds": Sizes(least=1, most=40),
         "chunk": Sizes(least=1, most=200, block=_seeds.MOST_WIDTH),

@@ -245,7 +245,7 @@ SPEC = KernelSpec(
     tolerance={"float32": Tolerance()},
     cost=cost,
     sizes={
-        "batch": Sizes(most=300, block=_seeds.MOST_ROWS),
+        "batch": Sizes(most=300, block=_seeds.ROWS),
         "features": Sizes(most=600, block=_seeds.MOST_WIDTH),
         "seeds": Sizes(least=1, most=40, block=MOST_SEEDS),
         "chunk": Sizes(least=1, most=300, block=_seeds.MOST_WIDTH),
