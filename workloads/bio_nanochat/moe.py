@@ -105,6 +105,7 @@ class SynapticMoE(nn.Module):
     def dispatch(self, x_NC: Tensor, index_Nk: Tensor, gates_Nk: Tensor, genes: Phenotype) -> Tensor:
         """The gated outputs of each token's experts added up, expert after expert."""
         y_NC = torch.zeros_like(x_NC)
+        all_N = torch.arange(len(x_NC), device=x_NC.device)
         inner, outer = self.inner.rows(), self.outer.rows()
         genes = Phenotype(*(gene.detach() for gene in genes))
         for expert in range(self.config.experts):
@@ -117,7 +118,8 @@ class SynapticMoE(nn.Module):
             h_MH = self.inner.call(inner[expert], x_NC.index_select(0, place_M), signals)  # type: ignore[arg-type]
             out_MC = self.outer.call(outer[expert], h_MH.relu().square(), signals)  # type: ignore[arg-type]
             gate_M = gates_Nk.masked_select(mask_Nk)
-            y_NC = y_NC.index_add(0, place_M, out_MC * gate_M.unsqueeze(-1).to(out_MC.dtype))
+            # Upstream reads four times for an expert, so the rows to add to are selected a second time.
+            y_NC = y_NC.index_add(0, all_N.masked_select(chosen_N), out_MC * gate_M.unsqueeze(-1).to(out_MC.dtype))
         return y_NC
 
     def account(self, index_Nk: Tensor, gates_Nk: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,10 +139,14 @@ class SynapticMoE(nn.Module):
 
         The first term is zero everywhere, as upstream has it: its factors never stand in the same place.
         """
-        similar_EE = self.embedding @ self.embedding.T
-        own_EE = torch.zeros_like(similar_EE)
+        own_EE = self.embedding.new_zeros(self.config.experts, self.config.experts)
         for expert in range(self.config.experts):
             own_EE[expert, expert] = share_E[expert]
+        self.move_embedding(own_EE)
+
+    def move_embedding(self, own_EE: Tensor) -> None:
+        """One step by the shares on the diagonal of ``own_EE``."""
+        similar_EE = self.embedding @ self.embedding.T
         push = self.synapses.router_contrastive_push
         pull_EE = own_EE * (similar_EE - 1) - (1 - own_EE) * (similar_EE + 0.3) * push
         pull_EE = pull_EE - pull_EE.mean()

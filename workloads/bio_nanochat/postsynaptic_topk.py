@@ -168,7 +168,7 @@ def hebbian_change(plastic: TopKPlastic, config: TopKConfig) -> Change:
     source = plastic.accumulated if config.bdnf_hebb_accumulate else (plastic.camkii - 0.5).relu()
     plastic.bdnf.copy_((config.bdnf_tau * plastic.bdnf + (1 - config.bdnf_tau) * source).clamp(0, config.bdnf_max))
     gate = torch.sigmoid(plastic.camkii - 0.5) - 0.3
-    weight = (plastic.trace_in @ plastic.trace_out) * gate.mean()
+    weight = (plastic.trace_in @ plastic.trace_out) * gate.mean(-1)[..., None, None]
     gain = diagonal(plastic.trace_in @ plastic.trace_out)
     again = diagonal(plastic.trace_in @ plastic.trace_out)
     followed = config.bdnf_tau * plastic.accumulated + (1 - config.bdnf_tau) * again.abs()

@@ -109,8 +109,13 @@ def draw_counts(
     if not drawn_BHQ.any():
         return expected_BHQN
     edges_BHQN = drawn_BHQ.unsqueeze(-1).expand_as(expected_BHQN)
-    trials = trial_noise(expected_BHQN, config, noise)[edges_BHQN]
-    counts = sample_counts(probability_BHQN[edges_BHQN], pool_BHQN[edges_BHQN], trials, config)
+    probability, pool = probability_BHQN[edges_BHQN], pool_BHQN[edges_BHQN]
+    # Counted numbers belong to their edges; others are drawn for the edges that want one.
+    if noise.counted:
+        trials = trial_noise(expected_BHQN, config, noise)[edges_BHQN]
+    else:
+        trials = trial_noise(probability, config, noise)
+    counts = sample_counts(probability, pool, trials, config)
     released_BHQN = expected_BHQN.clone()
     released_BHQN[edges_BHQN] = counts.to(released_BHQN.dtype)
     return released_BHQN * valid_BHQN

@@ -38,6 +38,7 @@ import torch
 from kernbench.workload import Curves, Peer, Workload
 
 from .config import PRESETS, BioConfig
+from .phases import PHASES
 from .training import Training
 
 
@@ -64,6 +65,7 @@ WORKLOAD = Workload(
     summary="bio-inspired nanochat: a transformer with synapses that tire, learn, split and merge",
     presets=PRESETS,
     build=build,
+    phases=PHASES,
     dtypes=dict.fromkeys(BFLOAT16, "bfloat16"),
     peers=(Peer(name="torch.compile", prepare=compile_model),),
     steady=draw_as_kernels_do,

@@ -1,0 +1,35 @@
+"""What the phases promise, in figures, from the profile of the side before."""
+
+from __future__ import annotations
+
+import statistics
+
+from kernbench.record import Prediction, ProfileRecord
+
+SYNC_CLAIM = "_get_phenotype and metabolic updates touch every expert every step, preventing graph capture"
+SYNC_PROMISE = (
+    "Experts run in one grouped product instead of a loop with 4 reads per expert and layer; besides the scores' reads "
+    "none is left in a step, and the gain is the time the device idled behind them, at most."
+)
+
+
+def predict_no_reads(before: ProfileRecord) -> Prediction:
+    """All reads go but the scores'; the step loses at most the device idle time that has a read as its cause."""
+    ratio_high, basis = None, "no idle times by cause in the profile before, so no time is promised"
+    step = step_seconds(before)
+    waited = before.idle.causes.get("sync") if before.idle else None
+    if step and waited is not None and waited < step:
+        ratio_high = step / (step - waited)
+        basis = f"step {step * 1e3:.3g} ms, of which the device idles {waited * 1e3:.3g} ms because of reads"
+    return Prediction(
+        text=SYNC_PROMISE,
+        claim=SYNC_CLAIM,
+        ratio_low=None if ratio_high is None else 1.0,
+        ratio_high=ratio_high,
+        basis=basis,
+    )
+
+
+def step_seconds(before: ProfileRecord) -> float | None:
+    """Median time of a step."""
+    return statistics.median(before.steps.seconds) if before.steps and before.steps.seconds else None
