@@ -108,7 +108,7 @@ def _of_trace(name: str, loaded: Trace) -> ProfileRecord:
         status="complete",
         workload=_workload(loaded.info.file or name),
         steps=record.Steps(seconds=((windows.end - windows.start) / 1e9).tolist(), units_per_step=1),
-        breakdown=breakdown.breakdown(loaded, windows.mean_ns / 1e9),
+        breakdown=breakdown.breakdown(loaded),
         hotspots=hotspots.hotspots(loaded, None),
         stalls=stalls.stalls(loaded, None),
         launches_per_step=counted.per_step,

@@ -284,8 +284,11 @@ def _predicted(swap: SwapRecord) -> str:
     if swap.predicted is None:
         return ""
     figures = [swap.predicted.text.rstrip(".")]
-    if swap.predicted.ratio_low is not None and swap.predicted.ratio_high is not None:
-        figures.append(f"ratio {units.times_range(swap.predicted.ratio_low, swap.predicted.ratio_high)}")
+    low, high, replayed = swap.predicted.ratio_low, swap.predicted.ratio_high, swap.predicted.replayed
+    if low is not None and high is not None and (low, high) != replayed:
+        figures.append(f"ratio {units.times_range(low, high)}")
+    if replayed is not None:
+        figures.append(f"by the replay of the trace before {units.times_range(*replayed)}")
     if swap.predicted.syncs_per_step is not None:
         figures.append(f"{units.count(swap.predicted.syncs_per_step)} host reads fewer a step")
     if swap.predicted.launches_per_step is not None:

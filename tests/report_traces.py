@@ -95,7 +95,7 @@ def whatif(**changes: Any) -> WhatIf:
             estimate(
                 "stalls in best order", "is_nonzero", 1.9e-3, 2.1e-3, source=CLIP, cumulative_seconds_per_step=5.4e-3
             ),
-            estimate("roofline kernels", "kernels of phase 3 at their roofline", 6.0e-3, 6.0e-3, phase=3),
+            estimate("phase", "phase 3", 4.0e-3, 6.0e-3, phase=3),
             estimate("graph", "the step as one graph", 9.0e-3, 11.0e-3),
         ],
     }

@@ -187,6 +187,12 @@ def test_breakdown_adds_up_to_the_unprofiled_step_and_says_how(two_reading_steps
     assert not shorter["idle: sync"].busy
 
 
+def test_a_breakdown_without_an_unprofiled_step_says_nothing_of_one(two_reading_steps: trace.Trace) -> None:
+    parts = breakdown.breakdown(two_reading_steps)
+    assert sum(part.seconds_per_step for part in parts) == pytest.approx(400 * US, rel=1e-12)
+    assert not [part.description for part in parts if "profiled" in part.description]
+
+
 def test_launches_count_kernels_copies_and_memsets(two_reading_steps: trace.Trace) -> None:
     found = launches.launches(two_reading_steps)
     assert (found.per_step, found.kernels_per_step, found.copies_per_step, found.memsets_per_step) == (3, 2, 1, 0)

@@ -10,18 +10,21 @@ import pytest
 from kineto_builder import KinetoBuilder
 
 from kernbench import trace
-from kernbench.analysis import findings
+from kernbench.analysis import advice, findings
+from kernbench.analysis.windows import step_windows
 from kernbench.record import (
     Cause,
     Communication,
     Estimate,
     Finding,
     HostRead,
+    Hotspot,
     LineLog,
     RankTime,
     SourceLine,
     WhatIf,
 )
+from kernbench.record.traced import Change
 
 US = 1e-6
 LATENCY, WAKE, STEPS = 5.0, 8.0, 4
@@ -199,6 +202,43 @@ def test_a_healthy_trace_is_healthy_in_one_line(tmp_path: Path) -> None:
     assert findings.headline(loaded, [only]) == only.sentence
     assert only.sentence.startswith("Healthy: the device is busy 99 %")
     assert "\n" not in only.sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::AddFunctor<float>>(int)", None),
+        (
+            "sm80_xmma_gemm_f32f32_f32f32_f32_tn_n_tilesize128x128x8_stage3_warpsize2x2x1_ffma_aligna4",
+            "sm80_xmma_gemm_f32f32_f32f32_f32_tn_n…",
+        ),
+        ("x" * 80, "x" * 50 + "…"),
+    ],
+)
+def test_a_headline_names_a_kernel_in_whole_words(name: str, shown: str | None) -> None:
+    top = Hotspot(name=name, self_seconds_per_step=0.5, share=0.5, calls_per_step=1)
+    sentence = advice.healthy_sentence(1.0, 0.99, top)
+    assert f"; {shown or 'at::native::vectorized_elementwise_kernel'} takes 50 % of its time." in sentence
+
+
+def launch_bound(program: Program) -> None:
+    program.kernels(150, 2)
+
+
+def test_a_launch_bound_step_costs_what_the_replay_wins_by_capturing_it(tmp_path: Path) -> None:
+    loaded = run(launch_bound, tmp_path)
+
+    def saving(change: Change, low: float, high: float) -> Estimate:
+        return Estimate(change=change, title="in a graph", saving_seconds_per_step=(low, high), share=0.1)
+
+    step = step_windows(loaded).mean_ns / 1e9
+    graph = saving("graph", 0.5 * step, 0.6 * step)
+    waits = saving("without all stalls", 0.1 * step, 0.15 * step)
+    for estimates, wanted in (([graph], 0.6), ([graph, waits], 0.45)):
+        found = findings.findings(loaded, WhatIf(step_seconds=step, estimates=estimates))
+        assert found[0].cause == "launch-bound"
+        assert found[0].seconds_per_step == pytest.approx(wanted * step, rel=0.01)
+        assert "in a graph a step would be" in found[0].sentence
 
 
 def test_the_cost_of_a_read_is_what_a_step_would_win(tmp_path: Path) -> None:

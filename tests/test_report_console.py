@@ -225,7 +225,8 @@ def test_a_trace_says_on_the_terminal_what_the_page_says(capsys: pytest.CaptureF
         "Three reads a step at optimizer.py:88 drain the device for 4.10 ms.",
         "Replayed unchanged, a step takes 91.2 ms; the trace says 92.1 ms: −1.0 % off, the limit is 5.0 %.",
         "all waits 5.00–5.60 ms a step (6.1 %)",
-        "is_nonzero, optimizer.py:88 3.10–3.30 ms a step (3.6 %) defer",
+        "the step as one graph 9.00–11.0 ms a step (12 %)",
+        "phase 3 4.00–6.00 ms a step (6.5 %)",
     ):
         assert words in text, words
     assert "device-bound" not in output, "a busy device is no fault"

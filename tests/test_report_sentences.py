@@ -198,6 +198,20 @@ def test_predictions_are_set_beside_outcomes() -> None:
     assert {row.measured for row in unmeasured} == {"not measured"}
 
 
+def test_the_replay_has_a_row_of_its_own_unless_it_is_all_that_was_predicted() -> None:
+    record = samples.swap()
+    assert record.predicted is not None
+    predicted = msgspec.structs.replace(record.predicted, replayed=(1.3, 1.4))
+    rows = {row.name: row for row in page.promises(predicted, record.before, record.after, record.ratio)}
+    assert rows["step time before / after"].predicted == "1.05–1.25x"
+    by_replay = rows["step time before / after, by the replay"]
+    assert (by_replay.predicted, by_replay.words) == ("1.30–1.40x", "less than predicted")
+    alone = msgspec.structs.replace(predicted, ratio_low=1.3, ratio_high=1.4)
+    names = [row.name for row in page.promises(alone, record.before, record.after, record.ratio)]
+    assert names[-1] == "step time before / after, by the replay"
+    assert "step time before / after" not in names
+
+
 def test_step_time_without_throughput_is_the_median() -> None:
     record = samples.profile(throughput=None)
     assert isinstance(record, ProfileRecord)

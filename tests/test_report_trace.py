@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import msgspec
 import pytest
@@ -10,6 +11,7 @@ import report_records as samples
 import report_traces as traces
 
 from kernbench.record import FlameFrame, Span, TraceAnalysis, WhatIf
+from kernbench.record.traced import Change
 from kernbench.report import differences, flameview, html, picture, traceplots, traceview, tracewords
 
 SECTIONS = re.compile(r'<section id="(\w+)"')
@@ -87,6 +89,22 @@ def test_a_replay_that_misses_gives_no_estimate() -> None:
     assert tracewords.replay_error(WhatIf(step_seconds=1.0, refused="there is nothing to replay")) == (
         "There is nothing to replay."
     )
+
+
+def test_every_change_that_the_replay_tries_is_on_the_page() -> None:
+    """A kind of change that no group holds would be estimated and never shown."""
+    grouped = {change for changes, _ in traceview.ESTIMATES for change in changes}
+    assert grouped == set(get_args(Change))
+    page = text_of(html.render(traces.analyze()))
+    assert "4.00–6.00 ms" in page, "the phase"
+
+
+def test_savings_name_the_step_that_they_are_of() -> None:
+    scaled = traces.whatif(baseline_seconds=70e-3, host_scale=0.71)
+    words = "Savings are of the unprofiled step of 70.0 ms, for which host time is taken times 0.71."
+    assert tracewords.replay_error(scaled).endswith(words)
+    assert "unprofiled" not in tracewords.replay_error(traces.whatif(baseline_seconds=70e-3))
+    assert "unprofiled" not in tracewords.replay_error(msgspec.structs.replace(scaled, refused="it misses"))
 
 
 def test_an_error_that_rounds_to_nothing_has_no_sign() -> None:

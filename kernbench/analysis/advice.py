@@ -205,6 +205,10 @@ def healthy_sentence(step: float, busy: float, top: Hotspot | None) -> str:
 
 
 def _short(name: str) -> str:
-    """A kernel's name without template arguments and parameters."""
+    """A kernel's name without template arguments and parameters; of a very long one the words that fit."""
     bare = name.removeprefix("void ").split("<")[0].split("(")[0].strip() or name
-    return bare if len(bare) <= _NAME_LENGTH else f"{bare[:_NAME_LENGTH]}…"
+    if len(bare) <= _NAME_LENGTH:
+        return bare
+    # Libraries put words together with underscores, the kind of kernel first and its tile and stages last.
+    kept = bare[: max(bare.rfind("_", 0, _NAME_LENGTH + 1), bare.rfind("::", 0, _NAME_LENGTH + 1))]
+    return f"{kept if len(kept) > _NAME_LENGTH // 2 else bare[:_NAME_LENGTH]}…"

@@ -27,29 +27,33 @@ _IDLE_DESCRIPTIONS = {
 }
 
 
-def breakdown(trace: Trace, step_seconds: float) -> list[Part]:
-    """The parts of a step of ``step_seconds``, largest first, busy ones before idle ones.
+def breakdown(trace: Trace, step_seconds: float | None = None) -> list[Part]:
+    """The parts of a step, largest first, busy ones before idle ones.
 
-    Parts are taken from the profiled steps, which profiling slows down, and scaled to the unprofiled step; each
-    description says by how much. On a GPU busy parts stay as measured and idle parts are scaled, since profiling costs
-    time on the host. On a CPU all parts are scaled alike.
+    Parts are taken from the profiled steps, which profiling slows down, and scaled to the unprofiled step of
+    ``step_seconds``; each description says by how much. On a GPU busy parts stay as measured and idle parts are scaled,
+    since profiling costs time on the host. On a CPU all parts are scaled alike.
+
+    Args:
+        step_seconds: None where nobody measured a step without the profiler; then all parts stay as recorded.
     """
     return _on_gpu(trace, step_seconds) if trace.on_gpu else _on_cpu(trace, step_seconds)
 
 
-def _on_gpu(trace: Trace, step_seconds: float) -> list[Part]:
+def _on_gpu(trace: Trace, step_seconds: float | None) -> list[Part]:
     windows = idle.step_windows(trace)
     busy = _device_families(trace, windows)
     gaps = idle.pieces(trace).per_step(windows)
     profiled = windows.mean_ns / 1e9
     busy_total, idle_total = sum(busy.values()) / 1e9, sum(gaps.values()) / 1e9
-    room = step_seconds - busy_total
-    if room >= 0 and idle_total > 0:
-        busy_scale, idle_scale = 1.0, room / idle_total
+    if step_seconds is None:
+        busy_scale = idle_scale = 1.0
+    elif step_seconds >= busy_total and idle_total > 0:
+        busy_scale, idle_scale = 1.0, (step_seconds - busy_total) / idle_total
     else:
         # The device was busier than the whole unprofiled step, or never idle: one factor is all that can be said.
         busy_scale = idle_scale = step_seconds / profiled if profiled else 0.0
-    note = f"profiled step {_ratio(profiled, step_seconds)}"
+    note = _ratio(profiled, step_seconds)
     parts = [
         Part(cause=name, seconds_per_step=ns / 1e9 * busy_scale, description=_scaled("device busy", busy_scale, note))
         for name, ns in _descending(busy)
@@ -85,7 +89,7 @@ def _device_families(trace: Trace, windows: idle.Windows) -> dict[str, float]:
     return found
 
 
-def _on_cpu(trace: Trace, step_seconds: float) -> list[Part]:
+def _on_cpu(trace: Trace, step_seconds: float | None) -> list[Part]:
     host, windows = trace.host, idle.step_windows(trace)
     # The thread that runs the step; on a CPU its backward runs there too.
     rows = (host.kind == OP) & trace.in_counted(host.step) & (host.thread == trace.steps.thread)
@@ -95,8 +99,8 @@ def _on_cpu(trace: Trace, step_seconds: float) -> list[Part]:
     total = sum(found.values())
     # Operators that outlast their step by a clock tick must not make the remainder negative.
     whole = max(windows.mean_ns, total)
-    scale = step_seconds / (whole / 1e9) if whole else 0.0
-    note = f"profiled step {_ratio(whole / 1e9, step_seconds)}"
+    scale = 1.0 if step_seconds is None else step_seconds / (whole / 1e9) if whole else 0.0
+    note = _ratio(whole / 1e9, step_seconds)
     parts = [
         Part(cause=name, seconds_per_step=ns / 1e9 * scale, description=_scaled("inside operators", scale, note))
         for name, ns in _descending(found)
@@ -114,11 +118,16 @@ def _descending(found: dict[str, float]) -> list[tuple[str, float]]:
     return sorted(found.items(), key=lambda item: -item[1])
 
 
-def _ratio(profiled: float, unprofiled: float) -> str:
-    return f"{profiled / unprofiled:.2f} x the unprofiled one" if unprofiled > 0 else "not comparable"
+def _ratio(profiled: float, unprofiled: float | None) -> str:
+    """How much profiling lengthened the step; empty where nothing tells."""
+    if unprofiled is None:
+        return ""
+    return f"profiled step {profiled / unprofiled:.2f} x the unprofiled one" if unprofiled > 0 else "not comparable"
 
 
 def _scaled(what: str, scale: float, note: str) -> str:
+    if not note:
+        return what
     if scale == 1.0:
         return f"{what}; as measured in the profiled step ({note})"
     return f"{what}; profiled time x {scale:.2f} ({note})"

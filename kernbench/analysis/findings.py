@@ -17,7 +17,7 @@ from kernbench.analysis.intervals import grouped
 from kernbench.analysis.launches import launches
 from kernbench.analysis.readcauses import Place, read_places
 from kernbench.analysis.windows import step_windows
-from kernbench.record import Cause, Change, Communication, Finding, LineLog, SourceLine, WhatIf
+from kernbench.record import Cause, Change, Communication, Estimate, Finding, LineLog, SourceLine, WhatIf
 from kernbench.trace import Trace
 
 NOTABLE_SHARE = 0.03
@@ -34,6 +34,7 @@ _REMEDIES: dict[Cause, Change] = {
     "data loading": "without data loading",
     "allocator": "without allocation",
     "serialised streams": "without stream waits",
+    "launch-bound": "graph",
 }
 
 
@@ -118,13 +119,29 @@ def _finding(
 
 def _replayed(found: Finding, whatif: WhatIf | None, step: float) -> Finding:
     """The finding with the replay's figure in place of idle time, where the replay tried its remedy."""
-    change = _REMEDIES.get(found.cause)
-    estimate = next((one for one in (whatif.estimates if whatif else ()) if one.change == change), None)
+    estimate = _estimate(whatif, _REMEDIES.get(found.cause))
     if estimate is None:
         return found
-    seconds = min(max(estimate.saving_seconds_per_step[1], 0.0), step)
+    if estimate.change == "graph":
+        # A graph holds no waits, so they were taken out before it; what that wins is not what capturing wins.
+        waits = _estimate(whatif, "without all stalls") or _estimate(whatif, "without stall")
+        estimate = _beyond(estimate, waits) if waits is not None else estimate
+    seconds = min(estimate.saving_seconds_per_step[1], step)
     sentence = advice.replayed_sentence(found.sentence, estimate, step)
     return msgspec.structs.replace(found, sentence=sentence, seconds_per_step=seconds, share=seconds / step)
+
+
+def _estimate(whatif: WhatIf | None, change: Change | None) -> Estimate | None:
+    return next((one for one in (whatif.estimates if whatif else ()) if one.change == change), None)
+
+
+def _beyond(estimate: Estimate, before: Estimate) -> Estimate:
+    """What a change saves once another one is made that it includes."""
+    low, high = (
+        max(whole - part, 0.0)
+        for whole, part in zip(estimate.saving_seconds_per_step, before.saving_seconds_per_step, strict=True)
+    )
+    return msgspec.structs.replace(estimate, saving_seconds_per_step=(min(low, high), max(low, high)))
 
 
 def _reads(found: Sequence[Place], step: float) -> list[Finding]:

@@ -188,7 +188,6 @@ Change = Literal[
     "without stall",
     "without all stalls",
     "stalls in best order",
-    "roofline kernels",
     "graph",
     "without data loading",
     "without allocation",

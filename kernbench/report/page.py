@@ -288,18 +288,24 @@ def promises(
             continue
         words = "" if outcome is None else "as predicted" if outcome == promise else _off(outcome, promise)
         rows.append(Promise(name, units.count(promise), _or_unmeasured(outcome, units.count), words))
-    low, high = predicted.ratio_low, predicted.ratio_high
-    if low is not None or high is not None:
-        shown = units.times_range(low, high) if low is not None and high is not None else units.number(low or high or 0)
-        words = ""
-        if ratio is not None:
-            below, above = low is not None and ratio.median < low, high is not None and ratio.median > high
-            words = "less than predicted" if below else "more than predicted" if above else "as predicted"
-        measured = (
-            f"{units.times(ratio.median)} ({units.times_range(ratio.low, ratio.high)})" if ratio else "not measured"
-        )
-        rows.append(Promise("step time before / after", f"{shown}x", measured, words))
+    name = "step time before / after"
+    own = (predicted.ratio_low, predicted.ratio_high)
+    if own != (None, None) and own != predicted.replayed:
+        rows.append(_promised_ratio(name, *own, ratio))
+    if predicted.replayed is not None:
+        rows.append(_promised_ratio(f"{name}, by the replay", *predicted.replayed, ratio))
     return rows
+
+
+def _promised_ratio(name: str, low: float | None, high: float | None, ratio: Ratio | None) -> Promise:
+    """A range of the ratio, open where an end is None, beside the one that was raced."""
+    shown = units.times_range(low, high) if low is not None and high is not None else units.number(low or high or 0)
+    if ratio is None:
+        return Promise(name, f"{shown}x", "not measured", "")
+    below, above = low is not None and ratio.median < low, high is not None and ratio.median > high
+    words = "less than predicted" if below else "more than predicted" if above else "as predicted"
+    measured = f"{units.times(ratio.median)} ({units.times_range(ratio.low, ratio.high)})"
+    return Promise(name, f"{shown}x", measured, words)
 
 
 def _removed(before: float | None, after: float | None) -> float | None:

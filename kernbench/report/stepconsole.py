@@ -87,8 +87,9 @@ def _whatif(whatif: WhatIf | None) -> list[RenderableType]:
         return []
     error = terminal.text(tracewords.replay_error(whatif))
     rows = [row for _, group in traceview.estimates(whatif) for row in group]
-    # The order of removal tells each wait's saving again.
+    # The order of removal tells each wait's saving again; the findings tell what each of them costs alone.
     rows = [row for row in rows if row.change != "stalls in best order"]
+    rows.sort(key=lambda row: -sum(row.saving_seconds_per_step))
     grid = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for row in rows[:FEW_ESTIMATES]:
         won = f"{tracewords.saving(row.saving_seconds_per_step)} a step ({units.share(row.share)})"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kernbench.record import (
     Ceilings,
+    Change,
     Estimate,
     Finding,
     Hotspot,
@@ -19,12 +20,13 @@ from kernbench.report.flameview import FlameView
 
 Groups = list[tuple[str, list[Estimate]]]
 
-ESTIMATES: tuple[tuple[str, str], ...] = (
-    ("without all stalls", "All waits gone"),
-    ("stalls in best order", "One after the other, the best first"),
-    ("without stall", "Each wait gone alone"),
-    ("roofline kernels", "Kernels at their roofline"),
-    ("graph", "Launches captured in a graph"),
+ESTIMATES: tuple[tuple[tuple[Change, ...], str], ...] = (
+    (("without all stalls",), "All waits gone"),
+    (("stalls in best order",), "One after the other, the best first"),
+    (("without stall",), "Each wait gone alone"),
+    (("phase",), "A phase of the plan put in"),
+    (("without data loading", "without allocation", "without stream waits"), "Other delays gone"),
+    (("graph",), "Launches captured in a graph"),
 )
 
 SECTIONS: tuple[tuple[str, str], ...] = (
@@ -96,7 +98,7 @@ def estimates(whatif: WhatIf | None) -> Groups:
     """The estimates by kind of change, in the order in which they are read; none where the replay refused."""
     if whatif is None or whatif.refused:
         return []
-    groups = [(title, [row for row in whatif.estimates if row.change == change]) for change, title in ESTIMATES]
+    groups = [(title, [row for row in whatif.estimates if row.change in changes]) for changes, title in ESTIMATES]
     return [(title, rows) for title, rows in groups if rows]
 
 

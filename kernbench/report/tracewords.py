@@ -97,7 +97,17 @@ def replay_error(whatif: WhatIf) -> str:
         f"Replayed unchanged, a step takes {units.seconds(whatif.replayed_seconds)}; the trace says "
         f"{units.seconds(whatif.step_seconds)}: {sign}{size} off, the limit is {units.share(whatif.limit)}."
     )
-    return f"{text} {capitalized_sentence(whatif.refused)}".strip()
+    return " ".join(filter(None, (text, capitalized_sentence(whatif.refused), host_scale(whatif))))
+
+
+def host_scale(whatif: WhatIf) -> str:
+    """What the estimates are of, where the step without the profiler is known: profiling slows the host down."""
+    if whatif.refused or whatif.baseline_seconds is None or abs(whatif.host_scale - 1) < 0.005:
+        return ""
+    return (
+        f"Savings are of the unprofiled step of {units.seconds(whatif.baseline_seconds)}, for which host time is taken "
+        f"times {whatif.host_scale:.2f}."
+    )
 
 
 def saving(low_high: tuple[float, float] | None) -> str:
