@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from kernbench.spec import KernelSpec, Sizes, Tolerance, Values
 
-from . import _rows, _seed_cases, _seed_gradients, _seeds
+from . import _decode, _rows, _seed_cases, _seed_gradients, _seeds
 from ._rows import narrow
 from ._seeds import GRAFTING_TO_FINE_TUNING, NEAR_ZERO, TABLES
 
@@ -90,13 +90,13 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     batch, features, blocks, granules, per_seed, bank_rows, near_zero,
     x_stride, bank_stride, lifecycle_stride, blueprint_stride, operator_stride, alpha_stride,
     SIMPLE: tl.constexpr, ACTIVE_STATES: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,
-    EVEN: tl.constexpr, STREAMS: tl.constexpr,
+    EVEN: tl.constexpr, STREAMS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program handles ROWS rows and N granules of WIDTH columns of x and y [batch, features].
 
     Grid is the parts of ROWS rows times blocks of N granules; statistics are [parts, granules], and the first part
     leaves the choices [seeds] of those that own columns. ``EVEN`` says that rows and columns are all there,
-    ``STREAMS`` that x and y are too large for the caches.
+    ``STREAMS`` that x and y are too large for the caches, ``OVERLAP`` that the next kernel may be set up meanwhile.
     """
     part = (tl.program_id(0) // blocks).to(tl.int64)
     granule = (tl.program_id(0) % blocks) * N + tl.arange(0, N)[None, :, None]
@@ -106,6 +106,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     # Asked for first, because the blueprint's row is known only after two loads, one after the other.
     first: tl.constexpr = "evict_first" if STREAMS else ""
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0, eviction_policy=first).to(tl.float32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     covered = EVEN | (granule < granules)
     seed = (granule // per_seed).to(tl.int64)
     choice = _seeds.choice_of(
@@ -197,7 +199,7 @@ def _forward(
                 batch, features, grid.blocks, tiles.granules, chunk // tiles.width, bank.shape[0], near_zero,
                 x_stride, bank_stride, lifecycle.stride(0), blueprint.stride(0), operator.stride(0), alpha.stride(0),
                 table == "simple", active_states, tiles.rows, grid.granules, tiles.width, grid.even,
-                grid.streams, num_warps=grid.warps,
+                grid.streams, _decode.overlaps(), num_warps=grid.warps,
             )  # fmt: skip
     return y, means, squares, zeros, choices
 

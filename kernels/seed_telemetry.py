@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Sweep, Tolerance, Values
 
-from . import _rows, _seeds
+from . import _decode, _rows, _seeds
 
 
 def seed_telemetry_reference(
@@ -56,12 +56,15 @@ def _sum(tile):  # type: ignore[no-untyped-def]
 def _kernel(  # type: ignore[no-untyped-def]
     means, squares, zeros, mean, variance, sparsity, batch, features, parts, granules, seeds, per_seed,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, SEEDS: tl.constexpr, GRANULES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program handles SEEDS seeds of mean, variance and sparsity [seeds]; grid is seeds / SEEDS.
 
     means, squares and zeros are [parts, granules]; a seed has per_seed granules. PARTS x SEEDS x GRANULES
-    of them are handled at once.
+    of them are handled at once. ``OVERLAP`` says that it is launched before the kernel in front has ended.
     """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     seed = tl.program_id(0) * SEEDS + tl.arange(0, SEEDS)
     # What a seed owns: all rows of some columns, of which the last ones may not be there.
     owned = tl.minimum(tl.maximum(features - seed.to(tl.int64) * per_seed * WIDTH, 0), per_seed * WIDTH)
@@ -167,7 +170,8 @@ def _launch(
     with _rows.on_device(means):
         _kernel[(triton.cdiv(seeds, at_once),)](
             means, squares, zeros, mean, variance, sparsity, batch, features, tiles.parts, tiles.granules, seeds,
-            chunk // tiles.width, tiles.rows, tiles.width, parts, at_once, granules, num_warps=WARPS,
+            chunk // tiles.width, tiles.rows, tiles.width, parts, at_once, granules, _decode.overlaps(),
+            num_warps=WARPS, **({"launch_pdl": True} if _decode.overlaps() else {}),
         )  # fmt: skip
     return mean, variance, sparsity
 
