@@ -9,7 +9,7 @@ import torch
 from bio_parts import module, small, training
 from torch import Tensor
 
-from kernbench import registry, swap
+from kernbench import device, registry, swap
 from kernbench.parity import compare
 
 
@@ -32,9 +32,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], rtol: float = 1
     for name, leaf in expected.items():
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             scale = float(leaf.abs().max())
-            torch.testing.assert_close(
-                found[name], leaf, rtol=rtol, atol=rtol * scale + 1e-12, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            torch.testing.assert_close(found[name], leaf, rtol=rtol, atol=rtol * scale + 1e-12, msg=name)
         elif isinstance(leaf, Tensor):
             assert torch.equal(found[name], leaf), name
 
@@ -63,3 +61,38 @@ def test_without_reads_the_training_is_the_same(name: str) -> None:
     found, again = run(config, 4, 0)
     assert again == pytest.approx(losses, rel=1e-9)
     assert_same(found, expected)
+
+
+def deterministic(**changes: Any) -> Any:
+    return small(synapses=module("synapses").SynapticConfig(stochastic_train_frac=0.0), **changes)
+
+
+def test_attention_by_its_operator_is_the_same() -> None:
+    """The operator's reference in the place of attend: the same steps in float64."""
+    expected, losses = run(deterministic(), 4)
+    found, again = run(deterministic(), 4, 1)
+    assert again == pytest.approx(losses, rel=1e-9)
+    assert_same(found, expected)
+
+
+def test_attention_by_its_kernel_is_the_same() -> None:
+    """One interpreted step in float32, forward and backward through both layers' synapses."""
+    config = deterministic(length=18)
+    sides = [training(config, dtype=torch.float32) for _ in range(2)]
+    for built, numbers in zip(sides, ((), (1,)), strict=True):
+        with plan(*numbers, use="triton").applied(built):
+            built.loss_value = built.differentiate(0)
+    assert float(sides[1].loss_value) == pytest.approx(float(sides[0].loss_value), rel=1e-6)
+    for (name, one), other in zip(sides[0].model.named_parameters(), sides[1].model.parameters(), strict=True):
+        scale = float(one.grad.abs().max())
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=2e-5 * scale + 1e-9, msg=name)
+
+
+@pytest.mark.parametrize(("changes", "reason"), [({}, "stochastic"), ({"dock": "upstream"}, "docks")])
+def test_what_the_kernel_cannot_do_is_done_as_before_and_said(changes: dict[str, Any], reason: str) -> None:
+    config = small() if not changes else deterministic(**changes)
+    device.WARNINGS.clear()
+    expected, _ = run(config, 2)
+    found, _ = run(config, 2, 1)
+    assert_same(found, expected)
+    assert any(reason in message for message in device.WARNINGS)

@@ -117,6 +117,7 @@ LIVELY = StructureConfig(
 PRESETS = {
     "tiny": BioConfig(experts=4),
     "tiny-dense": BioConfig(hidden_multiple=4),
+    "tiny-deterministic": BioConfig(hidden_multiple=4, synapses=SynapticConfig(stochastic_train_frac=0.0)),
     "tiny-upstream": BioConfig(hidden_multiple=4, dock="upstream"),
     "tiny-muon": BioConfig(experts=4, optimizer="muon"),
     "tiny-structure": BioConfig(experts=4, structure=LIVELY),
@@ -128,6 +129,7 @@ PRESETS = {
     "small-moe": small(experts=8),
     "small-vanilla": small(synapses=None),
     "bench": bench(),
+    "bench-deterministic": bench(synapses=SynapticConfig(stochastic_train_frac=0.0)),
     "bench-k": bench(synapses=TopKConfig()),
     "bench-vanilla": bench(synapses=None),
     "bench-1280": bench(heads=10, kv_heads=10, width=1280, layers=2),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from kernbench.workload import Phase, Swap
 
+from . import fused, syncfree, topk
 from . import predictions as promised
-from . import syncfree, topk
+from .attention import SynapticAttention
 from .moe import SynapticMoE
 from .postsynaptic_topk import TopKLinear
 from .training import Training
@@ -27,6 +28,17 @@ PHASES = (
             Swap(site=(SynapticMoE, "arrange"), use=syncfree.arrange, every=SOME_PRESETS),
             Swap(site=(TopKLinear, "learn"), use=syncfree.learn, every=SOME_PRESETS),
             Swap(site=(topk, "draw_counts"), use=syncfree.draw_counts, every=SOME_PRESETS),
+        ),
+    ),
+    Phase(
+        number=1,
+        title="fused presynaptic attention",
+        flag="BIO_FUSED_PRESYN",
+        claim=promised.PRESYN_CLAIM,
+        predicts=promised.PRESYN_PROMISE,
+        predict=promised.predict_presyn,
+        swaps=(
+            Swap(site=(SynapticAttention, "attend"), kernel="presyn_attention", adapt=fused.adapt_presyn_attention),
         ),
     ),
 )
