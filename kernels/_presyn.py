@@ -145,14 +145,8 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], rates: Sequence[float]) -> None:
-    """Raises ValueError where an argument does not fit."""
-    alike = all(one.shape == q.shape and one.dtype == q.dtype and one.device == q.device for one in (k, v))
-    if q.dim() != 4 or not alike or q.dtype not in _rows.DTYPES or not 1 <= q.shape[-1] <= LARGEST_DIM:
-        described = ", ".join(f"{tuple(one.shape)} {one.dtype} on {one.device}" for one in (q, k, v))
-        raise ValueError(
-            f"presyn_attention takes q, k and v [B, H, T, D] of one dtype and device, D up to {LARGEST_DIM}; they are "
-            f"{described}"
-        )
+    """Raises ValueError where an argument of presyn_attention does not fit."""
+    check_rows("presyn_attention", q, k, v, rates)
     for name, one in zip(STATE, state, strict=True):
         if one.shape != q.shape[:3] or one.dtype != state[0].dtype or one.device != q.device:
             raise ValueError(
@@ -161,7 +155,16 @@ def check(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], rates: Seque
             )
     if state[0].dtype not in _rows.DTYPES:
         raise ValueError(f"presyn_attention takes a state of float32, bfloat16 or float16, not {state[0].dtype}")
-    if not 0 <= Rates(*rates).barrier_strength <= MOST_BARRIER or not Rates(*rates).epsilon >= 1e-12:
+
+
+def check_rows(kernel: str, q: Tensor, k: Tensor, v: Tensor, rates: Sequence[float]) -> None:
+    """Raises ValueError where q, k, v or a rate does not fit."""
+    alike = all(one.shape == q.shape and one.dtype == q.dtype and one.device == q.device for one in (k, v))
+    if q.dim() != 4 or not alike or q.dtype not in _rows.DTYPES or not 1 <= q.shape[-1] <= LARGEST_DIM:
+        described = ", ".join(f"{tuple(one.shape)} {one.dtype} on {one.device}" for one in (q, k, v))
         raise ValueError(
-            f"presyn_attention takes a barrier_strength from 0 to {MOST_BARRIER:g} and an epsilon of at least 1e-12"
+            f"{kernel} takes q, k and v [B, H, T, D] of one dtype and device, D up to {LARGEST_DIM}; they are "
+            f"{described}"
         )
+    if not 0 <= Rates(*rates).barrier_strength <= MOST_BARRIER or not Rates(*rates).epsilon >= 1e-12:
+        raise ValueError(f"{kernel} takes a barrier_strength from 0 to {MOST_BARRIER:g} and an epsilon from 1e-12 on")

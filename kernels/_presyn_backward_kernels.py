@@ -18,7 +18,7 @@ from . import _presyn_parts as parts
 from ._presyn_forward_kernels import DRIVE_LIMIT, LANES, LOG2_E, _add, barrier_factor
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["heads"])  # type: ignore[untyped-decorator]
 def deltas_kernel(  # type: ignore[no-untyped-def]
     y, dy, deltas, y_batch, y_head, y_token, dy_batch, dy_head, dy_token, tokens, heads,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr,
@@ -35,11 +35,9 @@ def deltas_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def sigma_and_slope(s, scale):  # type: ignore[no-untyped-def]
-    """sigma(L) and its derivative, of products s, right for any of them."""
-    t = parts.exp2(-tl.abs(s) * scale)
-    r = parts.reciprocal(1.0 + t)
-    tr = t * r
-    return tl.where(s >= 0.0, r, tr), tr * r
+    """sigma(L) and its derivative, of products s; of one whose exponential overflows they are zeros, as they should."""
+    sigma = parts.reciprocal(1.0 + parts.exp2(s * -scale))
+    return sigma, sigma - sigma * sigma
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -56,14 +54,17 @@ def _through_weights(  # type: ignore[no-untyped-def]
         dy = parts.rows(dy_block, start, dy_token, tokens, DIM, False)
         normalizer = tl.load(normalizers + query, mask=inside, other=float("inf"))
         delta = tl.load(deltas + query, mask=inside, other=0.0)
-        s = parts.dot(k, tl.trans(q), tl.zeros([N, M], tl.float32))
-        dp = parts.dot(v, tl.trans(dy), tl.zeros([N, M], tl.float32))
+        s = parts.dot(k, tl.trans(q))
+        dp = parts.dot(v, tl.trans(dy))
         e = parts.exp2(s * scale - normalizer[None, :])
         if DIAGONAL:
             e = tl.where(query[None, :] >= key[:, None], e, 0.0)
         sigma, derivative = sigma_and_slope(s, scale)
         p = e * (slope[:, None] * sigma + floor[:, None])
         ed = e * (dp - delta[None, :])
+        if DIAGONAL:
+            # The first query sees one key, whose weight is one whatever happens; the difference would be rounding.
+            ed = tl.where((query > 0)[None, :], ed, 0.0)
         dv = parts.dot(_rows.narrow(p, dy.dtype), dy, dv)
         dl = ed * (slope[:, None] * (sigma + derivative) + floor[:, None])
         dk = parts.dot(_rows.narrow(dl, q.dtype), q, dk)
@@ -80,12 +81,11 @@ def _through_sums(  # type: ignore[no-untyped-def]
     M: tl.constexpr, DIM: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """Adds what queries from first to end give dk through the two sums of a key; those that are none are zeros."""
-    N: tl.constexpr = k.shape[0]
     limit = DRIVE_LIMIT * LOG2_E / scale
     for start in range(first, end, M):
         query = start + tl.arange(0, M)
         q = parts.rows(q_block, start, q_token, tokens, DIM, False)
-        s = parts.dot(k, tl.trans(q), tl.zeros([N, M], tl.float32))
+        s = parts.dot(k, tl.trans(q))
         sigma, derivative = sigma_and_slope(s, scale)
         driven = tl.where(tl.abs(s) <= limit, sigma, 0.0)
         dl = driven * d_soft[:, None] + derivative * d_sigma[:, None]
@@ -95,7 +95,7 @@ def _through_sums(  # type: ignore[no-untyped-def]
     return dk
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["heads"])  # type: ignore[untyped-decorator]
 def keys_kernel(  # type: ignore[no-untyped-def]
     q, k, v, dy, calcium, buffer, pool, reserve, primed, clamp, energy,
     d_new_calcium, d_new_buffer, d_new_pool, d_new_reserve, d_new_primed, d_new_energy,
@@ -112,7 +112,7 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     key = first + tl.arange(0, N)
     inside = key < tokens
     place = pair * tokens + key
-    total = tl.num_programs(0) // tl.cdiv(tokens, N) * tokens.to(tl.int64)
+    total = tl.num_programs(0) // ((tokens + N - 1) // N) * tl.cast(tokens, tl.int64)
     k_block = parts.pointers(k + batch * k_batch + head * k_head, k_token, N, COLUMNS)
     v_block = parts.pointers(v + batch * v_batch + head * v_head, v_token, N, COLUMNS)
     k = parts.rows(k_block, first, k_token, tokens, DIM, False)
@@ -127,7 +127,7 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     d_values = tl.zeros([N, COLUMNS], tl.float32)
     d_slope = tl.zeros([N, LANES], tl.float32)
     begin = first // M * M
-    below = tl.minimum(tl.cdiv(first + N, M) * M, tl.cdiv(tokens, M) * M)
+    below = tl.minimum((first + N + M - 1) // M * M, (tokens + M - 1) // M * M)
     d_keys, d_values, d_slope = _through_weights(
         d_keys, d_values, d_slope, k, v, slope, floor, q_block, dy_block, normalizers, deltas, begin, below, key,
         q_token, dy_token, tokens, scale, M, DIM, True,
@@ -159,14 +159,13 @@ def keys_kernel(  # type: ignore[no-untyped-def]
         tl.load(d_new_energy + place, mask=inside, other=0.0).to(tl.float32),
         tl.sum(d_slope, 1) * (multiplier * barrier_factor(key, tokens, R)), R,
     )  # fmt: skip
-    DTYPE: tl.constexpr = d_calcium.dtype.element_ty
-    tl.store(d_calcium + place, _rows.narrow(c, DTYPE), mask=inside)
-    tl.store(d_buffer + place, _rows.narrow(b, DTYPE), mask=inside)
-    tl.store(d_pool + place, _rows.narrow(p, DTYPE), mask=inside)
-    tl.store(d_reserve + place, _rows.narrow(r, DTYPE), mask=inside)
-    tl.store(d_primed + place, _rows.narrow(s, DTYPE), mask=inside)
-    tl.store(d_clamp + place, _rows.narrow(blocked, DTYPE), mask=inside)
-    tl.store(d_energy + place, _rows.narrow(e, DTYPE), mask=inside)
+    parts.store(d_calcium + place, c, inside)
+    parts.store(d_buffer + place, b, inside)
+    parts.store(d_pool + place, p, inside)
+    parts.store(d_reserve + place, r, inside)
+    parts.store(d_primed + place, s, inside)
+    parts.store(d_clamp + place, blocked, inside)
+    parts.store(d_energy + place, e, inside)
     # Keys beyond the last would divide by zero.
     d_soft = tl.where(inside, d_influx / tl.maximum(tokens - key, 1).to(tl.float32), 0.0)
     tl.store(d_sums + place, d_soft, mask=inside)
@@ -189,7 +188,6 @@ def _to_queries(  # type: ignore[no-untyped-def]
     total, scale, N: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what keys from first to end give queries q [M, D], through their weights and through their sums."""
-    M: tl.constexpr = q.shape[0]
     limit = DRIVE_LIMIT * LOG2_E / scale
     for start in range(first, end, N):
         k = parts.rows(k_block, start, k_token, tokens, DIM, not MASKED)
@@ -201,9 +199,11 @@ def _to_queries(  # type: ignore[no-untyped-def]
         floor = tl.load(factors + total + key, mask=there, other=0.0)
         d_soft = tl.load(d_sums + key, mask=there, other=0.0)
         d_sigma = tl.load(d_sums + total + key, mask=there, other=0.0)
-        s = parts.dot(q, tl.trans(k), tl.zeros([M, N], tl.float32))
-        dp = parts.dot(dy, tl.trans(v), tl.zeros([M, N], tl.float32))
+        s = parts.dot(q, tl.trans(k))
+        dp = parts.dot(dy, tl.trans(v))
         ed = parts.exp2(s * scale - normalizer[:, None]) * (dp - delta[:, None])
+        if MASKED:
+            ed = tl.where((query > 0)[:, None], ed, 0.0)
         sigma, derivative = sigma_and_slope(s, scale)
         dl = ed * (slope[None, :] * (sigma + derivative) + floor[None, :])
         dl += tl.where(tl.abs(s) <= limit, sigma, 0.0) * d_soft[None, :] + derivative * d_sigma[None, :]
@@ -213,7 +213,7 @@ def _to_queries(  # type: ignore[no-untyped-def]
     return dq
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["heads"])  # type: ignore[untyped-decorator]
 def queries_kernel(  # type: ignore[no-untyped-def]
     q, k, v, dy, factors, d_sums, normalizers, deltas, dq,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, dy_batch, dy_head, dy_token,
@@ -232,7 +232,7 @@ def queries_kernel(  # type: ignore[no-untyped-def]
     delta = tl.load(deltas + pair * tokens + query, mask=inside, other=0.0)
     k_block = parts.pointers(k + batch * k_batch + head * k_head, k_token, N, COLUMNS)
     v_block = parts.pointers(v + batch * v_batch + head * v_head, v_token, N, COLUMNS)
-    total = tl.num_programs(0) // tl.cdiv(tokens, M) * tokens.to(tl.int64)
+    total = tl.num_programs(0) // ((tokens + M - 1) // M) * tl.cast(tokens, tl.int64)
     factors += pair * tokens
     d_sums += pair * tokens
     d_queries = tl.zeros([M, COLUMNS], tl.float32)

@@ -9,8 +9,8 @@ from kernbench.spec import Case, Cost, Inputs
 
 CASES = (
     Case("one", batch=1, heads=1, tokens=1, dim=16),
-    Case("ragged", batch=1, heads=2, tokens=37, dim=24),
-    Case("wide", batch=2, heads=1, tokens=19, dim=32),
+    Case("ragged", batch=1, heads=2, tokens=17, dim=24),
+    Case("wide", batch=2, heads=1, tokens=5, dim=40),
     Case("bench", large=True, batch=4, heads=12, tokens=2048, dim=64),
     Case("T4096", large=True, batch=4, heads=12, tokens=4096, dim=64),
     Case("C1280", large=True, batch=4, heads=10, tokens=2048, dim=128),

@@ -32,51 +32,47 @@ def _fractions(n1, d1, n2, d2):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def sums_of_tile(s, scale, limit):  # type: ignore[no-untyped-def]
+def sums_of_tile(s, scale):  # type: ignore[no-untyped-def]
     """Of products s [N, M], softplus in base 2 and sigma added up over all queries but LANES of them, [N, LANES].
 
-    With t = 2^-|s| <= 1, sigma is 1 / (1 + t) or t / (1 + t), and softplus is max(s, 0) + log(1 + t). Fractions are
-    added as fractions and logarithms as a product, so that M / LANES pairs share a reciprocal and a logarithm; the
-    product of that many factors up to two does not overflow. A product of minus infinity adds nothing.
+    With e = exp(min(L, 20)), softplus is log(1 + e) and sigma is e / (1 + e). Four fractions are added as fractions and
+    four logarithms as a product, which (1 + e^20)^4 does not overflow, so that four pairs share a reciprocal and a
+    logarithm. A product of minus infinity adds nothing.
     """
     N: tl.constexpr = s.shape[0]
     M: tl.constexpr = s.shape[1]
-    t = parts.exp2(-tl.abs(s) * scale)
-    numerator = tl.where(s >= 0.0, 1.0, t)
-    positive = tl.minimum(tl.maximum(s, 0.0), limit)
+    e = parts.exp2(tl.minimum(s * scale, DRIVE_LIMIT * LOG2_E))
     if parts.INTERPRETED:
         # It would walk over each pair in Python.
-        sigma = tl.sum(tl.reshape(numerator / (1.0 + t), [N, M // LANES, LANES]), 1)
-        soft = tl.sum(tl.reshape(tl.log2(1.0 + t) + positive * scale, [N, M // LANES, LANES]), 1)
+        sigma = tl.sum(tl.reshape(e / (1.0 + e), [N, M // LANES, LANES]), 1)
+        soft = tl.sum(tl.reshape(tl.log2(1.0 + e), [N, M // LANES, LANES]), 1)
     else:
-        shaped = tl.reshape(numerator, [N, M // LANES, LANES])
-        numerator, product = tl.reduce((shaped, tl.reshape(1.0 + t, [N, M // LANES, LANES])), 1, _fractions)
-        sigma = numerator * parts.reciprocal(product)
-        total = tl.reduce(tl.reshape(positive, [N, M // LANES, LANES]), 1, _add)
-        soft = parts.log2(product) + total * scale
+        e = tl.reshape(e, [N, M // (4 * LANES), 4, LANES])
+        numerator, product = tl.reduce((e, 1.0 + e), 2, _fractions)
+        sigma = tl.reduce(numerator * parts.reciprocal(product), 1, _add)
+        soft = tl.reduce(parts.log2(product), 1, _add)
     return soft, sigma
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _drive(  # type: ignore[no-untyped-def]
-    soft, sigma, k, block, first, end, key, stride, tokens, scale, limit,
+    soft, sigma, k, block, first, end, key, stride, tokens, scale,
     M: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds the sums over queries from first to end, for keys k [N, D]."""
-    N: tl.constexpr = k.shape[0]
     for start in range(first, end, M):
         q = parts.rows(block, start, stride, tokens, DIM, not MASKED)
-        s = parts.dot(k, tl.trans(q), tl.zeros([N, M], tl.float32))
+        s = parts.dot(k, tl.trans(q))
         if MASKED:
             query = start + tl.arange(0, M)
             s = tl.where((query[None, :] >= key[:, None]) & (query < tokens)[None, :], s, float("-inf"))
-        more_soft, more_sigma = sums_of_tile(s, scale, limit)
+        more_soft, more_sigma = sums_of_tile(s, scale)
         soft += more_soft
         sigma += more_sigma
     return soft, sigma
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["heads"])  # type: ignore[untyped-decorator]
 def keys_kernel(  # type: ignore[no-untyped-def]
     q, k, calcium, buffer, pool, reserve, primed, clamp, energy,
     new_calcium, new_buffer, new_pool, new_reserve, new_primed, new_energy, used, sums, factors,
@@ -96,14 +92,13 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     block = parts.pointers(q + batch * q_batch + head * q_head, q_token, M, COLUMNS)
     soft = tl.zeros([N, LANES], tl.float32)
     sigma = tl.zeros([N, LANES], tl.float32)
-    limit = DRIVE_LIMIT * LOG2_E / scale
     # Queries of the blocks that the diagonal crosses, of those below, and of one that is not full.
     begin = first // M * M
-    below = tl.minimum(tl.cdiv(first + N, M) * M, tl.cdiv(tokens, M) * M)
+    below = tl.minimum((first + N + M - 1) // M * M, (tokens + M - 1) // M * M)
     full = tl.maximum(tokens // M * M, below)
-    soft, sigma = _drive(soft, sigma, k, block, begin, below, key, q_token, tokens, scale, limit, M, DIM, True)
-    soft, sigma = _drive(soft, sigma, k, block, below, full, key, q_token, tokens, scale, limit, M, DIM, False)
-    soft, sigma = _drive(soft, sigma, k, block, full, tokens, key, q_token, tokens, scale, limit, M, DIM, True)
+    soft, sigma = _drive(soft, sigma, k, block, begin, below, key, q_token, tokens, scale, M, DIM, True)
+    soft, sigma = _drive(soft, sigma, k, block, below, full, key, q_token, tokens, scale, M, DIM, False)
+    soft, sigma = _drive(soft, sigma, k, block, full, tokens, key, q_token, tokens, scale, M, DIM, True)
     # Keys beyond the last would divide by zero.
     influx = tl.sum(soft, 1) * LN_2 / tl.maximum(tokens - key, 1).to(tl.float32)
     release = tl.sum(sigma, 1)
@@ -120,15 +115,14 @@ def keys_kernel(  # type: ignore[no-untyped-def]
         tl.load(energy + place, mask=inside, other=0.0).to(tl.float32),
         influx, release, R,
     )  # fmt: skip
-    DTYPE: tl.constexpr = new_calcium.dtype.element_ty
-    tl.store(new_calcium + place, _rows.narrow(c1, DTYPE), mask=inside)
-    tl.store(new_buffer + place, _rows.narrow(b1, DTYPE), mask=inside)
-    tl.store(new_pool + place, _rows.narrow(p1, DTYPE), mask=inside)
-    tl.store(new_reserve + place, _rows.narrow(r1, DTYPE), mask=inside)
-    tl.store(new_primed + place, _rows.narrow(s1, DTYPE), mask=inside)
-    tl.store(new_energy + place, _rows.narrow(e1, DTYPE), mask=inside)
+    parts.store(new_calcium + place, c1, inside)
+    parts.store(new_buffer + place, b1, inside)
+    parts.store(new_pool + place, p1, inside)
+    parts.store(new_reserve + place, r1, inside)
+    parts.store(new_primed + place, s1, inside)
+    parts.store(new_energy + place, e1, inside)
     tl.store(used + place, u, mask=inside)
-    total = tl.num_programs(0) // tl.cdiv(tokens, N) * tokens.to(tl.int64)
+    total = tl.num_programs(0) // ((tokens + N - 1) // N) * tl.cast(tokens, tl.int64)
     tl.store(sums + place, influx, mask=inside)
     tl.store(sums + total + place, release, mask=inside)
     factor = multiplier * barrier_factor(key, tokens, R)
@@ -139,7 +133,7 @@ def keys_kernel(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def barrier_factor(key, tokens, R: tl.constexpr):  # type: ignore[no-untyped-def]
     """exp(barrier (j - T) / T), up to one: what the barrier leaves of key j's weight, but for its query's part."""
-    return tl.exp(R.barrier_strength * (key - tokens).to(tl.float32) / tokens.to(tl.float32))
+    return tl.exp(R.barrier_strength * (key - tokens).to(tl.float32) / tl.cast(tokens, tl.float32))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -148,7 +142,6 @@ def _attend(  # type: ignore[no-untyped-def]
     N: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds keys from first to end to what queries q [M, D] have mixed so far, relative to their largest logits."""
-    M: tl.constexpr = q.shape[0]
     for start in range(first, end, N):
         k = parts.rows(k_block, start, k_token, tokens, DIM, not MASKED)
         v = parts.rows(v_block, start, v_token, tokens, DIM, not MASKED)
@@ -159,7 +152,7 @@ def _attend(  # type: ignore[no-untyped-def]
         else:
             slope = tl.load(factors + key)
             floor = tl.load(factors + total + key)
-        s = parts.dot(q, tl.trans(k), tl.zeros([M, N], tl.float32))
+        s = parts.dot(q, tl.trans(k))
         if MASKED:
             s = tl.where(query[:, None] >= key[None, :], s, float("-inf"))
         larger = tl.maximum(largest, tl.max(s, 1) * scale)
@@ -175,7 +168,7 @@ def _attend(  # type: ignore[no-untyped-def]
     return mixed, weights, largest
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["heads"])  # type: ignore[untyped-decorator]
 def queries_kernel(  # type: ignore[no-untyped-def]
     q, k, v, factors, y, normalizers,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, y_batch, y_head, y_token,
@@ -194,7 +187,7 @@ def queries_kernel(  # type: ignore[no-untyped-def]
     )
     k_block = parts.pointers(k + batch * k_batch + head * k_head, k_token, N, COLUMNS)
     v_block = parts.pointers(v + batch * v_batch + head * v_head, v_token, N, COLUMNS)
-    total = tl.num_programs(0) // tl.cdiv(tokens, M) * tokens.to(tl.int64)
+    total = tl.num_programs(0) // ((tokens + M - 1) // M) * tl.cast(tokens, tl.int64)
     factors += pair * tokens
     mixed = tl.zeros([M, COLUMNS], tl.float32)
     weights = tl.zeros([M], tl.float32)

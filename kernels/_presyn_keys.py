@@ -80,17 +80,6 @@ def constants_of(rates: tuple[float, ...]) -> Constants:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def clip(x, most: tl.constexpr):  # type: ignore[no-untyped-def]
-    return tl.minimum(tl.maximum(x, 0.0), most)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def unclipped(x, most: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One where :func:`clip` lets a derivative through, bounds included, as in torch.clamp."""
-    return tl.where((x >= 0.0) & (x <= most), 1.0, 0.0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def recovered(calcium, buffer, pool, reserve, primed, energy, influx, R: tl.constexpr):  # type: ignore[no-untyped-def]
     """Steps 2 to 4, before they are clipped: C', BUF', PRm, Rr, RESm, Em."""
     bound = R.alpha_buf_on * calcium * (1.0 - buffer)
@@ -126,7 +115,7 @@ def kept_of(g, pool, release, R: tl.constexpr):  # type: ignore[no-untyped-def]
 def settled(pool, reserve, primed, energy, used, R: tl.constexpr):  # type: ignore[no-untyped-def]
     """Step 10, before the clips: RRP', RES', PR', E'."""
     refilled = reserve + used
-    spent = R.energy_cost_rel * used + R.energy_cost_pump * (1.0 - clip(refilled, 1.0))
+    spent = R.energy_cost_rel * used + R.energy_cost_pump * (1.0 - tl.clamp(refilled, 0.0, 1.0))
     return pool - used, refilled, primed - R.alpha_unprime * used, energy - spent
 
 
@@ -140,15 +129,15 @@ def update(  # type: ignore[no-untyped-def]
     """
     c, b, p, r, s, e = recovered(calcium, buffer, pool, reserve, primed, energy, influx, R)
     c = tl.maximum(c, 0.0)
-    p, r, s, e = clip(p, 1.0), clip(r, 1.0), clip(s, 1.0), clip(e, 1.6)
+    p, r, s, e = tl.clamp(p, 0.0, 1.0), tl.clamp(r, 0.0, 1.0), tl.clamp(s, 0.0, 1.0), tl.clamp(e, 0.0, 1.6)
     kept, binds, _ = kept_of(fired(c, p, clamp, R) * r, r, release, R)
     used = tl.where(binds, r, kept * release)
     pool_after, reserve_after, primed_after, energy_after = settled(r, s, p, e, used, R)
-    energy_after = clip(energy_after, 1.6)
+    energy_after = tl.clamp(energy_after, 0.0, 1.6)
     amplitude = tl.maximum(R.qmax * sigmoid(R.q_beta * (energy_after - 0.5)), R.epsilon)
     return (
-        c, clip(b, 1.0), clip(pool_after, 1.0), clip(reserve_after, 1.0), clip(primed_after, 1.0), energy_after, used,
-        kept * amplitude,
+        c, tl.clamp(b, 0.0, 1.0), tl.clamp(pool_after, 0.0, 1.0), tl.clamp(reserve_after, 0.0, 1.0),
+        tl.clamp(primed_after, 0.0, 1.0), energy_after, used, kept * amplitude,
     )  # fmt: skip
 
 
@@ -160,21 +149,22 @@ def update_gradients(  # type: ignore[no-untyped-def]
     """Gradients of C, BUF, RRP, RES, PR, CL and E, of influx and of release, from those of the new state and of a."""
     c0, b0, p0, r0, s0, e0 = recovered(calcium, buffer, pool, reserve, primed, energy, influx, R)
     c = tl.maximum(c0, 0.0)
-    p, r, s, e = clip(p0, 1.0), clip(r0, 1.0), clip(s0, 1.0), clip(e0, 1.6)
+    p, r, s, e = tl.clamp(p0, 0.0, 1.0), tl.clamp(r0, 0.0, 1.0), tl.clamp(s0, 0.0, 1.0), tl.clamp(e0, 0.0, 1.6)
     f = fired(c, p, clamp, R)
     g = f * r
     kept, binds, dry = kept_of(g, r, release, R)
     used = tl.where(binds, r, kept * release)
     pool_after, reserve_after, primed_after, energy_after = settled(r, s, p, e, used, R)
-    open_gate = sigmoid(R.q_beta * (clip(energy_after, 1.6) - 0.5))
+    open_gate = sigmoid(R.q_beta * (tl.clamp(energy_after, 0.0, 1.6) - 0.5))
     amplitude = R.qmax * open_gate
 
     d_amplitude = tl.where(amplitude >= R.epsilon, d_a * kept, 0.0)
     d_energy += d_amplitude * amplitude * (1.0 - open_gate) * R.q_beta
-    de = d_energy * unclipped(energy_after, 1.6)
-    dp = d_primed * unclipped(primed_after, 1.0)
-    ds = (d_reserve + R.energy_cost_pump * de) * unclipped(reserve_after, 1.0)
-    dr = d_pool * unclipped(pool_after, 1.0)
+    # Derivatives go through a clip where it changes nothing, bounds included, as in torch.clamp.
+    de = tl.where(energy_after == tl.clamp(energy_after, 0.0, 1.6), d_energy, 0.0)
+    dp = tl.where(primed_after == tl.clamp(primed_after, 0.0, 1.0), d_primed, 0.0)
+    ds = tl.where(reserve_after == tl.clamp(reserve_after, 0.0, 1.0), d_reserve + R.energy_cost_pump * de, 0.0)
+    dr = tl.where(pool_after == tl.clamp(pool_after, 0.0, 1.0), d_pool, 0.0)
     d_used = ds - R.energy_cost_rel * de - R.alpha_unprime * dp - dr
 
     d_weight = d_a * tl.maximum(amplitude, R.epsilon)
@@ -189,11 +179,9 @@ def update_gradients(  # type: ignore[no-untyped-def]
     slow = c + R.syt_slow_kd
     slope = 0.7 * R.syt_fast_kd / (fast * fast) + 0.3 * R.syt_slow_kd / (slow * slow)
     dc = tl.where(c0 >= 0.0, d_calcium + 3.0 * dh * slope, 0.0)
-    db = d_buffer * unclipped(b0, 1.0)
-    dp *= unclipped(p0, 1.0)
-    dr *= unclipped(r0, 1.0)
-    ds *= unclipped(s0, 1.0)
-    de *= unclipped(e0, 1.6)
+    db = tl.where(b0 == tl.clamp(b0, 0.0, 1.0), d_buffer, 0.0)
+    dp, dr = tl.where(p == p0, dp, 0.0), tl.where(r == r0, dr, 0.0)
+    ds, de = tl.where(s == s0, ds, 0.0), tl.where(e == e0, de, 0.0)
     d_bound = db - dc
     return (
         R.keep_c * dc + d_bound * R.alpha_buf_on * (1.0 - buffer),

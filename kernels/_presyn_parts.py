@@ -49,18 +49,27 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def dot(left, right, total):  # type: ignore[no-untyped-def]
-    """total + left @ right; float32 is multiplied as such, and the interpreter cannot multiply bfloat16."""
+def dot(left, right, total=None):  # type: ignore[no-untyped-def]
+    """left @ right and what is added to it; float32 is multiplied as such, and the interpreter has no bfloat16."""
     if INTERPRETED:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
     return tl.dot(left, right, total, input_precision="ieee")
 
 
+@triton.jit
+def store(pointer, x, mask):  # type: ignore[no-untyped-def]
+    """x, float32, rounded to what pointer points to."""
+    dtype: tl.constexpr = pointer.dtype.element_ty
+    if INTERPRETED and dtype == tl.bfloat16:
+        x = _rows.narrow(x, dtype)
+    tl.store(pointer, x.to(dtype), mask=mask)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def place(tokens, heads, ROWS: tl.constexpr, LAST_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Batch, head, both in one, and first row of this program's ROWS; those with the most work come first."""
-    blocks = tl.cdiv(tokens, ROWS)
+    blocks = (tokens + ROWS - 1) // ROWS
     pairs = tl.num_programs(0) // blocks
     block = tl.program_id(0) // pairs
     pair = (tl.program_id(0) % pairs).to(tl.int64)

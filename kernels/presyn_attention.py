@@ -51,7 +51,7 @@ def presyn_attention_reference(
     """In plain PyTorch; arguments as in :func:`presyn_attention`, but that ``dock`` may be "upstream" too."""
     logits, bias, after, used = released(q, k, (calcium, buffer, pool, reserve, primed, clamp, energy), rates, dock)
     weights = torch.softmax(logits + bias, -1)
-    return weights.to(v.dtype) @ v, *after, used.to(torch.promote_types(used.dtype, torch.float32))
+    return weights.to(v.dtype) @ v, *after, used.detach()
 
 
 def released(
@@ -209,7 +209,7 @@ SPEC = KernelSpec(
     sizes={
         "batch": Sizes(most=2),
         "heads": Sizes(least=1, most=2),
-        "tokens": Sizes(most=40, block=16),
+        "tokens": Sizes(most=20, block=16),
         "dim": Sizes(least=1, most=40),
     },
     values={
