@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 _SMALL = _rows.INTERPRETED.value
 BLOCK = 512 if _SMALL else 1024
 SUM_ROWS, SUM_COLUMNS = (4, 16) if _SMALL else (32, 32)
+TURN_BLOCK = 32 if _SMALL else 64
 LOSS_BLOCK = 16 if _SMALL else 1024
 
 
@@ -36,22 +37,29 @@ class Tiles(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Tiles of the four products, and the rows that one program adds up for a weight's gradient."""
+    """Tiles of the four products, and the rows that one program adds up for a weight's gradient.
+
+    With ``turned``, what the products of the backward pass add up over lies next to each other in all operands. The
+    tensor cores take TF32 in no other way, and Triton turning tile by tile costs more than to do it once.
+    """
 
     hidden: Tiles
     error: Tiles
     outer: Tiles
     inner: Tiles
     length: int
+    turned: bool = False
 
 
 _ONE = Tiles(128, 64, 64, 4, 4)
 PLANS = {"bfloat16": Plan(_ONE, _ONE, _ONE, _ONE, 512)}
 _FLOAT = Tiles(128, 64, 32, 4, 4)
-_FLOAT_PLAN = Plan(_FLOAT, _FLOAT, _FLOAT, _FLOAT, 512)
+_FLOAT_PLAN = Plan(_FLOAT, _FLOAT, _FLOAT, _FLOAT, 512, turned=True)
 _SMALLEST = Tiles(32, 32, 32, 4, 1)
 INTERPRETED = Plan(_SMALLEST, _SMALLEST, _SMALLEST, _SMALLEST, 48)
 """Small enough that small cases have several of everything."""
+_LARGEST = Tiles(128, 128, 128, 4, 1)
+_INTERPRETED_WHOLE = Plan(_LARGEST, _LARGEST, _LARGEST, _LARGEST, 512)
 
 
 class Method(NamedTuple):
@@ -62,12 +70,17 @@ class Method(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward pass leaves: z1 and silu(z1) [N, H], y - v [N, M], its sums, and parts of the loss."""
+    """What the forward pass leaves: z1 and silu(z1) [N, H], y - v [N, M], sums of its columns, and parts of the loss.
+
+    ``hidden_turned`` [H, N] and ``error_turned`` [M, N] hold the same where the plan wants that, else nothing.
+    """
 
     before: Tensor
     hidden: Tensor
     error: Tensor
     error_sums: Tensor
+    hidden_turned: Tensor
+    error_turned: Tensor
     losses: Tensor
 
 
@@ -88,7 +101,8 @@ def method_for(key: Tensor, value: Tensor, hidden_width: int) -> Method:
 @lru_cache(maxsize=256)
 def _method(rows: int, widths: tuple[int, int, int], dtype: torch.dtype, precision: str) -> Method:
     if _SMALL:
-        return Method(INTERPRETED, precision)
+        plan = INTERPRETED if max(rows, *widths) <= 80 else _INTERPRETED_WHOLE
+        return Method(plan._replace(turned=dtype == torch.float32), precision)
     return Method(_FLOAT_PLAN if dtype == torch.float32 else PLANS["bfloat16"], precision)
 
 
@@ -180,8 +194,7 @@ def forward(key: Tensor, value: Tensor, weights: Sequence[Tensor], method: Metho
     """Two launches: z1 with its SiLU, and what is missing to the values."""
     plan, precision = method
     (rows, width), hidden_width, value_width = key.shape, weights[0].shape[0], value.shape[1]
-    before = key.new_empty(rows, hidden_width)
-    hidden = torch.empty_like(before)
+    before, hidden, hidden_turned, error_turned = empty_saved(key, value, hidden_width, plan)
     error = torch.empty_like(value)
     error_sums = empty_sums(value, plan)
     programs = error_sums.shape[0] * triton.cdiv(value_width, plan.error.columns)
@@ -189,18 +202,28 @@ def forward(key: Tensor, value: Tensor, weights: Sequence[Tensor], method: Metho
     _launch(
         kernels.hidden_kernel,
         triton.cdiv(rows, plan.hidden.rows) * triton.cdiv(hidden_width, plan.hidden.columns),
-        (key, weights[0], weights[1], before, hidden, rows, width, hidden_width),
+        (key, weights[0], weights[1], before, hidden, hidden_turned, rows, width, hidden_width),
         plan.hidden,
-        EVEN=width % plan.hidden.inner == 0, PRECISION=precision, **_sizes(plan.hidden),
+        EVEN=width % plan.hidden.inner == 0, TURNED=plan.turned, PRECISION=precision, **_sizes(plan.hidden),
     )  # fmt: skip
     _launch(
         kernels.error_kernel,
         programs,
-        (hidden, weights[2], weights[3], value, error, losses, error_sums, rows, hidden_width, value_width),
+        (
+            hidden, weights[2], weights[3], value, error, error_turned, losses, error_sums,
+            rows, hidden_width, value_width,
+        ),
         plan.error,
-        EVEN=hidden_width % plan.error.inner == 0, PRECISION=precision, **_sizes(plan.error),
+        EVEN=hidden_width % plan.error.inner == 0, TURNED=plan.turned, PRECISION=precision, **_sizes(plan.error),
     )  # fmt: skip
-    return Saved(before, hidden, error, error_sums, losses)
+    return Saved(before, hidden, error, error_sums, hidden_turned, error_turned, losses)
+
+
+def empty_saved(key: Tensor, value: Tensor, hidden_width: int, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For z1 and h, and for h and y - v turned, which hold nothing where the plan does not want them."""
+    before = key.new_empty(key.shape[0], hidden_width)
+    turned = [key.new_empty((one.shape[1], one.shape[0]) if plan.turned else 0) for one in (before, value)]
+    return before, torch.empty_like(before), turned[0], turned[1]
 
 
 def empty_sums(value: Tensor, plan: Plan) -> Tensor:
@@ -220,23 +243,34 @@ def loss_of(saved: Saved) -> Tensor:
 def gradients(
     key: Tensor, weights: Sequence[Tensor], saved: Saved, gradient: Tensor, method: Method, *, with_key: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Three launches: fills gradient [P], float32; sums of squares of its blocks, and the keys' gradient."""
-    plan, precision = method
+    """Three launches or four: fills gradient [P], float32; sums of squares of its blocks, and the keys' gradient.
+
+    That one holds nothing unless it is wanted.
+    """
+    plan = method.plan
     rows, hidden_width, value_width = key.shape[0], weights[1].numel(), saved.error.shape[1]
     scale = 2.0 / saved.error.numel()
-    splits = triton.cdiv(rows, plan.length)
-    through = torch.empty_like(saved.hidden)
     hidden_sums = key.new_empty(triton.cdiv(rows, plan.outer.rows), hidden_width, dtype=torch.float32)
+    splits = triton.cdiv(rows, plan.length)
     inner_partials = key.new_empty(splits, weights[0].numel(), dtype=torch.float32)
     outer_partials = key.new_empty(splits, weights[2].numel(), dtype=torch.float32)
-    key_gradient = torch.empty_like(key) if with_key else key.new_empty(0)
+    nothing = key.new_empty(0)
+    through = torch.empty_like(saved.hidden) if with_key or not plan.turned else nothing
+    through_turned = torch.empty_like(saved.hidden_turned)
+    key_gradient = torch.empty_like(key) if with_key else nothing
+    inner, outer, right, hidden = weights[0], weights[2], key, saved.hidden
+    if plan.turned:
+        right, outer, inner = _turn(key, outer, inner, method.precision, with_inner=with_key)
+        hidden = saved.hidden_turned
+    shape = (rows, value_width, hidden_width)
     _backward(
-        plan.outer, plan.length, precision, saved.error, weights[2], saved.hidden, saved.before, through, hidden_sums,
-        outer_partials, scale, slope=True,
+        plan.outer, method, shape, saved.error, saved.error_turned, outer, hidden, saved.before, through,
+        through_turned, hidden_sums, outer_partials, scale, slope=True,
     )  # fmt: skip
+    shape = (rows, hidden_width, key.shape[1])
     _backward(
-        plan.inner, plan.length, precision, through, weights[0], key, through, key_gradient, hidden_sums,
-        inner_partials, scale, slope=False,
+        plan.inner, method, shape, through, through_turned, inner, right, nothing, key_gradient, nothing,
+        hidden_sums, inner_partials, scale, slope=False,
     )  # fmt: skip
     sizes = (weights[0].numel(), hidden_width, weights[2].numel(), value_width)
     programs = sum(triton.cdiv(size, BLOCK) for size in sizes[::2])
@@ -254,24 +288,45 @@ def gradients(
     return squares, key_gradient
 
 
+def _turn(
+    key: Tensor, outer: Tensor, inner: Tensor, precision: str, *, with_inner: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One launch: key [N, D] and W2 [M, H] turned, and W1 [H, D] where it is wanted."""
+    turned = [key.new_empty(one.shape[1], one.shape[0]) for one in (key, outer, *([inner] if with_inner else []))]
+    tiles = [triton.cdiv(one.shape[0], TURN_BLOCK) * triton.cdiv(one.shape[1], TURN_BLOCK) for one in turned]
+    last = turned[-1]
+    _launch(
+        kernels.turn_kernel,
+        sum(tiles),
+        (
+            key, turned[0], outer, turned[1], inner, last, key.shape[0], key.shape[1], inner.shape[0], outer.shape[0],
+            tiles[2] if with_inner else 0,
+        ),
+        BLOCK=TURN_BLOCK, PRECISION=precision,
+    )  # fmt: skip
+    return turned[0], turned[1], last
+
+
 def _backward(
-    tiles: Tiles, length: int, precision: str, left: Tensor, weight: Tensor, right: Tensor, before: Tensor,
-    out: Tensor, sums: Tensor, partials: Tensor, scale: float, *, slope: bool,
+    tiles: Tiles, method: Method, shape: tuple[int, int, int], left: Tensor, turned: Tensor, weight: Tensor,
+    right: Tensor, before: Tensor, out: Tensor, out_turned: Tensor, sums: Tensor, partials: Tensor, scale: float,
+    *, slope: bool,
 ) -> None:  # fmt: skip
-    (rows, inner), columns = left.shape, right.shape[1]
-    across = triton.cdiv(columns, tiles.columns)
+    """Of a layer with shape (N, I, J); where neither out nor slope asks for them, the rows are left out."""
+    rows, inner, columns = shape
+    (plan, precision), across = method, triton.cdiv(columns, tiles.columns)
     weight_programs = triton.cdiv(inner, tiles.rows) * across * partials.shape[0]
-    row_programs = 0 if not out.numel() else triton.cdiv(rows, tiles.rows) * across
+    row_programs = triton.cdiv(rows, tiles.rows) * across if slope or out.numel() else 0
     _launch(
         kernels.backward_kernel,
         weight_programs + row_programs,
         (
-            left, weight, right, before, left if out is None else out, sums, partials, scale, rows, inner, columns,
-            length, weight_programs,
+            left, turned, weight, right, before, out, out_turned, sums, partials, scale, rows, inner, columns,
+            plan.length, weight_programs,
         ),
         tiles,
-        EVEN=inner % tiles.inner == 0, EVEN_ROWS=length % tiles.inner == rows % tiles.inner == 0, SLOPE=slope,
-        PRECISION=precision, **_sizes(tiles),
+        EVEN=inner % tiles.inner == 0, EVEN_ROWS=plan.length % tiles.inner == rows % tiles.inner == 0, SLOPE=slope,
+        TURNED=plan.turned, KEEP=out.numel() > 0, PRECISION=precision, **_sizes(tiles),
     )  # fmt: skip
 
 

@@ -47,14 +47,57 @@ def _product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _ready(x, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x, float32, as it goes into a product: the nearest number in TF32, where hardware would cut off the bits."""
+    if PRECISION == "tf32":
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = ((bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)
+    return x
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def turn_kernel(  # type: ignore[no-untyped-def]
+    key, key_turned, outer, outer_turned, inner, inner_turned, rows, width, hidden_width, value_width, inner_programs,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One program turns a tile of key [N, D], of outer [M, H], or, if inner_programs counts them, of inner [H, D]."""
+    program = tl.program_id(0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    key_programs = tl.cdiv(rows, BLOCK) * tl.cdiv(width, BLOCK)
+    if program < key_programs:
+        _turned(key, key_turned, program, rows, width, BLOCK, PRECISION)
+    elif program < key_programs + inner_programs:
+        _turned(inner, inner_turned, program - key_programs, hidden_width, width, BLOCK, PRECISION)
+    else:
+        _turned(
+            outer, outer_turned, program - key_programs - inner_programs, value_width, hidden_width, BLOCK, PRECISION
+        )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _turned(source, target, program, rows, columns, BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of source [rows, columns], to its place in target [columns, rows]."""
+    across = tl.cdiv(columns, BLOCK)
+    row = program // across * BLOCK + tl.arange(0, BLOCK)
+    column = program % across * BLOCK + tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    found = tl.load(source + row[:, None].to(tl.int64) * columns + column[None, :], mask=mask, other=0.0)
+    tl.store(target + column[None, :].to(tl.int64) * rows + row[:, None], _ready(found, PRECISION), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def hidden_kernel(  # type: ignore[no-untyped-def]
-    key, weight, bias, before, hidden, rows, width, columns,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    key, weight, bias, before, hidden, turned, rows, width, columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program handles a tile of before and hidden [N, H] = silu(before), of key [N, D] and weight [H, D].
 
-    The grid counts tiles, those of one row of tiles first.
+    With TURNED it goes to turned [H, N] too. The grid counts tiles, those of one row of tiles first.
     """
     across = tl.cdiv(columns, COLUMNS)
     row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
@@ -73,18 +116,24 @@ def hidden_kernel(  # type: ignore[no-untyped-def]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(before + place, z, mask=mask)
     z = z.to(tl.float32)
-    tl.store(hidden + place, narrow(z / (1.0 + tl.exp(-z)), DTYPE), mask=mask)
+    silu = z / (1.0 + tl.exp(-z))
+    if TURNED:
+        silu = _ready(silu, PRECISION)
+        tl.store(turned + column[None, :].to(tl.int64) * rows + row[:, None], silu, mask=mask)
+    tl.store(hidden + place, narrow(silu, DTYPE), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def error_kernel(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, value, error, losses, sums, rows, width, columns,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    hidden, weight, bias, value, error, turned, losses, sums, rows, width, columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program handles a tile of error [N, M] = hidden [N, H] times weight [M, H], plus bias, minus value [N, M].
 
-    losses [programs] gets the sum of its squares, sums [tiles of N, M] those of its columns.
+    With TURNED it goes to turned [M, N] too. losses [programs] gets the sum of its squares, sums [tiles of N, M] those
+    of its columns.
     """
     across = tl.cdiv(columns, COLUMNS)
     down = tl.program_id(0) // across
@@ -105,15 +154,18 @@ def error_kernel(  # type: ignore[no-untyped-def]
     missed = narrow(narrow(total, DTYPE).to(tl.float32) - target, DTYPE)
     tl.store(error + place, missed, mask=mask)
     missed = tl.where(mask, missed.to(tl.float32), 0.0)
+    if TURNED:
+        tl.store(turned + column[None, :].to(tl.int64) * rows + row[:, None], _ready(missed, PRECISION), mask=mask)
     tl.store(losses + tl.program_id(0), tl.sum(missed * missed))
     tl.store(sums + down.to(tl.int64) * columns + column, tl.sum(missed, 0), mask=column < columns)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def backward_kernel(  # type: ignore[no-untyped-def]
-    left, weight, right, before, out, sums, partials, scale, rows, inner, columns, length, weight_programs,
+    left, turned, weight, right, before, out, out_turned, sums, partials, scale, rows, inner, columns, length,
+    weight_programs,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, EVEN_ROWS: tl.constexpr,
-    SLOPE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    SLOPE: tl.constexpr, TURNED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The backward pass of a layer whose outputs have the gradient left [N, I]: two products, tile by tile.
 
@@ -121,6 +173,10 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     was given: partials [rows / length, I, J]. The others handle a tile of out [N, J] = left weight, weight [I, J]. With
     SLOPE that goes on through the SiLU of before [N, J], and sums [tiles of N, J] gets sums of columns; without, it is
     multiplied by scale.
+
+    With TURNED both operands of each product have what is added up over next to each other, as TF32 wants it: turned
+    [I, N], weight [J, I], right [J, N], and with SLOPE the result goes to out_turned [J, N]. Without KEEP it goes
+    there alone.
     """
     across = tl.cdiv(columns, COLUMNS)
     program = tl.program_id(0)
@@ -133,10 +189,17 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         split = program // across // down
         row = program // across % down * ROWS + tl.arange(0, ROWS)
         start = split * length
-        total = _product(
-            left, right, row, column, inner, columns, 1, inner, columns, 1, start, tl.minimum(start + length, rows),
-            ROWS, COLUMNS, INNER, EVEN_ROWS, PRECISION,
-        )  # fmt: skip
+        end = tl.minimum(start + length, rows)
+        if TURNED:
+            total = _product(
+                turned, right, row, column, inner, columns, rows, 1, 1, rows, start, end,
+                ROWS, COLUMNS, INNER, EVEN_ROWS, PRECISION,
+            )  # fmt: skip
+        else:
+            total = _product(
+                left, right, row, column, inner, columns, 1, inner, columns, 1, start, end,
+                ROWS, COLUMNS, INNER, EVEN_ROWS, PRECISION,
+            )  # fmt: skip
         place = (split * inner + row)[:, None].to(tl.int64) * columns + column[None, :]
         tl.store(partials + place, total, mask=(row < inner)[:, None] & (column < columns)[None, :])
     else:
@@ -145,8 +208,8 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         down = program // across
         row = down * ROWS + tl.arange(0, ROWS)
         total = _product(
-            left, weight, row, column, rows, columns, inner, 1, columns, 1, 0, inner,
-            ROWS, COLUMNS, INNER, EVEN, PRECISION,
+            left, weight, row, column, rows, columns, inner, 1, 1 if TURNED else columns, inner if TURNED else 1,
+            0, inner, ROWS, COLUMNS, INNER, EVEN, PRECISION,
         )  # fmt: skip
         DTYPE: tl.constexpr = out.dtype.element_ty
         place = row[:, None].to(tl.int64) * columns + column[None, :]
@@ -158,9 +221,13 @@ def backward_kernel(  # type: ignore[no-untyped-def]
             result = narrow(total, DTYPE)
             kept = tl.where(mask, result.to(tl.float32), 0.0)
             tl.store(sums + down.to(tl.int64) * columns + column, tl.sum(kept, 0), mask=column < columns)
+            if TURNED:
+                result = _ready(result, PRECISION)
+                tl.store(out_turned + column[None, :].to(tl.int64) * rows + row[:, None], result, mask=mask)
         else:
             result = narrow(total * scale, DTYPE)
-        tl.store(out + place, result, mask=mask)
+        if KEEP:
+            tl.store(out + place, result, mask=mask)
 
 
 @triton.jit
@@ -245,16 +312,33 @@ def squares_kernel(gradient, squares, size, BLOCK: tl.constexpr, OVERLAP: tl.con
     tl.store(squares + tl.program_id(0), _square(tl.load(gradient + place, mask=mask, other=0.0), mask))
 
 
-@triton.jit
-def _written(weight, momentum, gradient, place, size, scale, keep, decay, step_size, good):  # type: ignore[no-untyped-def]
-    """Writes the elements place of weight and momentum [size], or nothing, which is what a mask of their size is."""
+@triton.jit  # type: ignore[untyped-decorator]
+def _written(  # type: ignore[no-untyped-def]
+    weight, momentum, gradient, program, size, squares, forget, decay, step_size, clip, programs,
+    PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Writes BLOCK elements of weight and momentum [size], or nothing where the gradient is bad.
+
+    Weight and momentum are asked for before the wait: no kernel writes them between the last write and this one.
+    """
+    place = program * BLOCK + tl.arange(0, BLOCK)
+    s = tl.load(momentum + place, mask=place < size, other=0.0)
+    w = tl.load(weight + place, mask=place < size, other=0.0).to(tl.float32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    g = tl.load(gradient + place, mask=place < size, other=0.0)
+    index = tl.arange(0, PROGRAMS)
+    square = tl.sum(tl.load(squares + index, mask=index < programs, other=0.0))
+    norm = tl.sqrt(square)
+    scale = tl.where(norm > clip, clip / norm, 1.0)
+    s = tl.load(decay).to(tl.float32) * s - step_size * (g * scale)
+    w = (1.0 - tl.load(forget).to(tl.float32)) * w + s
+    # The clip of a step that someone spoils may be infinite.
+    good = (square == square) & (scale > float("-inf"))
     mask = place < tl.where(good, size, 0)
-    g = tl.load(gradient + place, mask=mask, other=0.0)
-    s = tl.load(momentum + place, mask=mask, other=0.0)
-    w = tl.load(weight + place, mask=mask, other=0.0).to(tl.float32)
-    s = decay * s - step_size * (g * scale)
     tl.store(momentum + place, s, mask=mask)
-    tl.store(weight + place, narrow(keep * w + s, weight.dtype.element_ty), mask=mask)
+    tl.store(weight + place, narrow(w, weight.dtype.element_ty), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -269,38 +353,34 @@ def write_kernel(  # type: ignore[no-untyped-def]
     g is not finite nothing is written.
     """
     program = tl.program_id(0).to(tl.int64)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    index = tl.arange(0, PROGRAMS)
-    square = tl.sum(tl.load(squares + index, mask=index < programs, other=0.0))
-    norm = tl.sqrt(square)
-    scale = tl.where(norm > clip, clip / norm, 1.0)
-    # The clip of a step that someone spoils may be infinite.
-    good = (square == square) & (scale > float("-inf"))
-    keep = 1.0 - tl.load(forget).to(tl.float32)
-    eta = tl.load(decay).to(tl.float32)
     end1 = tl.cdiv(inner_size, BLOCK)
     end2 = end1 + tl.cdiv(hidden_width, BLOCK)
     end3 = end2 + tl.cdiv(outer_size, BLOCK)
-    place = tl.arange(0, BLOCK).to(tl.int64)
-    start = program * 0 + inner_size + hidden_width
     if program < end1:
-        place = program * BLOCK + place
-        _written(inner_weight, momentum, gradient, place, inner_size, scale, keep, eta, step_size, good)
-    elif program < end2:
-        place = (program - end1) * BLOCK + place
         _written(
-            inner_bias, momentum + inner_size, gradient + inner_size, place, hidden_width, scale, keep, eta, step_size,
-            good,
+            inner_weight, momentum, gradient, program, inner_size,
+            squares, forget, decay, step_size, clip, programs, PROGRAMS, BLOCK, OVERLAP,
         )  # fmt: skip
-    elif program < end3:
-        place = (program - end2) * BLOCK + place
-        _written(outer_weight, momentum + start, gradient + start, place, outer_size, scale, keep, eta, step_size, good)
+    elif program < end2:
+        _written(
+            inner_bias, momentum + inner_size, gradient + inner_size, program - end1, hidden_width,
+            squares, forget, decay, step_size, clip, programs, PROGRAMS, BLOCK, OVERLAP,
+        )  # fmt: skip
     else:
-        place = (program - end3) * BLOCK + place
-        start += outer_size
-        _written(outer_bias, momentum + start, gradient + start, place, value_width, scale, keep, eta, step_size, good)
+        momentum += hidden_width
+        gradient += hidden_width
+        if program < end3:
+            _written(
+                outer_weight, momentum + inner_size, gradient + inner_size, program - end2, outer_size,
+                squares, forget, decay, step_size, clip, programs, PROGRAMS, BLOCK, OVERLAP,
+            )  # fmt: skip
+        else:
+            momentum += outer_size
+            gradient += outer_size
+            _written(
+                outer_bias, momentum + inner_size, gradient + inner_size, program - end3, value_width,
+                squares, forget, decay, step_size, clip, programs, PROGRAMS, BLOCK, OVERLAP,
+            )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]

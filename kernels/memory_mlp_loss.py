@@ -34,13 +34,13 @@ def memory_mlp_loss_reference(
     gradient: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """In plain PyTorch; arguments as in :func:`memory_mlp_loss`."""
-    hidden = functional.silu(functional.linear(key, inner_weight, inner_bias))
-    loss = functional.mse_loss(functional.linear(hidden, outer_weight, outer_bias), value)
     if gradient is not None:
         with torch.no_grad():
             weights = (inner_weight, inner_bias, outer_weight, outer_bias)
             gradient.copy_(_memory_mlp.gradient_of(key, value, weights, gradient.dtype))
-    return loss
+        inner_weight, outer_weight = inner_weight.clone(), outer_weight.clone()
+    hidden = functional.silu(functional.linear(key, inner_weight, inner_bias))
+    return functional.mse_loss(functional.linear(hidden, outer_weight, outer_bias), value)
 
 
 def memory_mlp_loss(
@@ -77,12 +77,12 @@ def memory_mlp_loss(
 
 
 def _forward(key: Tensor, value: Tensor, weights: tuple[Tensor, ...], gradient: Tensor | None) -> tuple[Tensor, ...]:
-    """The loss, and what a backward pass needs: z1, h, y - v and its sums; with ``gradient`` that of the keys too."""
+    """The loss, and all but the last of :class:`Saved`; with ``gradient`` the gradient of the keys too."""
     method = _memory_mlp.method_for(key, value, weights[0].shape[0])
     with _rows.on_device(key):
         saved = _memory_mlp.forward(key, value, weights, method)
         loss = _memory_mlp.loss_of(saved)
-        found = [loss, *saved[:4]]
+        found = [loss, *saved[:-1]]
         if gradient is not None:
             found.append(_memory_mlp.gradients(key, weights, saved, gradient, method, with_key=True)[1])
     return tuple(found)
@@ -90,12 +90,12 @@ def _forward(key: Tensor, value: Tensor, weights: tuple[Tensor, ...], gradient: 
 
 def _backward(
     dloss: Tensor, key: Tensor, inner_weight: Tensor, inner_bias: Tensor, outer_weight: Tensor, outer_bias: Tensor,
-    before: Tensor, hidden: Tensor, error: Tensor, error_sums: Tensor,
+    before: Tensor, hidden: Tensor, error: Tensor, error_sums: Tensor, hidden_turned: Tensor, error_turned: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     weights = (inner_weight, inner_bias, outer_weight, outer_bias)
     method = _memory_mlp.method_for(key, error, hidden.shape[1])
     gradient = key.new_empty(sum(weight.numel() for weight in weights), dtype=torch.float32)
-    saved = Saved(before, hidden, error, error_sums, error_sums)
+    saved = Saved(before, hidden, error, error_sums, hidden_turned, error_turned, losses=error_sums)
     with _rows.on_device(key):
         _, dkey = _memory_mlp.gradients(key, weights, saved, gradient, method, with_key=True)
         return _memory_mlp.scaled(dloss, dkey, error, gradient)
@@ -127,8 +127,8 @@ class _MemoryLoss(torch.autograd.Function):
 def _keep(ctx: Any, key: Tensor, weights: Sequence[Tensor], saved: Sequence[Tensor], *, taken: bool) -> None:
     """What the backward pass needs; where the gradients are taken already, no weight, so that these may be written."""
     ctx.taken = taken
-    before, hidden, error, error_sums, *rest = saved
-    ctx.save_for_backward(*((rest[0], error, rest[1]) if taken else (key, *weights, before, hidden, error, error_sums)))
+    *forward, key_gradient, gradient = saved if taken else (*saved, None, None)
+    ctx.save_for_backward(*((key_gradient, forward[2], gradient) if taken else (key, *weights, *forward)))
 
 
 def _gradients(ctx: Any, dloss: Tensor) -> tuple[Tensor, ...]:
@@ -158,12 +158,12 @@ def _operator_fake(
     key: Tensor, value: Tensor, inner_weight: Tensor, inner_bias: Tensor, outer_weight: Tensor, outer_bias: Tensor,
     taken: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    hidden = key.new_empty(key.shape[0], inner_weight.shape[0])
+    plan = _memory_mlp.method_for(key, value, inner_weight.shape[0]).plan
+    before, hidden, *turned = _memory_mlp.empty_saved(key, value, inner_weight.shape[0], plan)
     weights = (inner_weight, inner_bias, outer_weight, outer_bias)
     size = sum(weight.numel() for weight in weights) if taken else 0
     return (
-        key.new_empty(()), hidden, torch.empty_like(hidden), torch.empty_like(value),
-        _memory_mlp.empty_sums(value, _memory_mlp.method_for(key, value, hidden.shape[1]).plan),
+        key.new_empty(()), before, hidden, torch.empty_like(value), _memory_mlp.empty_sums(value, plan), *turned,
         torch.empty_like(key) if taken else key.new_empty(0), key.new_empty(size, dtype=torch.float32),
     )  # fmt: skip
 
@@ -171,7 +171,7 @@ def _operator_fake(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     key, _, *weights, taken = inputs
     ctx.set_materialize_grads(False)
-    _keep(ctx, key, weights, output[1:], taken=taken)
+    _keep(ctx, key, weights, output[1:] if taken else output[1:-2], taken=taken)
 
 
 def _operator_gradients(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -185,13 +185,13 @@ for _name, _schema, _implementation in (
     (
         "memory_mlp_loss",
         f"(Tensor key, Tensor value, {_WEIGHTS}, bool taken) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         _operator,
     ),
     (
         "memory_mlp_loss_backward",
-        f"(Tensor dloss, Tensor key, {_WEIGHTS}, Tensor before, Tensor hidden, Tensor error, Tensor error_sums) -> "
-        + _SIX,
+        f"(Tensor dloss, Tensor key, {_WEIGHTS}, Tensor before, Tensor hidden, Tensor error, "
+        "Tensor error_sums, Tensor hidden_turned, Tensor error_turned) -> " + _SIX,
         _backward,
     ),
     ("memory_mlp_loss_scaled", "(Tensor dloss, Tensor dkey, Tensor error, Tensor gradient) -> " + _SIX, _scaled),
@@ -202,7 +202,7 @@ for _name, _schema, _implementation in (
 torch.library.register_fake("kernbench::memory_mlp_loss", _operator_fake, lib=_LIBRARY)
 torch.library.register_fake(
     "kernbench::memory_mlp_loss_backward",
-    lambda dloss, key, w1, b1, w2, b2, before, hidden, error, sums: tuple(
+    lambda dloss, key, w1, b1, w2, b2, before, hidden, error, *_: tuple(
         map(torch.empty_like, (key, error, w1, b1, w2, b2))
     ),
     lib=_LIBRARY,

@@ -15,8 +15,8 @@ from kernbench import device, registry
 from kernbench.spec import Case, Inputs
 
 DEVICE = device.resolve("auto")
-UPDATE = registry.kernel("memory_mlp_update").declaration
-LOSS = registry.kernel("memory_mlp_loss").declaration
+UPDATE: Any = registry.kernel("memory_mlp_update").declaration
+LOSS: Any = registry.kernel("memory_mlp_loss").declaration
 WEIGHTS = ("inner_weight", "inner_bias", "outer_weight", "outer_bias")
 STATE = (*WEIGHTS, "momentum")
 
@@ -36,7 +36,9 @@ def copied(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
 
 def drawn(spec: Any, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: int) -> Inputs:
     flags = {"clipped": 1, "given": 0} if spec is UPDATE else {"taken": 0}
-    return spec.make_inputs(Case("drawn", **{**flags, **sizes}), dtype, DEVICE, seed)
+    case = Case("drawn", large=False, **{**flags, **sizes})
+    inputs: Inputs = spec.make_inputs(case, dtype, DEVICE, seed)
+    return inputs
 
 
 def by_autograd(inputs: Inputs) -> None:

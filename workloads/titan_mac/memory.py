@@ -5,11 +5,16 @@ Shapes: B batch, T positions, D width, N = B * T rows, M memory width (= D), P =
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .config import TitanConfig
+
+Commit = Callable[[Tensor, Tensor], None]
+"""Takes the segment [B, T, D], from which the gates follow, and the gradient of the memory [P]."""
 
 
 class Gate(nn.Module):
@@ -60,28 +65,34 @@ class NeuralMemory(nn.Module):
 
         A gradient with NaN or Inf leaves W and S as they were. In evaluation nothing is written.
         """
-        loss = self.reconstruction_loss(x_BTD)
-        if not (self.training and torch.is_grad_enabled()):
-            return loss
-        gradient_P = self.gradient(loss)
-        norm = gradient_P.norm()
-        if norm > self.clip:
-            gradient_P.mul_(self.clip / norm)
-        if torch.isnan(gradient_P).any() or torch.isinf(gradient_P).any():
-            return loss
-        forget, decay = self.gates(x_BTD)
-        self.write(gradient_P, forget, decay, True)
+        rows_ND = x_BTD.flatten(0, 1)
+        key_NM, value_NM = self.key(rows_ND), self.value(rows_ND)
+        loss = self.reconstruction_loss(key_NM, value_NM)
+        if self.training and torch.is_grad_enabled():
+            self.learn(x_BTD, key_NM, value_NM, loss, self.commit)
         return loss
 
-    def reconstruction_loss(self, x_BTD: Tensor) -> Tensor:
+    def reconstruction_loss(self, key_NM: Tensor, value_NM: Tensor) -> Tensor:
         """Mean squared error of the recalled values.
 
         The weights are copied into the graph, so that the backward pass of the training loss sees the weights that the
         loss was taken with, although ``write`` changes them before it runs.
         """
-        rows_ND = x_BTD.flatten(0, 1)
-        recalled_NM = recall(self.key(rows_ND), [weight.clone() for weight in self.weights()])
-        return functional.mse_loss(recalled_NM, self.value(rows_ND))
+        return functional.mse_loss(recall(key_NM, [weight.clone() for weight in self.weights()]), value_NM)
+
+    def learn(self, x_BTD: Tensor, key_NM: Tensor, value_NM: Tensor, loss: Tensor, commit: Commit) -> None:
+        """Take one gradient step on ``loss``, which is that of ``key_NM`` and ``value_NM``; ``commit`` guards it."""
+        commit(x_BTD, self.gradient(loss))
+
+    def commit(self, x_BTD: Tensor, gradient_P: Tensor) -> None:
+        """Clip the gradient and write it into the memory, unless it has NaN or Inf."""
+        norm = gradient_P.norm()
+        if norm > self.clip:
+            gradient_P = gradient_P * (self.clip / norm)
+        if torch.isnan(gradient_P).any() or torch.isinf(gradient_P).any():
+            return
+        forget, decay = self.gates(x_BTD)
+        self.write(gradient_P, forget, decay, True)
 
     def gradient(self, loss: Tensor) -> Tensor:
         """Gradient of ``loss`` with respect to the memory, flat [P] in the dtype of the momentum; keeps the graph."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,15 +25,20 @@ _move_parameters = DeepNestedOptimizer.move_parameters
 
 def update_memory(self: NeuralMemory, x_BTD: Tensor) -> Tensor:
     """``NeuralMemory.update`` with the clip and the NaN guard as selections on the device."""
-    loss = self.reconstruction_loss(x_BTD)
-    if not (self.training and torch.is_grad_enabled()):
-        return loss
-    gradient_P = self.gradient(loss)
+    rows_ND = x_BTD.flatten(0, 1)
+    key_NM, value_NM = self.key(rows_ND), self.value(rows_ND)
+    loss = self.reconstruction_loss(key_NM, value_NM)
+    if self.training and torch.is_grad_enabled():
+        self.learn(x_BTD, key_NM, value_NM, loss, partial(commit_selected, self))
+    return loss
+
+
+def commit_selected(self: NeuralMemory, x_BTD: Tensor, gradient_P: Tensor) -> None:
+    """``NeuralMemory.commit`` without a branch on the device's numbers."""
     norm = gradient_P.norm()
-    gradient_P.mul_((self.clip / norm).masked_fill(~(norm > self.clip), 1.0))
+    gradient_P = gradient_P * (self.clip / norm).masked_fill(~(norm > self.clip), 1.0)
     forget, decay = self.gates(x_BTD)
     self.write(gradient_P, forget, decay, torch.isfinite(gradient_P).all())
-    return loss
 
 
 def control(self: LearningRateController, statistics_G3: Tensor) -> Tensor:

@@ -47,6 +47,17 @@ from kernbench.workload import Fault, Peer, Phase, Swap, Workload
 from .cms import Momenta
 from .config import TitanConfig
 from .faults import inject_nan_gradient, inject_nan_loss, protected
+from .fused_memory import (
+    LOSS_CLAIM,
+    LOSS_PROMISE,
+    UPDATE_CLAIM,
+    UPDATE_PROMISE,
+    adapt_memory_loss,
+    adapt_memory_update,
+    gradient_taken,
+    predict_memory_loss,
+    predict_memory_update,
+)
 from .graph import advance, fixed_batch
 from .memory import NeuralMemory
 from .optimizer import DeepNestedOptimizer, LearningRateController
@@ -174,6 +185,15 @@ WORKLOAD = Workload(
             ),
         ),
         Phase(
+            number=1,
+            title="memory update without autograd",
+            flag="TITAN_FUSED_MEMORY_UPDATE",
+            claim=UPDATE_CLAIM,
+            predicts=UPDATE_PROMISE,
+            predict=predict_memory_update,
+            swaps=(Swap(site=(NeuralMemory, "learn"), kernel="memory_mlp_update", adapt=adapt_memory_update),),
+        ),
+        Phase(
             number=2,
             title="fused AdamW",
             flag="TITAN_FUSED_ADAMW",
@@ -181,6 +201,18 @@ WORKLOAD = Workload(
             predicts=ADAMW_PROMISE,
             predict=predict_fused_adamw,
             swaps=(Swap(site=(DeepNestedOptimizer, "apply_update"), kernel="fused_adamw", adapt=adapt_fused_adamw),),
+        ),
+        Phase(
+            number=3,
+            title="memory forward and loss",
+            flag="TITAN_FUSED_MEMORY_LOSS",
+            claim=LOSS_CLAIM,
+            predicts=LOSS_PROMISE,
+            predict=predict_memory_loss,
+            swaps=(
+                Swap(site=(NeuralMemory, "reconstruction_loss"), kernel="memory_mlp_loss", adapt=adapt_memory_loss),
+                Swap(site=(NeuralMemory, "gradient"), use=gradient_taken),
+            ),
         ),
         Phase(
             number=5,
