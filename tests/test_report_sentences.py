@@ -9,7 +9,7 @@ import pytest
 import report_records as samples
 
 from kernbench.record import Arm, BenchResult, ProfileRecord, Ratio, Stage, Verdict
-from kernbench.report import html, page, sentences
+from kernbench.report import benchwords, html, page, paritywords, sentences
 
 
 def test_profile_on_a_cpu_speaks_of_a_gpu() -> None:
@@ -92,9 +92,9 @@ def test_parity_counts_failures_and_planted_errors() -> None:
 
 def test_impossible_figures_do_not_win() -> None:
     record = samples.bench()
-    rows = sentences.bench_groups(record.results)["fused_adamw, seed, float32: cold"]
+    rows = benchwords.bench_groups(record.results)["fused_adamw, seed, float32: cold"]
     impossible = next(row for row in rows if row.label == "impossible")
-    best = sentences.fastest([impossible, *rows])
+    best = benchwords.fastest([impossible, *rows])
     assert best is not None
     assert best.label != "impossible"
 
@@ -114,10 +114,10 @@ def test_builds_and_sanitizer_have_their_sentence() -> None:
         "1 of 3 builds of 1 kernel for sm_90, sm_80, sm_100 failed, the first one fused_adamw, _update_kernel for sm_80"
     )
     good = [build for build in samples.built().builds if build.passed]
-    assert sentences.builds_headline(good) == "2 builds of 1 kernel for sm_90, sm_100: all fit."
+    assert benchwords.builds_headline(good) == "2 builds of 1 kernel for sm_90, sm_100: all fit."
     assert sentences.headline(samples.sanitized()).startswith("racecheck and memcheck: 1 of 2 runs failed")
     clean = samples.sanitized().sanitizer[:1]
-    assert sentences.sanitizer_clause(clean) == "racecheck: no findings in 1 run."
+    assert paritywords.sanitizer_clause(clean) == "racecheck: no findings in 1 run."
 
 
 def test_bench_on_a_cpu_says_what_was_not_measured() -> None:
@@ -259,13 +259,13 @@ def test_what_was_not_timed_stands_with_what_was_and_large_cases_need_no_table()
         row("small", "compile", 1e-6, cache="cold", direction="backward"),
         row("small", "triton", None, label="failed", note="killed", direction="backward"),
     ]
-    groups = sentences.bench_groups(record.results)
+    groups = benchwords.bench_groups(record.results)
     assert {title: [one.implementation for one in rows] for title, rows in groups.items()} == {
         "swiglu, large, float32": ["eager"],
         "swiglu, small, float32: cold": ["eager", "triton"],
         "swiglu, small, float32, backward: cold": ["eager", "compile", "triton"],
     }
-    assert sentences.not_measured(groups) == {"a large case": ["swiglu, large, float32"]}
+    assert benchwords.not_measured(groups) == {"a large case": ["swiglu, large, float32"]}
     assert sentences.headline(record) == (
         "Fastest in 1 of 2 cases: eager. Fastest in 1 of 2 cases: compile, 4.00x as fast as the next best; "
         "triton not measured here."

@@ -25,7 +25,18 @@ from kernbench.record import (
     SanitizerResult,
     SwapRecord,
 )
-from kernbench.report import machine, page, sentences, stepconsole, sweepplot, terminal, units
+from kernbench.report import (
+    benchwords,
+    machine,
+    page,
+    paritywords,
+    phrases,
+    sentences,
+    stepconsole,
+    sweepplot,
+    terminal,
+    units,
+)
 from kernbench.report.bars import progress
 from kernbench.report.terminal import STYLES
 
@@ -51,7 +62,7 @@ def show(record: Record, report: Path | None) -> None:
         console.print()
         console.print(block)
     console.print()
-    for warning in filter(None, [sentences.ending(record), *record.warnings]):
+    for warning in filter(None, [phrases.ending(record), *record.warnings]):
         console.print(terminal.text("warning: ", "yellow").append_text(terminal.text(warning)))
     if report is not None:
         console.print(terminal.text(f"report: {report}"), soft_wrap=True)
@@ -158,7 +169,7 @@ def _profile(record: ProfileRecord) -> list[RenderableType]:
     blocks: list[RenderableType] = [terminal.text(", ".join(facts))]
     own = [(figure.name, units.figure(figure.value, figure.unit)) for figure in record.figures]
     if record.floor is not None:
-        own.append(("bandwidth floor", sentences.floor_in_words(record.floor)))
+        own.append(("bandwidth floor", benchwords.floor_in_words(record.floor)))
     if own:
         blocks.append(terminal.facts(own))
     if record.overhead is not None and record.overhead.trace_ratio is not None:
@@ -187,7 +198,7 @@ def _swap(record: SwapRecord) -> list[RenderableType]:
         for row in promises:
             table.add_row(*map(terminal.text, (row.name, row.predicted, row.measured, row.words)))
         blocks.append(table if promises else terminal.text(f"predicted: {record.predicted.text}"))
-    evidence = [terminal.text(f"parity: {sentences.parity_headline(record.parity)}")] if record.parity else []
+    evidence = [terminal.text(f"parity: {paritywords.parity_headline(record.parity)}")] if record.parity else []
     for hit in record.receipt:
         by = f"{hit.kernel} ({hit.implementation})" if hit.kernel else hit.implementation
         often = f"{units.count(hit.calls_per_step)} call{'' if hit.calls_per_step == 1 else 's'} a step"
@@ -275,9 +286,9 @@ def _builds(builds: Sequence[Build]) -> list[RenderableType]:
 
 def _bench(record: BenchRecord) -> list[RenderableType]:
     sweeps, rest = sweepplot.apart(record)
-    groups = sentences.bench_groups(rest)
-    untimed = sentences.not_measured(groups)
-    lines = [terminal.text(f"{sentences.NOT_MEASURED}: {'; '.join(names)} ({why})") for why, names in untimed.items()]
+    groups = benchwords.bench_groups(rest)
+    untimed = benchwords.not_measured(groups)
+    lines = [terminal.text(f"{benchwords.NOT_MEASURED}: {'; '.join(names)} ({why})") for why, names in untimed.items()]
     blocks: list[RenderableType] = [Group(*lines)] if lines else []
     blocks += [
         _extra(item) for item in (*sweeps, sweepplot.claims(record), sweepplot.curves(record)) if item is not None
@@ -296,7 +307,7 @@ def _bench(record: BenchRecord) -> list[RenderableType]:
             "label",
         )
         title = terminal.text(name, "bold")
-        best = sentences.fastest(rows)
+        best = benchwords.fastest(rows)
         for row in rows:
             table.add_row(*_bench_row(record, row), style="bold" if row is best and len(rows) > 1 else "")
         blocks.append(Group(title, table))
@@ -329,7 +340,7 @@ def _bench_figures(rows: Sequence[BenchResult]) -> list[RenderableType]:
         reached = row.floor.share if row.floor is not None else None
         cells += [units.share(reached) if reached is not None else ""] * len(share)
         table.add_row(terminal.text(row.implementation), *map(terminal.text, cells))
-    told = sentences.floors_in_words(rows)
+    told = benchwords.floors_in_words(rows)
     return [Group(table, *(terminal.text(f"bandwidth floor: {words}") for words in told))]
 
 
@@ -347,7 +358,7 @@ def _bench_row(record: BenchRecord, row: BenchResult) -> list[Text]:
         terminal.text(units.seconds(row.seconds) if row.seconds is not None else "-"),
         terminal.text(units.seconds_range(*row.interval) if row.interval else ""),
         terminal.text(units.faster(row.speedup[0]) if row.speedup else ""),
-        terminal.text(sentences.bench_rate(row, record.workload)),
+        terminal.text(benchwords.bench_rate(row, record.workload)),
         *own,
         terminal.text(label, "yellow" if row.label else ""),
     ]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from kernbench.record import Difference, OperatorChange
 from kernbench.report import units
-from kernbench.report.sentences import Tone, difference
+from kernbench.report.phrases import Tone
+from kernbench.report.sentences import difference
 
 
 @dataclass(frozen=True)

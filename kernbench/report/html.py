@@ -27,9 +27,12 @@ from kernbench.record import (
 )
 from kernbench.record import kind as kind_of
 from kernbench.report import (
+    benchwords,
     differences,
     machine,
     page,
+    paritywords,
+    phrases,
     picture,
     plots,
     sentences,
@@ -38,7 +41,7 @@ from kernbench.report import (
     tracewords,
     units,
 )
-from kernbench.report.sentences import Tone
+from kernbench.report.phrases import Tone
 from kernbench.report.templating import Templates
 from kernbench.report.templating import source as template_source
 
@@ -90,7 +93,7 @@ def render(record: Record, traces: Sequence[str] = ()) -> str:
         kind=sentences.kind_in_words(record),
         workload=sentences.workload_of(record),
         chips=_chips(record),
-        ending=sentences.capitalized(sentences.ending(record)),
+        ending=phrases.capitalized(phrases.ending(record)),
         machine=machine.environment_rows(record.environment),
         ceilings=machine.ceiling_rows(record.environment),
         clocks=machine.clock_rows(machine.clocks_of(record)),
@@ -132,7 +135,7 @@ def _context(record: Record, traces: Sequence[str]) -> dict[str, Any]:
         case CompareRecord():
             return _sides(record.before, record.after, record.ratio, traces) | _difference(record)
         case ParityRecord():
-            return {"groups": page.parity_groups(record.results), "mutants": sentences.mutants(record.results)}
+            return {"groups": page.parity_groups(record.results), "mutants": paritywords.mutants(record.results)}
         case BenchRecord():
             return _bench(record)
         case AnalyzeRecord():
@@ -217,7 +220,7 @@ def _difference(record: CompareRecord) -> dict[str, Any]:
 def _swap(record: SwapRecord, traces: Sequence[str]) -> dict[str, Any]:
     context: dict[str, Any] = {
         "groups": page.parity_groups(record.parity),
-        "mutants": sentences.mutants(record.parity),
+        "mutants": paritywords.mutants(record.parity),
         "promises": page.promises(record.predicted, record.before, record.after, record.ratio)
         if record.predicted
         else [],
@@ -239,22 +242,22 @@ def _swap(record: SwapRecord, traces: Sequence[str]) -> dict[str, Any]:
 def _bench(record: BenchRecord) -> dict[str, Any]:
     cases = []
     sweeps, rest = sweepplot.apart(record)
-    groups = sentences.bench_groups(rest)
-    untimed = sentences.not_measured(groups)
+    groups = benchwords.bench_groups(rest)
+    untimed = benchwords.not_measured(groups)
     for name, rows in groups.items():
         if any(name in names for names in untimed.values()):
             continue
         timed = [row for row in rows if row.seconds is not None]
         own = list(dict.fromkeys(figure.name for row in rows for figure in row.figures))
-        floors = sentences.floors_in_words(rows)
+        floors = benchwords.floors_in_words(rows)
         cases.append(
             {
                 "name": name,
                 "rows": rows,
-                "fastest": sentences.fastest(rows),
+                "fastest": benchwords.fastest(rows),
                 "columns": _bench_columns(rows) - ({"launches_per_step", "syncs_per_step"} if own or floors else set()),
                 "first": rows[0].implementation,
-                "floor": sentences.noise_floor(rows),
+                "floor": benchwords.noise_floor(rows),
                 "figures": own,
                 "of_floor": any(row.floor is not None and row.floor.share is not None for row in rows),
                 "floors": floors,
@@ -324,7 +327,7 @@ def _outcome(record: Record) -> list[Chip]:
         case _:
             pass
     if record.status != "complete":
-        chips.append(Chip(*sentences.STATUSES.get(record.status, (record.status, "neutral"))))
+        chips.append(Chip(*phrases.STATUSES.get(record.status, (record.status, "neutral"))))
     return chips
 
 
@@ -343,7 +346,7 @@ def _templates() -> Templates:
             "number", "seconds", "size", "bytes_rate", "flops_rate", "count", "share", "times", "scientific", "moment",
             "floor", "faster", "interval_name", "moved",
         )
-    } | {"floor_in_words": sentences.floor_in_words}  # fmt: skip
+    } | {"floor_in_words": benchwords.floor_in_words}  # fmt: skip
     names = {
         "seconds_range": units.seconds_range,
         "times_range": units.times_range,

@@ -20,7 +20,8 @@ from kernbench.record import (
     Stall,
 )
 from kernbench.report import units
-from kernbench.report.sentences import Tone, difference, step_time
+from kernbench.report.phrases import Tone
+from kernbench.report.sentences import difference, step_time
 
 BUSY_LOOKS, IDLE_LOOKS = 6, 3
 NEUTRAL: Tone = "neutral"

@@ -9,31 +9,23 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
 
 from kernbench.record import (
     AnalyzeRecord,
     BenchRecord,
-    BenchResult,
-    Build,
     CompareRecord,
-    Floor,
-    Header,
     ParityRecord,
-    ParityResult,
     ProfileRecord,
     Ratio,
     Record,
-    SanitizerResult,
     SourceLine,
     Stall,
     SwapRecord,
     WorkloadInfo,
     kind,
 )
-from kernbench.report import tracewords, units
-
-Tone = Literal["good", "bad", "neutral", "warn"]
+from kernbench.report import benchwords, paritywords, tracewords, units
+from kernbench.report.phrases import Tone, capitalized, sentence, unfinished
 
 STALL_CLASSES: Mapping[str, str] = {
     "free": "free: nothing waited",
@@ -50,16 +42,6 @@ DECISIONS: Mapping[str, tuple[str, Tone]] = {
     "reject": ("Rejected", "bad"),
     "inconclusive": ("Inconclusive", "warn"),
 }
-
-STATUSES: Mapping[str, tuple[str, Tone]] = {
-    "complete": ("complete", "neutral"),
-    "running": ("not finished", "warn"),
-    "failed": ("failed", "bad"),
-    "interrupted": ("interrupted", "warn"),
-}
-
-NOT_MEASURED = "not measured here"
-"""The label of a row that has no time for want of a device, and not because something failed."""
 
 KINDS: Mapping[str, str] = {
     "profile": "Profile",
@@ -118,11 +100,11 @@ def headline(record: Record) -> str:
         case SwapRecord():
             return swap_headline(record)
         case ParityRecord():
-            tools = sanitizer_clause(record.sanitizer)
-            compared = parity_headline(record.results, record) if record.results or not tools else ""
+            tools = paritywords.sanitizer_clause(record.sanitizer)
+            compared = paritywords.parity_headline(record.results, record) if record.results or not tools else ""
             return f"{compared} {tools}".strip()
         case BenchRecord():
-            return bench_headline(record)
+            return benchwords.bench_headline(record)
         case CompareRecord():
             return compare_headline(record)
         case AnalyzeRecord():
@@ -172,7 +154,7 @@ def swap_headline(record: SwapRecord) -> str:
     decision = DECISIONS.get(record.verdict.decision, (record.verdict.decision, "neutral"))[0]
     if record.ratio is None:
         why = record.verdict.sentence.removeprefix(f"{record.verdict.decision}: ")
-        return f"{decision}: {title}. {capitalized(_sentence(why))}"
+        return f"{decision}: {title}. {capitalized(sentence(why))}"
     sides = before_after_seconds(record)
     step = f"a step goes from {units.seconds(sides[0])} to {units.seconds(sides[1])}, " if sides else ""
     evidence = ratio_evidence(record.ratio, record.confidence)
@@ -232,164 +214,6 @@ def ratio_evidence(ratio: Ratio, confidence: float) -> str:
     return f"{median_ratio}{interval}, n = {ratio.rounds}{floor}"
 
 
-def parity_headline(results: Sequence[ParityResult], record: Header | None = None) -> str:
-    """How many comparisons agree, and how many planted errors were caught."""
-    if not results:
-        return unfinished(record, "Nothing was compared") if record else "nothing was compared"
-    failed = [result for result in results if not result.passed]
-    killed, planted = mutants(results)
-    caught = f"; {killed:,} of {planted:,} planted errors were caught" if planted else ""
-    total = f"{len(results):,} comparison{'s' if len(results) != 1 else ''}"
-    if not failed:
-        agree = "agrees" if len(results) == 1 else "agree"
-        return f"{'The' if len(results) == 1 else 'All'} {total} {agree} with the float64 oracle{caught}."
-    first = failed[0]
-    where = ", ".join(part for part in (first.kernel, first.case, first.dtype, first.mode) if part)
-    reason = f": {first.reason}" if first.reason else ""
-    return _sentence(f"{len(failed):,} of {total} failed, the first one {where}{reason}{caught}")
-
-
-def mutants(results: Sequence[ParityResult]) -> tuple[int, int]:
-    """Planted errors caught and planted, over all rows."""
-    rows = [result.mutants_killed for result in results if result.mutants_killed]
-    return sum(row[0] for row in rows), sum(row[1] for row in rows)
-
-
-def sanitizer_clause(results: Sequence[SanitizerResult]) -> str:
-    """What compute-sanitizer adds to the headline of parity; empty where it did not run."""
-    if not results:
-        return ""
-    tools = " and ".join(dict.fromkeys(result.tool for result in results))
-    failed = [result for result in results if not result.passed]
-    if not failed:
-        return f"{tools}: no findings in {len(results)} run{'s' if len(results) != 1 else ''}."
-    first = failed[0]
-    what = first.reason or next(iter(first.findings), f"{first.errors} errors")
-    return _sentence(f"{tools}: {len(failed)} of {len(results)} runs failed, the first one {first.kernel}: {what}")
-
-
-def builds_headline(builds: Sequence[Build]) -> str:
-    """Whether every kernel compiles for every architecture, and if not, which one fails first and why."""
-    failed = [build for build in builds if not build.passed]
-    kernels = len({build.kernel for build in builds})
-    archs = ", ".join(dict.fromkeys(build.arch for build in builds))
-    total = f"{len(builds):,} build{'s' if len(builds) != 1 else ''} of {kernels} kernel{'s' if kernels != 1 else ''}"
-    if not failed:
-        return f"{total} for {archs}: all fit."
-    first = failed[0]
-    return _sentence(
-        f"{len(failed):,} of {total} for {archs} failed, the first one {first.kernel}, {first.function} for "
-        f"{first.arch}: {first.reason}"
-    )
-
-
-def noise_floor(rows: Sequence[BenchResult]) -> float | None:
-    """The A/A floor of rows that were timed together, None where none was measured."""
-    return max((row.noise_floor for row in rows if row.noise_floor is not None), default=None)
-
-
-def bench_headline(record: BenchRecord) -> str:
-    """Which implementation is fastest where, and how far ahead: of the next best, or of a workload's baseline."""
-    groups = bench_groups(record.results)
-    if not groups:
-        return builds_headline(record.builds) if record.builds else unfinished(record, "Nothing was timed")
-    leads: dict[str, list[float]] = {}
-    for rows in groups.values():
-        best = fastest(rows)
-        if best is not None and best.seconds:
-            if record.workload:
-                # Paired by round, as the row shows it.
-                ahead = best.speedup[0] if best.speedup else 1.0
-            else:
-                rival = fastest([row for row in rows if row is not best])
-                ahead = (rival.seconds or 0.0) / best.seconds if rival else 1.0
-            # What eager against itself shows too is no lead.
-            leads.setdefault(best.implementation, []).append(ahead if ahead > 1 + (noise_floor(rows) or 0.0) else 1.0)
-    if not leads:
-        return unfinished(record, "No case was timed")
-    cases = len(groups) - sum(map(len, not_measured(groups).values()))
-    text = ". ".join(_lead(name, ahead, cases, record) for name, ahead in leads.items())
-    timed = {row.implementation for row in record.results if row.seconds is not None}
-    unmeasured = sorted({row.implementation for row in record.results if row.label == NOT_MEASURED} - timed)
-    return f"{text}{'; ' + ' and '.join(unmeasured) + ' not measured here' if unmeasured else ''}."
-
-
-def _lead(name: str, ahead: Sequence[float], cases: int, record: BenchRecord) -> str:
-    where = "" if cases == 1 else f" in {len(ahead)} of {cases} cases"
-    text = f"Fastest{where}: {name}"
-    rival = record.results[0].implementation if record.workload else "the next best"
-    if max(ahead) <= 1:
-        return text
-    low, high = units.times(min(ahead)), units.times(max(ahead))
-    return f"{text}, {low if low == high else f'{low} to {high}'} as fast as {rival}"
-
-
-def bench_groups(results: Sequence[BenchResult]) -> dict[str, list[BenchResult]]:
-    """Rows that may be compared with each other, by title: one kernel, case, dtype, direction, and way of timing.
-
-    A row without a time, of which no way of timing is known, stands with the first that was timed.
-    """
-    groups: dict[str, list[BenchResult]] = {}
-    for result in results:
-        backward = "backward" if result.direction == "backward" else ""
-        title = ", ".join(part for part in (result.kernel, result.case, result.dtype, backward) if part)
-        whole = f"{title}: {result.cache}" if result.cache else title
-        if result.seconds is None and not result.cache:
-            whole = next((known for known in groups if known.startswith(f"{title}: ")), title)
-        groups.setdefault(whole, []).append(result)
-    return groups
-
-
-def not_measured(groups: Mapping[str, Sequence[BenchResult]]) -> dict[str, list[str]]:
-    """Titles of the groups of which nothing could be measured here, by the reason: they need no table."""
-    found: dict[str, list[str]] = {}
-    for title, rows in groups.items():
-        if all(row.label == NOT_MEASURED and row.seconds is None for row in rows):
-            found.setdefault(rows[0].note, []).append(title)
-    return found
-
-
-def fastest(rows: Sequence[BenchResult]) -> BenchResult | None:
-    """The row with the least time; figures marked impossible or wrong do not win."""
-    timed = [row for row in rows if row.seconds is not None and row.label not in ("impossible", "wrong")]
-    return min(timed, key=lambda row: row.seconds or 0.0, default=None)
-
-
-def floor_in_words(floor: Floor) -> str:
-    """What a step has to move, what that takes at least, and how close the step comes or why that is not stated."""
-    share = f": the step runs at {units.share(floor.share)} of that speed" if floor.share is not None else ""
-    return f"{_least(floor)}{share}{f'; {floor.note}' if floor.note else ''}"
-
-
-def floors_in_words(rows: Sequence[BenchResult]) -> list[str]:
-    """What the steps of several rows have to move, and whose share is to be doubted or not stated, and why."""
-    least: dict[str, list[str]] = {}
-    notes: dict[str, list[str]] = {}
-    for row in rows:
-        if row.floor is not None:
-            least.setdefault(_least(row.floor), []).append(row.implementation)
-            if row.floor.note:
-                notes.setdefault(row.floor.note, []).append(row.implementation)
-    told = [text if len(least) == 1 else f"{text} ({', '.join(names)})" for text, names in least.items()]
-    return told + [f"{', '.join(names)}: {note}" for note, names in notes.items()]
-
-
-def _least(floor: Floor) -> str:
-    text = f"{units.moved(floor.bytes_per_step)} a step"
-    if floor.seconds is None:
-        return text
-    return f"{text}, at least {units.seconds(floor.seconds)} at the measured copy bandwidth"
-
-
-def bench_rate(row: BenchResult, workload: WorkloadInfo | None) -> str:
-    """The one rate that tells most of a timed row: throughput, else bandwidth, else arithmetic."""
-    if row.units_per_second is not None:
-        return units.units_rate(row.units_per_second, workload.unit if workload else "units")
-    if row.bytes_per_second is not None:
-        return units.bytes_rate(row.bytes_per_second)
-    return units.flops_rate(row.flops_per_second) if row.flops_per_second is not None else ""
-
-
 def compare_headline(record: CompareRecord) -> str:
     """Before → after of two runs, and what separate runs can show."""
     before, after = step_time(record.before), step_time(record.after)
@@ -402,23 +226,6 @@ def compare_headline(record: CompareRecord) -> str:
     if reads[0] is not None and reads[1] is not None and reads[0] != reads[1]:
         text += f"; host reads go from {units.count(reads[0])} to {units.count(reads[1])} a step"
     return f"{text}."
-
-
-def ending(record: Header) -> str:
-    """How a run that is not complete ended: "the run was interrupted in stage trace"; empty for a complete one."""
-    if record.status == "complete":
-        return ""
-    ended = next((stage for stage in record.stages if stage.status in ("failed", "interrupted")), None)
-    if ended is None:
-        return f"the run is {STATUSES.get(record.status, (record.status, 'neutral'))[0]}"
-    outcome = "failed" if ended.status == "failed" else "was interrupted"
-    return f"the run {outcome} in stage {ended.name}{f': {ended.message}' if ended.message else ''}"
-
-
-def unfinished(record: Header, what: str) -> str:
-    """A sentence for a run without its result: what is missing, and how the run ended."""
-    how = ending(record)
-    return _sentence(f"{what}; {how}" if how else what)
 
 
 def difference(before: float | None, after: float | None, unit: str) -> tuple[str, Tone]:
@@ -450,9 +257,9 @@ def phases_in_words(workload: WorkloadInfo) -> str:
     return f"phase{'s' if len(named) > 1 else ''} {', '.join(named)}"
 
 
-def evidence_apart(sentence: str) -> list[tuple[str, bool]]:
+def evidence_apart(text: str) -> list[tuple[str, bool]]:
     """A sentence in pieces for a page: bracketed ones marked True, to be set lighter; figures keep their unit."""
-    unbroken = re.sub(r"(?<=\d) (?=(?:s|ms|µs|ns|%)(?!\w))", "\N{NO-BREAK SPACE}", sentence).replace(
+    unbroken = re.sub(r"(?<=\d) (?=(?:s|ms|µs|ns|%)(?!\w))", "\N{NO-BREAK SPACE}", text).replace(
         "–", "–\N{WORD JOINER}"
     )
     pieces = re.split(r"(\([^()]*\))", unbroken)
@@ -494,12 +301,3 @@ def workload_of(record: Record) -> WorkloadInfo | None:
             return None
         case _:
             return record.workload
-
-
-def _sentence(text: str) -> str:
-    return text if not text or text.endswith((".", "!", "?")) else f"{text}."
-
-
-def capitalized(text: str) -> str:
-    """The text with its first letter capital, the rest as it stands."""
-    return text[:1].upper() + text[1:]

@@ -8,7 +8,7 @@ from typing import Any
 
 from kernbench.claims import conclusion
 from kernbench.record import BenchRecord, BenchResult, Ceilings, ClaimCheck, Curve, Sweep
-from kernbench.report import sentences, units
+from kernbench.report import phrases, units
 from kernbench.report.drawing import ACCENT, HEIGHT, INK, MUTED, WIDE, Plot, chart_of, draw
 
 FLOOR, ROOF = "launch floor", "at copy bandwidth"
@@ -238,12 +238,12 @@ def _spread(name: str, lines: Sequence[Curve]) -> str:
     """How far apart the implementations end."""
     ends = [curve.values[-1] for curve in lines]
     if max(ends) == min(ends):
-        return f"{sentences.capitalized(name)} ends at {units.figure(ends[0], lines[0].unit)} in all of them."
+        return f"{phrases.capitalized(name)} ends at {units.figure(ends[0], lines[0].unit)} in all of them."
     low, high = (units.figure(value, lines[0].unit) for value in (min(ends), max(ends)))
     apart = units.figure(max(ends) - min(ends), lines[0].unit)
     if low == high:
-        return f"{sentences.capitalized(name)} ends at {low} in all of them, {apart} apart."
-    return f"{sentences.capitalized(name)} ends between {low} and {high}, {apart} apart."
+        return f"{phrases.capitalized(name)} ends at {low} in all of them, {apart} apart."
+    return f"{phrases.capitalized(name)} ends between {low} and {high}, {apart} apart."
 
 
 def _curves(name: str, lines: Sequence[Curve]) -> Plot:
@@ -254,7 +254,7 @@ def _curves(name: str, lines: Sequence[Curve]) -> Plot:
     ]
     unit = lines[0].unit
     order = [curve.implementation for curve in lines]
-    label = f"{sentences.capitalized(name)} over the steps of training; equal implementations lie on each other."
+    label = f"{phrases.capitalized(name)} over the steps of training; equal implementations lie on each other."
 
     def chart(alt: Any, width: int) -> Any:
         x = alt.X(
