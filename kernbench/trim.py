@@ -12,7 +12,8 @@ from kernbench.errors import KernbenchError
 from kernbench.record import write_atomically
 
 STEP = "kernbench.step#"
-_DROPPED = ("python_function", "Trace", "cpu_instant_event")
+_FRAME, _MEMORY = "python_function", "cpu_instant_event"
+_DROPPED = (_FRAME, "Trace", _MEMORY)
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset", "cuda_sync", "gpu_user_annotation", "overhead")
 
 Event = dict[str, Any]
@@ -22,7 +23,8 @@ def trim(path_in: Path, path_out: Path, steps: int = 1) -> None:
     """Write the last ``steps`` annotated steps of the trace at ``path_in`` to ``path_out``, gzipped.
 
     Kept are the host's events inside these steps, the device work that they launched (also where it ran later), the
-    flows between them, and the names of processes and threads. Python function events are dropped.
+    flows between them, memory events, the names of processes and threads, and the Python calls inside and around these
+    steps where they were recorded.
 
     Raises:
         KernbenchError: the input is no readable trace, or has no annotated step.
@@ -63,6 +65,10 @@ def _within(events: list[Event], start: float, end: float) -> list[Event]:
             correlation = event.get("args", {}).get("correlation")
             inside = start <= event.get("ts", start - 1) <= end
             return correlation in launched if correlation is not None else inside
+        if event.get("cat") == _FRAME:
+            return event["ts"] <= end and event["ts"] + event["dur"] >= start
+        if event.get("cat") == _MEMORY:
+            return start <= event["ts"] <= end
         if event.get("ph") in ("s", "f", "t"):
             return event.get("id") in launched if event.get("cat") == "ac2g" else start <= event["ts"] <= end
         return False

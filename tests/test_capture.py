@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernbench import capture
+from kernbench import capture, trace
 from kernbench.errors import KernbenchError
 
 CPU = torch.device("cpu:0")
@@ -77,6 +77,26 @@ def test_trimmed_trace_of_real_steps(tmp_path: Path) -> None:
     assert sum(event["name"] == "aten::mm" for event in events_of(small)) == 2
 
 
+def test_a_trimmed_trace_keeps_stacks_and_memory(tmp_path: Path) -> None:
+    full, small = tmp_path / "full.json", tmp_path / "small.json.gz"
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], with_stack=True, profile_memory=True
+    ) as profiler:
+        for index in range(3):
+            with torch.profiler.record_function(f"kernbench.step#{index}"):
+                Multiply().step(index)
+    profiler.export_chrome_trace(str(full))
+    capture.trim(full, small)
+    whole, kept = trace.load(full), trace.load(small)
+    assert kept.info.stacks
+    assert kept.info.memory_events
+    rows = {
+        name: [one.sources[index] for index in one.source[one.host.name == one.names.index("aten::mm")].tolist()]
+        for name, one in (("whole", whole), ("kept", kept))
+    }
+    assert rows["kept"] == rows["whole"][-1:]
+
+
 def complete(category: Any, name: Any, start: Any, duration: Any, *, correlation: Any = None) -> Any:
     arguments = {} if correlation is None else {"correlation": correlation}
     return {
@@ -100,6 +120,10 @@ def test_trim_keeps_device_work_that_runs_after_its_step(tmp_path: Path) -> None
         complete("cuda_runtime", "cudaLaunchKernel", 50, 5, correlation=1),
         complete("user_annotation", "kernbench.step#1", 100, 100),
         complete("python_function", "step", 100, 90),
+        complete("python_function", "main", -50, 900),
+        complete("python_function", "earlier", 10, 20),
+        {"ph": "i", "cat": "cpu_instant_event", "name": "[memory]", "ts": 20, "args": {"Bytes": 8}},
+        {"ph": "i", "cat": "cpu_instant_event", "name": "[memory]", "ts": 120, "args": {"Bytes": 8}},
         complete("cuda_runtime", "cudaLaunchKernel", 150, 5, correlation=2),
         complete("kernel", "late, of step 0", 160, 10, correlation=1),
         complete("kernel", "of step 1", 230, 10, correlation=2),
@@ -115,6 +139,9 @@ def test_trim_keeps_device_work_that_runs_after_its_step(tmp_path: Path) -> None
     assert [(event["name"], event.get("ts")) for event in kept] == [
         ("process_name", None),
         ("kernbench.step#1", 100),
+        ("step", 100),
+        ("main", -50),
+        ("[memory]", 120),
         ("cudaLaunchKernel", 150),
         ("of step 1", 230),
         ("kernbench.step#1", 160),
