@@ -66,9 +66,9 @@ def _within(events: list[Event], start: float, end: float) -> list[Event]:
             inside = start <= event.get("ts", start - 1) <= end
             return correlation in launched if correlation is not None else inside
         if event.get("cat") == _FRAME:
-            return event["ts"] <= end and event["ts"] + event["dur"] >= start
+            return bool(event["ts"] <= end and event["ts"] + event["dur"] >= start)
         if event.get("cat") == _MEMORY:
-            return start <= event["ts"] <= end
+            return bool(start <= event["ts"] <= end)
         if event.get("ph") in ("s", "f", "t"):
             return event.get("id") in launched if event.get("cat") == "ac2g" else start <= event["ts"] <= end
         return False

@@ -127,6 +127,9 @@ def _replayed(found: Finding, whatif: WhatIf | None, step: float) -> Finding:
         waits = _estimate(whatif, "without all stalls") or _estimate(whatif, "without stall")
         estimate = _beyond(estimate, waits) if waits is not None else estimate
     seconds = min(estimate.saving_seconds_per_step[1], step)
+    if estimate.change == "graph":
+        # A captured step runs no Python either; what that wins beside the launches is another finding's cost.
+        seconds = min(seconds, found.seconds_per_step)
     sentence = advice.replayed_sentence(found.sentence, estimate, step)
     return msgspec.structs.replace(found, sentence=sentence, seconds_per_step=seconds, share=seconds / step)
 
