@@ -210,5 +210,5 @@ def _short(name: str) -> str:
     if len(bare) <= _NAME_LENGTH:
         return bare
     # Libraries put words together with underscores, the kind of kernel first and its tile and stages last.
-    kept = bare[: max(bare.rfind("_", 0, _NAME_LENGTH + 1), bare.rfind("::", 0, _NAME_LENGTH + 1))]
-    return f"{kept if len(kept) > _NAME_LENGTH // 2 else bare[:_NAME_LENGTH]}…"
+    end = max(bare.rfind("_", 0, _NAME_LENGTH + 1), bare.rfind("::", 0, _NAME_LENGTH + 1))
+    return f"{bare[: end if end > _NAME_LENGTH // 2 else _NAME_LENGTH]}…"
