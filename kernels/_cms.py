@@ -29,35 +29,49 @@ def _log_sign(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _silu(x, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x / (1 + e^-x) in five instructions; a division would take eight more."""
-    if INTERPRETED:
-        return x / (1.0 + tl.exp(-x))
-    power = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -LOG2_E], tl.float32, True, 1)
-    return x * tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], tl.float32, True, 1)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _dense(inputs, weights, IN: tl.constexpr, OUT: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dense(  # type: ignore[no-untyped-def]
+    inputs, weights, IN: tl.constexpr, OUT: tl.constexpr, PAIRED: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """A linear layer with SiLU: inputs and outputs are tuples of [BLOCK], weights [OUT, IN] lie before biases [OUT]."""
     outputs = ()
+    pairs = weights.to(tl.pointer_type(tl.int64))
     for unit in tl.static_range(OUT):
         total = tl.load(weights + OUT * IN + unit)
-        for feature in tl.static_range(IN):
-            total = inputs[feature] * tl.load(weights + unit * IN + feature) + total
-        outputs = outputs + (_silu(total, INTERPRETED),)  # type: ignore[assignment]
+        if PAIRED:
+            # Two weights a load: one for each would be a fifth of all instructions.
+            for pair in tl.static_range(IN // 2):
+                both = tl.load(pairs + (unit * IN // 2 + pair))
+                total = inputs[2 * pair] * both.to(tl.int32).to(tl.float32, bitcast=True) + total
+                total = inputs[2 * pair + 1] * (both >> 32).to(tl.int32).to(tl.float32, bitcast=True) + total
+        else:
+            for feature in tl.static_range(IN):
+                total = inputs[feature] * tl.load(weights + unit * IN + feature) + total
+        if INTERPRETED:
+            active = total / (1.0 + tl.exp(-total))
+        else:
+            # SiLU in five instructions; a division would take eight more.
+            power = tl.inline_asm_elementwise(
+                "ex2.approx.ftz.f32 $0, $1;", "=f,f", [total * -LOG2_E], tl.float32, True, 1
+            )
+            active = total * tl.inline_asm_elementwise(
+                "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], tl.float32, True, 1
+            )
+        outputs = outputs + (active,)  # type: ignore[assignment]
     return outputs
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _update_of(gradient, momentum, weights, WIDTH: tl.constexpr, LAYERS: tl.constexpr, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _update_of(  # type: ignore[no-untyped-def]
+    gradient, momentum, weights, WIDTH: tl.constexpr, LAYERS: tl.constexpr, PAIRED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """The network's update [BLOCK]: one element never sees another one."""
     features = _log_sign(gradient) + _log_sign(momentum)
-    hidden = _dense(features, weights, 4, WIDTH, INTERPRETED)
+    hidden = _dense(features, weights, 4, WIDTH, PAIRED, INTERPRETED)
     weights += 5 * WIDTH
     # Not unrolled: the instructions of all layers would not fit the cache that holds them.
     for _ in range(LAYERS - 1):
-        hidden = _dense(hidden, weights, WIDTH, WIDTH, INTERPRETED)
+        hidden = _dense(hidden, weights, WIDTH, WIDTH, PAIRED, INTERPRETED)
         weights += (WIDTH + 1) * WIDTH
     update = tl.load(weights + WIDTH)
     for unit in tl.static_range(WIDTH):
@@ -69,9 +83,9 @@ def _update_of(gradient, momentum, weights, WIDTH: tl.constexpr, LAYERS: tl.cons
 def propose_kernel(  # type: ignore[no-untyped-def]
     chunks, table, weights, partials, ok, active, period, beta1, beta2, momentum_decay,
     LEVELS: tl.constexpr, WIDTH: tl.constexpr, LAYERS: tl.constexpr, TENSOR_BITS: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, PAIRED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One program handles one block of one tensor, named by its entry of chunks [C]; grid is C.
+    """One program handles one block of one tensor, in steps, named by its entry of chunks [C]; grid is C.
 
     Table [N, 4] has addresses and sizes. Adds the gradient to the totals of all levels; for the first ``active`` levels
     updates average and square, leaves the update in place of the total, and writes partials [C, L, 3]: sums of squares
@@ -83,29 +97,41 @@ def propose_kernel(  # type: ignore[no-untyped-def]
     row = table + (chunk & ((1 << TENSOR_BITS) - 1)) * 4
     state = tl.load(row + 1).to(tl.pointer_type(tl.float32))
     count = tl.load(row + 2)
-    offsets = (chunk >> TENSOR_BITS) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < count
-    grad = tl.load(tl.load(row + 3).to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0.0).to(tl.float32)
-    totals = state + LEVELS * count + offsets
+    grads = tl.load(row + 3).to(tl.pointer_type(DTYPE))
+    first = (chunk >> TENSOR_BITS) * BLOCK
+    end = tl.minimum(first + BLOCK, count)
+    momenta = state
+    totals = momenta + LEVELS * count
     averages = totals + LEVELS * count
     squares = averages + LEVELS * count
     partial = partials + tl.program_id(0).to(tl.int64) * (LEVELS * PARTIALS)
-    momenta = state + offsets
     span = 1.0
     for _ in range(active):
-        gradient = (tl.load(totals, mask=mask, other=0.0) + grad) / span
-        average = tl.load(averages, mask=mask, other=0.0)
-        square = tl.load(squares, mask=mask, other=0.0)
-        tl.store(averages, average * beta1 + gradient * (1 - beta1), mask=mask)
-        tl.store(squares, square * beta2 + (1 - beta2) * gradient * gradient, mask=mask)
-        momentum = tl.load(momenta, mask=mask, other=0.0)
-        update = _update_of(gradient, momentum, weights, WIDTH, LAYERS, INTERPRETED)
-        tl.store(totals, update, mask=mask)
-        moved = tl.where(mask, momentum * momentum_decay + update * (1 - momentum_decay), 0.0)
-        bad = mask & ((update != update) | (tl.abs(update) == float("inf")))
-        tl.store(partial, tl.sum(gradient * gradient))
-        tl.store(partial + 1, tl.sum(moved * moved))
-        tl.store(partial + 2, tl.max(bad.to(tl.float32)))
+        gradient_square = 0.0
+        momentum_square = 0.0
+        bad = 0.0
+        for start in range(first, end, STEP):
+            offsets = start + tl.arange(0, STEP)
+            mask = offsets < end
+            gradient = tl.load(grads + offsets, mask=mask, other=0.0).to(tl.float32)
+            gradient = (tl.load(totals + offsets, mask=mask, other=0.0) + gradient) / span
+            average = tl.load(averages + offsets, mask=mask, other=0.0)
+            square = tl.load(squares + offsets, mask=mask, other=0.0)
+            tl.store(averages + offsets, average * beta1 + gradient * (1 - beta1), mask=mask)
+            tl.store(squares + offsets, square * beta2 + (1 - beta2) * gradient * gradient, mask=mask)
+            gradient_square += tl.sum(gradient * gradient)
+            momentum = tl.load(momenta + offsets, mask=mask, other=0.0)
+            update = _update_of(gradient, momentum, weights, WIDTH, LAYERS, PAIRED, INTERPRETED)
+            tl.store(totals + offsets, update, mask=mask)
+            # Read again, because the network needs every register.
+            momentum = tl.load(momenta + offsets, mask=mask, other=0.0)
+            moved = tl.where(mask, momentum * momentum_decay + update * (1 - momentum_decay), 0.0)
+            momentum_square += tl.sum(moved * moved)
+            wrong = mask & ((update != update) | (tl.abs(update) == float("inf")))
+            bad = tl.maximum(bad, tl.max(wrong.to(tl.float32)))
+        tl.store(partial, gradient_square)
+        tl.store(partial + 1, momentum_square)
+        tl.store(partial + 2, bad)
         span *= period
         partial += PARTIALS
         momenta += count
@@ -113,7 +139,11 @@ def propose_kernel(  # type: ignore[no-untyped-def]
         averages += count
         squares += count
     for _ in range(active, LEVELS):
-        tl.store(totals, tl.load(totals, mask=mask) + grad, mask=mask)
+        for start in range(first, end, STEP):
+            offsets = start + tl.arange(0, STEP)
+            mask = offsets < end
+            grad = tl.load(grads + offsets, mask=mask).to(tl.float32)
+            tl.store(totals + offsets, tl.load(totals + offsets, mask=mask) + grad, mask=mask)
         totals += count
 
 

@@ -127,12 +127,15 @@ def weight_count(width: int, layers: int) -> int:
     return 5 * width + (layers - 1) * width * (width + 1) + width + 1
 
 
-BLOCK = 512
+BLOCK = 1024
 WARPS = 4
-APPLY_BLOCK = 1024
+PROPOSE_WARPS = 1
+"""A warp with four elements a lane fills its registers, and waits for no other one."""
 JUDGE_BLOCK = 1024
 INTERPRETED = not isinstance(_cms.propose_kernel, triton.JITFunction)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+# In the interpreter two steps a block are less to wait for.
+STEP = BLOCK // 2 if INTERPRETED else 128 * PROPOSE_WARPS
 # Where the blocks of each tensor end among those of its part; laid out with the part, and gone with it.
 _ends: WeakKeyDictionary[Part, Tensor] = WeakKeyDictionary()
 
@@ -203,6 +206,8 @@ def _launch(
     _pointer_table.check("ok", ok, (), torch.bool, device)
     if not 1 <= active <= levels:
         raise ValueError(f"fused_cms has {levels} levels and cannot have {active} active; give 1 to {levels}")
+    # Every matrix then starts at a multiple of eight bytes.
+    paired = width % 2 == 0 and weights.data_ptr() % 8 == 0
     verdicts = torch.empty(len(params), levels, dtype=torch.float32, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for part in group.parts:
@@ -210,8 +215,8 @@ def _launch(
             partials = torch.empty(len(chunks), levels, _cms.PARTIALS.value, dtype=torch.float32, device=device)
             _cms.propose_kernel[(len(chunks),)](
                 chunks, table.rows, weights, partials, ok, active, PERIOD, beta1, beta2, MOMENTUM_DECAY,
-                levels, width, layers, _pointer_table.TENSOR_BITS, dtype, part.launch.block, INTERPRETED,
-                num_warps=part.launch.warps,
+                levels, width, layers, _pointer_table.TENSOR_BITS, dtype, part.launch.block, STEP, paired,
+                INTERPRETED, num_warps=PROPOSE_WARPS,
             )  # fmt: skip
             _cms.judge_kernel[(len(params), active)](
                 _ends_of(part, params), partials, verdicts, ok, LARGEST_SHARE, levels, JUDGE_BLOCK
@@ -274,6 +279,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
         state[0].mul_(1e3)
     width, layers = case["width"], case["layers"]
     weights = normal((weight_count(width, layers),), 0.5, state_dtype)
+    # Updates about as long as gradients, as after training; the features of a momentum that longer ones nearly cancel
+    # would hold little but rounding.
+    weights[-width - 1 :].mul_(0.02)
     count = torch.arange(len(shapes), device=device)
     return {
         "params": [normal(shape, 0.05, dtype) for shape in shapes],
@@ -320,10 +328,11 @@ SPEC = KernelSpec(
     optimized=fused_cms,
     make_inputs=make_inputs,
     cases=(
-        Case("one", edges=0, squares=0, vectors=1, side=1, rows=0, active=1, skip=0, width=3, layers=2),
-        Case("ragged", edges=1, squares=1, vectors=2, side=29, rows=40, active=3, skip=0, width=3, layers=2),
-        Case("whole", edges=0, squares=0, vectors=1, side=61, rows=0, active=1, skip=0, width=20, layers=4),
-        Case("skipped", edges=0, squares=1, vectors=1, side=23, rows=0, active=2, skip=1, width=3, layers=2),
+        Case("one", edges=0, squares=0, vectors=1, side=1, rows=0, active=1, skip=0, width=1, layers=1),
+        Case("ragged", edges=1, squares=0, vectors=1, side=29, rows=19, active=2, skip=0, width=3, layers=2),
+        Case("levels", edges=0, squares=0, vectors=2, side=33, rows=0, active=3, skip=0, width=2, layers=1),
+        Case("whole", edges=0, squares=0, vectors=0, side=61, rows=8, active=1, skip=0, width=20, layers=4),
+        Case("skipped", edges=0, squares=1, vectors=1, side=23, rows=0, active=2, skip=1, width=2, layers=2),
         Case(
             "matrix", large=True, edges=0, squares=1, vectors=0, side=2048, rows=0, active=1, skip=0, width=20, layers=4
         ),
@@ -361,14 +370,14 @@ SPEC = KernelSpec(
     next_inputs=next_inputs,
     sizes={
         "edges": Sizes(most=1),
-        "squares": Sizes(most=2),
-        "vectors": Sizes(most=3),
+        "squares": Sizes(most=1),
+        "vectors": Sizes(most=2),
         "side": Sizes(least=1, most=29, block=math.isqrt(BLOCK)),
-        "rows": Sizes(most=40),
+        "rows": Sizes(most=20),
         "active": Sizes(least=1, most=LEVELS),
         "skip": Sizes(most=1),
-        "width": Sizes(least=1, most=5),
-        "layers": Sizes(least=1, most=3),
+        "width": Sizes(least=1, most=3),
+        "layers": Sizes(least=1, most=2),
     },
     values={
         "grads": Values(least=-1e15, most=1e15, nonfinite=True),
