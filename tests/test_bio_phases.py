@@ -63,6 +63,43 @@ def test_without_reads_the_training_is_the_same(name: str) -> None:
     assert_same(found, expected)
 
 
+def test_scores_on_the_device_are_those_on_the_host() -> None:
+    config = small(experts=5, log_every=3)
+    expected, losses = run(config, 7, 0)
+    found, again = run(config, 7, 0, 2)
+    assert again == pytest.approx(losses, rel=1e-9)
+    assert_same(found, expected)
+
+
+def test_scores_by_their_kernels_are_the_same() -> None:
+    sides = []
+    for numbers in ((), (2,)):
+        built = training(small(experts=5, log_every=2), dtype=torch.float32)
+        with plan(*numbers, use="triton").applied(built):
+            for index in range(2):
+                built.step(index)
+        for score in built.scores:
+            if score.log is not None:
+                score.log.flush()
+        sides.append(built)
+    for before, after in zip(sides[0].scores, sides[1].scores, strict=True):
+        for one, other in zip(before.vectors(), after.vectors(), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+        assert [entry["step"] for entry in after.log_entries] == [2]
+        assert after.log_entries[0]["gini"] == pytest.approx(before.log_entries[0]["gini"], abs=1e-5)
+        assert after.log_entries[0]["best"][0][0] == before.log_entries[0]["best"][0][0]
+
+
+def test_phases_can_be_taken_out_again() -> None:
+    """Scores that moved to the device come back to the host when the kernels go."""
+    built = training(small(experts=5))
+    with plan(0, 2).applied(built):
+        built.step(0)
+    built.step(1)
+    assert built.scores[0].steps == 2
+    assert built.losses()[1] == pytest.approx(run(small(experts=5), 2)[1][1])
+
+
 def deterministic(**changes: Any) -> Any:
     return small(synapses=module("synapses").SynapticConfig(stochastic_train_frac=0.0), **changes)
 

@@ -62,3 +62,7 @@ def test_without_reads_only_the_scores_are_left(preset: str) -> None:
     found = counted(preset, {0: "python"})
     assert set(found) <= {"neuroscore"}
     assert found["neuroscore"] == expected(preset).get("neuroscore", 0)
+
+
+def test_with_the_scores_on_the_device_nothing_is_read() -> None:
+    assert counted("tiny", {0: "python", 2: "eager"}) == {}

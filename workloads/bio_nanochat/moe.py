@@ -28,11 +28,18 @@ EXPERT_CALCIUM = 1.0
 
 @dataclass(frozen=True)
 class Routed:
-    """What the metrics want to know of the last call: inputs [N, C], experts [N, k], gates [N, k]; no gradients."""
+    """What the metrics want to know of the last call, without gradients.
+
+    Attributes:
+        x, index, gates: inputs [N, C], experts [N, k] and their gates [N, k].
+        count, mass: tokens and gates of each expert, added up, [E].
+    """
 
     x: Tensor
     index: Tensor
     gates: Tensor
+    count: Tensor
+    mass: Tensor
 
 
 def synaptic_linear(
@@ -83,7 +90,7 @@ class SynapticMoE(nn.Module):
         if self.metabolic:
             self.metabolise(count_E, tokens, genes)
         self.arrange(mass_E.detach() / tokens)
-        self.last = Routed(x_NC.detach(), index_Nk, gates_Nk.detach())
+        self.last = Routed(x_NC.detach(), index_Nk, gates_Nk.detach(), count_E, mass_E.detach())
         return y_NC.view(x_BTC.shape), balance
 
     def phenotype(self) -> Phenotype:

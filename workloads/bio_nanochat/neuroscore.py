@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import asynclog
+from .asynclog import AsyncLog
 from .moe import Routed, SynapticMoE
 
 DECAY = 0.99
@@ -30,8 +32,11 @@ NAMES = ("contribution", "frequency", "specialisation", "efficiency", "resilienc
 class NeuroScore:
     """Scores of one mixture of experts, [E] each in float32 or wider, and what was logged of them."""
 
-    def __init__(self, experts: int, *, every: int, dtype: torch.dtype) -> None:
+    def __init__(self, experts: int, *, every: int, dtype: torch.dtype, tag: str = "experts") -> None:
         self.every = every
+        self.tag = tag
+        self.board = asynclog.writer()
+        self.log: AsyncLog | None = None
         self.steps = 0
         self.contribution = torch.zeros(experts, dtype=dtype)
         self.frequency = torch.zeros(experts, dtype=dtype)
@@ -41,17 +46,40 @@ class NeuroScore:
         self.earlier = torch.zeros(experts, dtype=dtype)
         self.log_entries: list[dict[str, Any]] = []
 
+    def vectors(self) -> tuple[Tensor, ...]:
+        """All scores, in the order of ``NAMES``."""
+        return tuple(getattr(self, name) for name in NAMES)
+
+    def move_to(self, device: torch.device) -> None:
+        """Keep the scores there from now on, if they are not there already."""
+        if self.contribution.device != device:
+            for name in NAMES:
+                setattr(self, name, getattr(self, name).to(device))
+
     def step(self, mixture: SynapticMoE) -> None:
         """Follow the last call of ``mixture``."""
         if mixture.last is None:
             return
         self.steps += 1
+        self.move_to(torch.device("cpu"))
         index_Nk, gates_Nk = mixture.last.index.cpu(), mixture.last.gates.cpu()
         energy_E = mixture.energy.cpu()
         self.follow(index_Nk, gates_Nk.to(self.contribution.dtype), energy_E)
         if self.steps % self.every == 0:
             self.sample(mixture.last)
-            self.log_entries.append(summary(self))
+            self.write(self.tag, summary(self.steps, torch.stack(self.vectors())))
+
+    def write(self, tag: str, entry: dict[str, Any]) -> None:
+        """Keep a summary, and write it where the environment asks for that."""
+        self.log_entries.append(entry)
+        if self.board is not None:
+            self.board(tag, entry)
+
+    def log_later(self, scores_VE: Tensor) -> None:
+        """Write a summary of these scores as soon as they are on the host; a thread waits for that."""
+        if self.log is None:
+            self.log = AsyncLog(summary, self.write)
+        self.log.put(self.tag, self.steps, scores_VE)
 
     def follow(self, index_Nk: Tensor, gates_Nk: Tensor, energy_E: Tensor) -> None:
         """Move contribution, frequency, efficiency and resilience; all on the CPU."""
@@ -84,7 +112,7 @@ class NeuroScore:
 
     def state_dict(self) -> dict[str, Any]:
         """All scores and the count of steps."""
-        return {"steps": self.steps, **{name: getattr(self, name) for name in NAMES}}
+        return {"steps": self.steps, **dict(zip(NAMES, self.vectors(), strict=True))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``."""
@@ -93,12 +121,12 @@ class NeuroScore:
             getattr(self, name).copy_(state[name])
 
 
-def summary(score: NeuroScore) -> dict[str, Any]:
-    """What a log shows: Gini of the frequencies, means, histograms, and the best experts by efficiency; on the host."""
-    vectors = {name: getattr(score, name).double().cpu() for name in NAMES[:-1]}
+def summary(step: int, scores_VE: Tensor) -> dict[str, Any]:
+    """What a log shows of all scores, on the host: Gini of the frequencies, means, histograms, and the best experts."""
+    vectors = dict(zip(NAMES[:-1], scores_VE.double(), strict=False))
     best = vectors["efficiency"].argsort(descending=True)[:TOP]
     return {
-        "step": score.steps,
+        "step": step,
         "gini": gini(vectors["frequency"]),
         **{f"mean {name}": float(values.mean()) for name, values in vectors.items()},
         "histograms": {name: values.tolist() for name, values in vectors.items()},

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from kernbench.workload import Phase, Swap
 
-from . import fused, syncfree, topk
+from . import fused, metrics, syncfree, topk
 from . import predictions as promised
 from .attention import SynapticAttention
 from .moe import SynapticMoE
+from .neuroscore import NeuroScore
 from .postsynaptic_topk import TopKLinear
 from .training import Training
 
@@ -39,6 +40,18 @@ PHASES = (
         predict=promised.predict_presyn,
         swaps=(
             Swap(site=(SynapticAttention, "attend"), kernel="presyn_attention", adapt=fused.adapt_presyn_attention),
+        ),
+    ),
+    Phase(
+        number=2,
+        title="scores on the device",
+        flag="BIO_FUSED_METRICS",
+        claim=promised.METRICS_CLAIM,
+        predicts=promised.METRICS_PROMISE,
+        predict=promised.predict_metrics,
+        swaps=(
+            Swap(site=(SynapticMoE, "account"), kernel="router_counts", adapt=metrics.adapt_router_counts),
+            Swap(site=(NeuroScore, "step"), kernel="neuroscore_update", adapt=metrics.adapt_neuroscore_update),
         ),
     ),
 )

@@ -15,6 +15,10 @@ SYNC_PROMISE = (
 
 def predict_no_reads(before: ProfileRecord) -> Prediction:
     """All reads go but the scores'; the step loses at most the device idle time that has a read as its cause."""
+    return _without_waits(before, SYNC_PROMISE, SYNC_CLAIM)
+
+
+def _without_waits(before: ProfileRecord, text: str, claim: str) -> Prediction:
     ratio_high, basis = None, "no idle times by cause in the profile before, so no time is promised"
     step = step_seconds(before)
     waited = before.idle.causes.get("sync") if before.idle else None
@@ -22,8 +26,8 @@ def predict_no_reads(before: ProfileRecord) -> Prediction:
         ratio_high = step / (step - waited)
         basis = f"step {step * 1e3:.3g} ms, of which the device idles {waited * 1e3:.3g} ms because of reads"
     return Prediction(
-        text=SYNC_PROMISE,
-        claim=SYNC_CLAIM,
+        text=text,
+        claim=claim,
         ratio_low=None if ratio_high is None else 1.0,
         ratio_high=ratio_high,
         basis=basis,
@@ -56,6 +60,18 @@ def predict_presyn(before: ProfileRecord) -> Prediction:
         ratio_high=ratio_high,
         basis=basis,
     )
+
+
+METRICS_CLAIM = "gathering lineage and routing stats to the CPU stalls the pipeline; decouple logging from the loop"
+METRICS_PROMISE = (
+    "The three copies to the host per mixture of experts go, and with them the time the device idled behind these; a "
+    "thread writes the log. Three launches a mixture stay."
+)
+
+
+def predict_metrics(before: ProfileRecord) -> Prediction:
+    """The scores' reads go; the step loses at most the device idle time that is left with a read as its cause."""
+    return _without_waits(before, METRICS_PROMISE, METRICS_CLAIM)
 
 
 def step_seconds(before: ProfileRecord) -> float | None:

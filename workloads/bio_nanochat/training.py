@@ -35,7 +35,10 @@ class Training:
         self.parameters = list(self.model.parameters())
         self.optimizers = make_optimizers(self.model, config, dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        self.scores = [NeuroScore(config.experts, every=config.log_every, dtype=wide) for _ in self.model.mixtures()]
+        self.scores = [
+            NeuroScore(config.experts, every=config.log_every, dtype=wide, tag=f"layer {layer}")
+            for layer, _ in enumerate(self.model.mixtures())
+        ]
         self.controller = StructuralController(config.structure, seed)
         # Losses that were never read by the host wait here; an entry of None in ``recent`` stands for one of them.
         self.waiting_losses = torch.zeros(LOSSES_KEPT, dtype=wide, device=device)
