@@ -39,7 +39,7 @@ def router_counts_reference(index: Tensor, gates: Tensor, experts: int) -> tuple
     """In plain PyTorch; arguments as in :func:`router_counts`."""
     wide = torch.promote_types(gates.dtype, torch.float32)
     chosen = index.flatten().unsqueeze(-1) == torch.arange(experts, device=index.device)
-    mass = torch.where(chosen, gates.flatten().to(wide).unsqueeze(-1), 0.0).sum(0)
+    mass = gates.flatten().to(wide).unsqueeze(-1).expand(chosen.shape).masked_fill(~chosen, 0.0).sum(0)
     return chosen.sum(0), mass
 
 

@@ -14,6 +14,7 @@ class StructureConfig:
 
     Attributes:
         every: steps from one call of the controller to the next; 0 never calls it.
+        ddp_broadcast: every rank makes the first rank's moves, instead of its own.
         patch: what becomes of the optimizer state of an overwritten expert: zero, as upstream, or the parent's.
     """
 

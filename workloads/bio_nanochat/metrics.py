@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import parallel
 from .moe import Routed, SynapticMoE
 from .neuroscore import SAMPLED_SHARE, NeuroScore
 
@@ -63,7 +64,8 @@ def specialisation(routed: Routed, before_E: Tensor) -> Tensor:
 
 def averaged(scores_VE: Tensor) -> Tensor:
     """The mean over all ranks, by one collective on the device; the scores themselves where there is one rank."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    ranks = parallel.world()[1]
+    if ranks > 1:
         torch.distributed.all_reduce(scores_VE)
-        scores_VE /= torch.distributed.get_world_size()
+        scores_VE /= ranks
     return scores_VE

@@ -4,6 +4,9 @@ The number of experts never changes: whoever is overwritten becomes a noisy copy
 weights are copied tensor by tensor and expert by expert, as upstream does. Noise comes from Philox streams, so that
 masked copy kernels can draw the same.
 
+Upstream's ranks call different collectives here, and wait for each other forever. These agree on the first rank's
+moves, by one broadcast, and each makes them on its own.
+
 Shapes: E experts.
 Source: specification, section 7; by reading only.
 """
@@ -20,10 +23,12 @@ from torch.nn import functional
 
 from kernbench import philox
 
+from . import parallel
 from .config import StructureConfig
 from .moe import SynapticMoE
 from .synapses import TopKConfig
 
+KINDS = ("merge", "split", "reset")
 FEW = 1e-6
 EVEN_SHARE, FIXED_SHARE, ENZYME_SHARE = 0.5, 0.6, 0.9
 NOISE_STRIDE = 8
@@ -37,11 +42,15 @@ HALVED_K = ("gain_in", "gain_out")
 
 
 class Move(NamedTuple):
-    """One decision: ``child`` becomes a noisy copy of ``parent``, after the parent took its share of it, if merging."""
+    """One decision: ``child`` becomes a noisy copy of ``parent``.
+
+    Of a merge, ``share`` is what the parent first keeps of itself, beside what it takes of the child.
+    """
 
     kind: str
     parent: int
     child: int
+    share: float = 1.0
 
 
 @dataclass
@@ -72,9 +81,9 @@ class StructuralController:
     @torch.no_grad()
     def apply(self, layer: int, mixture: SynapticMoE, optimizers: list[torch.optim.Optimizer], step: int) -> None:
         """Merge, split and reset the experts of one layer."""
-        for move in self.decide(mixture):
+        for move in self.agreed(self.decide(mixture), mixture.energy.device):
             if move.kind == "merge":
-                absorb(mixture, move.parent, move.child, self.share(mixture, move))
+                absorb(mixture, move.parent, move.child, move.share)
             first = self.seed * (1 << 20) + self.moves * NOISE_STRIDE * len(mixture.energy)
             clone(mixture, move, self.config, first)
             patch(mixture, move, optimizers, self.config)
@@ -86,7 +95,8 @@ class StructuralController:
         config = self.config
         health = health_of(mixture).tolist()
         touched: set[int] = set()
-        moves = [Move("merge", *pair) for pair in self.alike(mixture, health, touched)]
+        pairs = list(self.alike(mixture, health, touched))
+        moves = [Move("merge", *pair, self.share(mixture, *pair)) for pair in pairs]
         weak = sorted(range(len(health)), key=lambda e: health[e])
         strong = [e for e in reversed(weak) if health[e] >= config.split_health_min]
         moves += take("split", strong, weak, touched, config.splits_per_call)
@@ -109,11 +119,21 @@ class StructuralController:
                 merged += 1
                 yield (i, j) if health[i] >= health[j] else (j, i)
 
-    def share(self, mixture: SynapticMoE, move: Move) -> float:
+    def agreed(self, moves: list[Move], device: torch.device) -> list[Move]:
+        """The moves of the first rank on all of them, so that equal weights stay equal."""
+        config = self.config
+        if not config.ddp_broadcast:
+            return moves
+        most = config.merges_per_call + config.splits_per_call + config.resets_per_call
+        rows = [[float(KINDS.index(kind)), *map(float, rest)] for kind, *rest in moves]
+        received = parallel.from_first_rank(rows, most, len(Move._fields), device)
+        return [Move(KINDS[int(row[0])], int(row[1]), int(row[2]), row[3]) for row in received]
+
+    def share(self, mixture: SynapticMoE, parent: int, child: int) -> float:
         """What the winner keeps of itself."""
         if not self.config.use_util_weighting:
             return FIXED_SHARE
-        winner, loser = (mixture.fatigue[expert].item() for expert in (move.parent, move.child))
+        winner, loser = (mixture.fatigue[expert].item() for expert in (parent, child))
         return winner / (winner + loser) if winner + loser > FEW else EVEN_SHARE
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import parallel
 from .config import BioConfig
 from .data import Text
 from .model import build_model
@@ -84,6 +85,7 @@ class Training:
             optimizer.zero_grad(set_to_none=True)
         loss = self.loss(index)
         loss.backward()  # type: ignore[no-untyped-call]
+        parallel.average_gradients(self.parameters)
         return loss.detach()
 
     def update(self) -> None:
@@ -93,7 +95,8 @@ class Training:
 
     def loss(self, index: int) -> Tensor:
         """Mean cross entropy of the next token plus the balance of the experts, 0-dim, float32 or wider."""
-        tokens_BT, next_BT = self.text.batch(self.seed + index)
+        rank, ranks = parallel.world()
+        tokens_BT, next_BT = self.text.batch(self.seed + index * ranks + rank)
         logits_BTV, balance = self.model(tokens_BT)
         entropy = functional.cross_entropy(logits_BTV.flatten(0, 1).to(balance.dtype), next_BT.flatten())
         loss: Tensor = entropy + self.config.balance * balance

@@ -20,6 +20,7 @@ what the specification leaves open, and on upstream's slips:
 | gradient clipping | global norm 1, as in nanochat |
 | pull of the router's embeddings | zero everywhere, kept: its factors never meet |
 | scores without tokens | specialisation and resilience stay as they are; upstream takes them for the best |
+| several ranks | gradients are averaged, moves are the first rank's, plastic state is each rank's own |
 | split, merge: step counters | stay, because a stacked tensor has one for all its experts |
 | split, merge: state of a patch | "zero" as upstream, of both optimizers; "inherit" by row as the plan asks |
 | Hebbian weights | bounded (``hebbian_limit``): upstream's rule is all NaN within 20 steps of the tiny size |
