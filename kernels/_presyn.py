@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from . import _presyn_backward_kernels as backward_kernels
+from . import _presyn_drawn_kernels as drawn_kernels
 from . import _presyn_forward_kernels as forward_kernels
 from . import _rows
 from ._presyn_keys import Rates, constants_of
@@ -30,68 +31,107 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+    once: bool = False
 
 
 class Tiles(NamedTuple):
-    """Of the four kernels that stream; see :func:`tiles_for`."""
+    """Of the four kernels that stream, and of the two for drawn queries; see :func:`tiles_for`."""
 
     forward_keys: Tile
     forward_queries: Tile
     backward_keys: Tile
     backward_queries: Tile
+    drawn: Tile
 
 
 @lru_cache(maxsize=64)
 def tiles_for(columns: int, itemsize: int) -> Tiles:
     """By rows of so many columns, of numbers of so many bytes."""
     if _SMALL:
-        return Tiles(*(Tile(16, 16, 4, 1) for _ in range(4)))
+        return Tiles(*(Tile(16, 16, 4, 1) for _ in range(5)))
     if itemsize == 4:
         small = Tile(32, 32, 4, 1) if columns > 64 else Tile(64, 64, 4, 1)
-        return Tiles(*(small for _ in range(4)))
+        return Tiles(*(small for _ in range(5)))
     if columns > 64:
-        return Tiles(Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
-    return Tiles(Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
+        return Tiles(
+            Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 4, 1)
+        )
+    return Tiles(Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 1))
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, calcium: Tensor, buffer: Tensor, pool: Tensor, reserve: Tensor, primed: Tensor,
-    clamp: Tensor, energy: Tensor, rates: Sequence[float], tiles: Tiles | None = None,
+    clamp: Tensor, energy: Tensor, rates: Sequence[float], seed: Tensor | None = None, tiles: Tiles | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """y, the six new quantities of the state and what was used; then, for the backward pass, sums, factors and
-    normalizers."""
-    check(q, k, v, (calcium, buffer, pool, reserve, primed, clamp, energy), rates)
+    """y, the six new quantities of the state and what was used; then, for the backward pass, sums, factors,
+    normalizers and the drawn queries, of which there are none without a seed."""
+    check(q, k, v, (calcium, buffer, pool, reserve, primed, clamp, energy), rates, seed)
     batch, heads, tokens, dim = q.shape
     q, k, v = (dense(tensor) for tensor in (q, k, v))
     state = [tensor.contiguous() for tensor in (calcium, buffer, pool, reserve, primed, clamp, energy)]
     y = torch.empty_like(q)
     after = [torch.empty_like(tensor) for tensor in state[:6]]
     used = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    normalizers = torch.empty_like(used)
-    sums, factors = used.new_empty(2, *used.shape), used.new_empty(2, *used.shape)
+    sums, factors, normalizers, drawn = left_behind(used, seed)
     if not q.numel():
-        return y, *after, used, sums, factors, normalizers
+        return y, *after, used, sums, factors, normalizers, drawn
     columns = max(16, triton.next_power_of_2(dim))
     scale = math.log2(math.e) * dim**-0.5
     tiles = tiles or tiles_for(columns, q.itemsize)
+    tile = tiles.forward_queries
     with _rows.on_device(q):
-        tile = tiles.forward_keys
-        forward_kernels.keys_kernel[(batch * heads * triton.cdiv(tokens, tile.keys),)](
-            q, k, *state, *after, used, sums, factors, *q.stride()[:3], *k.stride()[:3], tokens, heads, scale,
-            multiplier(q.dtype, rates), constants_of(tuple(rates)), dim, columns, tile.queries, tile.keys,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        tile = tiles.forward_queries
+        if seed is not None:
+            draw(seed, drawn, rates)
+        step(q, k, state, after, used, sums, factors, drawn, seed, rates, tiles.forward_keys)
         forward_kernels.queries_kernel[(batch * heads * triton.cdiv(tokens, tile.queries),)](
             q, k, v, factors, y, normalizers, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:3],
             tokens, heads, scale, dim, columns, tile.queries, tile.keys, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return y, *after, used, sums, factors, normalizers
+        if seed is not None:
+            tile = tiles.drawn
+            drawn_kernels.queries_kernel[(batch * heads * triton.cdiv(tokens, tile.queries),)](
+                q, k, v, factors, y, normalizers, drawn, seed, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                *y.stride()[:3], tokens, heads, scale, Rates(*rates).stochastic_quanta, dim, columns, tile.queries,
+                tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+    return y, *after, used, sums, factors, normalizers, drawn
+
+
+def left_behind(used: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums, factors, normalizers and the drawn queries, not filled yet: more with a seed than without."""
+    batch, heads, tokens = used.shape
+    counts = (2, 2, 1) if seed is None else (3, 4, 2)
+    sums, factors, normalizers = (used.new_empty(count, *used.shape) for count in counts)
+    listed = 0 if seed is None else tokens + 1
+    return sums, factors, normalizers, used.new_empty(batch, heads, listed, dtype=torch.int32)
+
+
+def draw(seed: Tensor, drawn: Tensor, rates: Sequence[float]) -> None:
+    """Lists the drawn queries of each head."""
+    batch, heads, places = drawn.shape
+    drawn_kernels.draw_kernel[(batch * heads,)](
+        seed, drawn, places - 1, Rates(*rates).stochastic_train_frac, 16 if _SMALL else 1024, num_warps=4
+    )
+
+
+def step(
+    q: Tensor, k: Tensor, state: Sequence[Tensor], after: Sequence[Tensor], used: Tensor, sums: Tensor,
+    factors: Tensor, drawn: Tensor, seed: Tensor | None, rates: Sequence[float], tile: Tile,
+) -> None:  # fmt: skip
+    """The synapses' part of the forward pass, into what is given from ``after`` on."""
+    batch, heads, tokens, dim = q.shape
+    forward_kernels.keys_kernel[(batch * heads * triton.cdiv(tokens, tile.keys),)](
+        q, k, *state, *after, used, sums, factors, drawn, seed, *q.stride()[:3], *k.stride()[:3], tokens, heads,
+        math.log2(math.e) * dim**-0.5, multiplier(q.dtype, rates), constants_of(tuple(rates)), dim,
+        max(16, triton.next_power_of_2(dim)), tile.queries, tile.keys, seed is not None,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def backward(
     dy: Tensor | None, d_after: Sequence[Tensor | None], q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor],
-    y: Tensor, sums: Tensor, factors: Tensor, normalizers: Tensor, rates: Sequence[float], tiles: Tiles | None = None,
+    y: Tensor, sums: Tensor, factors: Tensor, normalizers: Tensor, drawn: Tensor, rates: Sequence[float],
+    seed: Tensor | None = None, tiles: Tiles | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v and the seven quantities of the state."""
     batch, heads, tokens, dim = q.shape
@@ -104,8 +144,8 @@ def backward(
     dy = torch.zeros_like(y) if dy is None else dense(dy)
     none = None if all(given is not None for given in d_after) else torch.zeros_like(state[0])
     given = [none if gradient is None else gradient.contiguous() for gradient in d_after]
-    deltas = torch.empty_like(normalizers)
-    d_sums = torch.empty_like(sums)
+    deltas = torch.empty_like(normalizers[0])
+    d_sums = torch.empty_like(sums[:2])
     columns = max(16, triton.next_power_of_2(dim))
     root = dim**-0.5
     scale = math.log2(math.e) * root
@@ -118,9 +158,10 @@ def backward(
         )
         tile = tiles.backward_keys
         backward_kernels.keys_kernel[(batch * heads * triton.cdiv(tokens, tile.keys),)](
-            q, k, v, dy, *state, *given, sums, factors, normalizers, deltas, dk, dv, *d_state, d_sums,
+            q, k, v, dy, *state, *given, sums, factors, normalizers, deltas, dk, dv, *d_state, d_sums, drawn, seed,
             *strides, *dk.stride()[:3], *dv.stride()[:3], tokens, heads, scale, root,
-            multiplier(q.dtype, rates), constants_of(tuple(rates)), dim, columns, tile.queries, tile.keys,
+            multiplier(q.dtype, rates), constants_of(tuple(rates)), dim, columns, tile.queries, tile.keys, tile.once,
+            seed is not None,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         tile = tiles.backward_queries
@@ -128,6 +169,13 @@ def backward(
             q, k, v, dy, factors, d_sums, normalizers, deltas, dq, *strides, *dq.stride()[:3], tokens, heads, scale,
             root, dim, columns, tile.queries, tile.keys, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+        if seed is not None:
+            tile = tiles.drawn
+            drawn_kernels.query_gradients_kernel[(batch * heads * triton.cdiv(tokens, tile.queries),)](
+                q, k, v, dy, factors, d_sums, normalizers, deltas, dq, drawn, seed, *strides, *dq.stride()[:3],
+                tokens, heads, scale, root, Rates(*rates).stochastic_quanta, dim, columns, tile.queries, tile.keys,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
     return dq, dk, dv, *d_state
 
 
@@ -144,8 +192,14 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if covered and (tensor.shape[-1] == 1 or tensor.stride(-1) == 1) else tensor.contiguous()
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], rates: Sequence[float]) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], rates: Sequence[float], seed: Tensor | None
+) -> None:
     """Raises ValueError where an argument of presyn_attention does not fit."""
+    if seed is not None and (seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != q.device):
+        raise ValueError(f"presyn_attention takes one int64 as seed on {q.device}; it is {seed.dtype} on {seed.device}")
+    if not Rates(*rates).stochastic_quanta >= 1:
+        raise ValueError("presyn_attention takes a stochastic_quanta of at least 1")
     check_rows("presyn_attention", q, k, v, rates)
     for name, one in zip(STATE, state, strict=True):
         if one.shape != q.shape[:3] or one.dtype != state[0].dtype or one.device != q.device:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import _presyn_drawn_kernels as drawn_queries
 from . import _presyn_keys, _rows
 from . import _presyn_parts as parts
-from ._presyn_forward_kernels import DRIVE_LIMIT, LANES, LOG2_E, _add, barrier_factor
+from ._presyn_forward_kernels import barrier_factor
 
 
 @triton.jit(do_not_specialize=["heads"])  # type: ignore[untyped-decorator]
@@ -33,20 +34,18 @@ def deltas_kernel(  # type: ignore[no-untyped-def]
     tl.store(deltas + pair * tokens + query, tl.sum(product, 1), mask=query < tokens)
 
 
-@triton.jit
-def sigma_and_slope(s, scale):  # type: ignore[no-untyped-def]
-    """sigma(L) and its derivative, of products s; of one whose exponential overflows they are zeros, as they should."""
-    sigma = parts.reciprocal(1.0 + parts.exp2(s * -scale))
-    return sigma, sigma - sigma * sigma
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def _through_weights(  # type: ignore[no-untyped-def]
-    dk, dv, da, k, v, slope, floor, q_block, dy_block, normalizers, deltas, first, end, key, q_token, dy_token, tokens,
-    scale, M: tl.constexpr, DIM: tl.constexpr, DIAGONAL: tl.constexpr,
+    dk, dv, da, driven, docked, k, v, slope, floor, q_block, dy_block, normalizers, deltas, first, end, key, q_token,
+    dy_token, tokens, scale, M: tl.constexpr, DIM: tl.constexpr, DIAGONAL: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Adds what queries from first to end give keys k, v [N, D] through their weights: dk, dv, and dA [N, LANES]."""
+    """Adds what queries from first to end give keys k, v [N, D] through their weights: dk, dv, and dA [N, LANES].
+
+    With ``ONCE`` what they give dk through a key's sums is added up too, but for the factor that is not known yet:
+    ``driven`` is the sum of sigma(L) q, ``docked`` that of sigma'(L) q, [N, D] each.
+    """
     N: tl.constexpr = k.shape[0]
+    limit = parts.DRIVE_LIMIT * parts.LOG2_E / scale
     for start in range(first, end, M):
         query = start + tl.arange(0, M)
         inside = query < tokens
@@ -59,7 +58,13 @@ def _through_weights(  # type: ignore[no-untyped-def]
         e = parts.exp2(s * scale - normalizer[None, :])
         if DIAGONAL:
             e = tl.where(query[None, :] >= key[:, None], e, 0.0)
-        sigma, derivative = sigma_and_slope(s, scale)
+        sigma, derivative = parts.sigma_and_slope(s, scale)
+        if ONCE:
+            if DIAGONAL:
+                sigma = tl.where(query[None, :] >= key[:, None], sigma, 0.0)
+                derivative = sigma - sigma * sigma
+            driven = parts.dot(_rows.narrow(tl.where(tl.abs(s) <= limit, sigma, 0.0), q.dtype), q, driven)
+            docked = parts.dot(_rows.narrow(derivative, q.dtype), q, docked)
         p = e * (slope[:, None] * sigma + floor[:, None])
         ed = e * (dp - delta[None, :])
         if DIAGONAL:
@@ -69,10 +74,10 @@ def _through_weights(  # type: ignore[no-untyped-def]
         dl = ed * (slope[:, None] * (sigma + derivative) + floor[:, None])
         dk = parts.dot(_rows.narrow(dl, q.dtype), q, dk)
         if parts.INTERPRETED:
-            da += tl.sum(tl.reshape(ed * sigma, [N, M // LANES, LANES]), 1)
+            da += tl.sum(tl.reshape(ed * sigma, [N, M // parts.LANES, parts.LANES]), 1)
         else:
-            da += tl.reduce(tl.reshape(ed * sigma, [N, M // LANES, LANES]), 1, _add)
-    return dk, dv, da
+            da += tl.reduce(tl.reshape(ed * sigma, [N, M // parts.LANES, parts.LANES]), 1, parts.add)
+    return dk, dv, da, driven, docked
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -81,12 +86,12 @@ def _through_sums(  # type: ignore[no-untyped-def]
     M: tl.constexpr, DIM: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """Adds what queries from first to end give dk through the two sums of a key; those that are none are zeros."""
-    limit = DRIVE_LIMIT * LOG2_E / scale
+    limit = parts.DRIVE_LIMIT * parts.LOG2_E / scale
     for start in range(first, end, M):
         query = start + tl.arange(0, M)
         q = parts.rows(q_block, start, q_token, tokens, DIM, False)
         s = parts.dot(k, tl.trans(q))
-        sigma, derivative = sigma_and_slope(s, scale)
+        sigma, derivative = parts.sigma_and_slope(s, scale)
         driven = tl.where(tl.abs(s) <= limit, sigma, 0.0)
         dl = driven * d_soft[:, None] + derivative * d_sigma[:, None]
         if DIAGONAL:
@@ -100,9 +105,11 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     q, k, v, dy, calcium, buffer, pool, reserve, primed, clamp, energy,
     d_new_calcium, d_new_buffer, d_new_pool, d_new_reserve, d_new_primed, d_new_energy,
     sums, factors, normalizers, deltas, dk, dv, d_calcium, d_buffer, d_pool, d_reserve, d_primed, d_clamp, d_energy,
-    d_sums, q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, dy_batch, dy_head, dy_token,
+    d_sums, drawn, seed,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, dy_batch, dy_head, dy_token,
     dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, tokens, heads, scale, root, multiplier,
-    R: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    R: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ONCE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """One program takes dk, dv and the state's gradients of N keys of one head; grid as in the forward pass.
 
@@ -125,23 +132,42 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     deltas += pair * tokens
     d_keys = tl.zeros([N, COLUMNS], tl.float32)
     d_values = tl.zeros([N, COLUMNS], tl.float32)
-    d_slope = tl.zeros([N, LANES], tl.float32)
+    d_slope = tl.zeros([N, parts.LANES], tl.float32)
+    driven, docked = 0.0, 0.0
+    if ONCE:
+        driven = tl.zeros([N, COLUMNS], tl.float32)
+        docked = tl.zeros([N, COLUMNS], tl.float32)
     begin = first // M * M
     below = tl.minimum((first + N + M - 1) // M * M, (tokens + M - 1) // M * M)
-    d_keys, d_values, d_slope = _through_weights(
-        d_keys, d_values, d_slope, k, v, slope, floor, q_block, dy_block, normalizers, deltas, begin, below, key,
-        q_token, dy_token, tokens, scale, M, DIM, True,
+    d_keys, d_values, d_slope, driven, docked = _through_weights(
+        d_keys, d_values, d_slope, driven, docked, k, v, slope, floor, q_block, dy_block, normalizers, deltas, begin,
+        below, key, q_token, dy_token, tokens, scale, M, DIM, True, ONCE,
     )  # fmt: skip
-    d_keys, d_values, d_slope = _through_weights(
-        d_keys, d_values, d_slope, k, v, slope, floor, q_block, dy_block, normalizers, deltas, below, tokens, key,
-        q_token, dy_token, tokens, scale, M, DIM, False,
+    d_keys, d_values, d_slope, driven, docked = _through_weights(
+        d_keys, d_values, d_slope, driven, docked, k, v, slope, floor, q_block, dy_block, normalizers, deltas, below,
+        tokens, key, q_token, dy_token, tokens, scale, M, DIM, False, ONCE,
     )  # fmt: skip
+    release = tl.load(sums + total + place, mask=inside, other=0.0)
+    everything, d_scaled, d_g = release, 0.0, 0.0
+    if STOCHASTIC:
+        everything = tl.load(sums + 2 * total + place, mask=inside, other=0.0)
+        g = tl.load(factors + 2 * total + place, mask=inside, other=0.0)
+        scaled = tl.load(factors + 3 * total + place, mask=inside, other=0.0)
+        drawn += pair * (tokens + 1)
+        q_base = q + batch * q_batch + head * q_head
+        d_keys, d_values, d_g, d_scaled, clipped = drawn_queries.through_moved_weights(
+            d_keys, d_values, k, v, floor, g, scaled, q_base, dy + batch * dy_batch + head * dy_head,
+            normalizers + total, deltas, drawn, seed, pair, key, q_token, dy_token, tokens, scale,
+            M, DIM, R.stochastic_quanta,
+        )  # fmt: skip
+        release -= clipped
     column = tl.arange(0, COLUMNS)
     whole = inside[:, None] & (column < DIM)[None, :]
     target = dv + batch * dv_batch + head * dv_head + first.to(tl.int64) * dv_token
     tl.store(parts.pointers(target, dv_token, N, COLUMNS), _rows.narrow(d_values, dv.dtype.element_ty), mask=whole)
 
-    c, b, p, r, s, blocked, e, d_influx, d_release = _presyn_keys.update_gradients(
+    factor = multiplier * barrier_factor(key, tokens, R)
+    c, b, p, r, s, blocked, e, d_influx, d_release = _presyn_keys.gradients(
         tl.load(calcium + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(buffer + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(pool + place, mask=inside, other=0.0).to(tl.float32),
@@ -150,14 +176,14 @@ def keys_kernel(  # type: ignore[no-untyped-def]
         tl.load(clamp + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(energy + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(sums + place, mask=inside, other=0.0),
-        tl.load(sums + total + place, mask=inside, other=0.0),
+        release, everything,
         tl.load(d_new_calcium + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(d_new_buffer + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(d_new_pool + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(d_new_reserve + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(d_new_primed + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(d_new_energy + place, mask=inside, other=0.0).to(tl.float32),
-        tl.sum(d_slope, 1) * (multiplier * barrier_factor(key, tokens, R)), R,
+        tl.sum(d_slope, 1) * factor, d_scaled * factor, d_g, R, STOCHASTIC,
     )  # fmt: skip
     parts.store(d_calcium + place, c, inside)
     parts.store(d_buffer + place, b, inside)
@@ -171,12 +197,19 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     tl.store(d_sums + place, d_soft, mask=inside)
     tl.store(d_sums + total + place, d_release, mask=inside)
 
-    d_keys = _through_sums(
-        d_keys, k, d_soft, d_release, q_block, begin, below, key, q_token, tokens, scale, M, DIM, True
-    )
-    d_keys = _through_sums(
-        d_keys, k, d_soft, d_release, q_block, below, tokens, key, q_token, tokens, scale, M, DIM, False
-    )
+    if ONCE:
+        d_keys += d_soft[:, None] * driven + d_release[:, None] * docked
+    else:
+        d_keys = _through_sums(
+            d_keys, k, d_soft, d_release, q_block, begin, below, key, q_token, tokens, scale, M, DIM, True
+        )
+        d_keys = _through_sums(
+            d_keys, k, d_soft, d_release, q_block, below, tokens, key, q_token, tokens, scale, M, DIM, False
+        )
+    if STOCHASTIC:
+        d_keys = drawn_queries.less_clipped(
+            d_keys, k, g, d_release, q_base, drawn, seed, pair, key, q_token, tokens, scale, M, DIM, R.stochastic_quanta
+        )
     target = dk + batch * dk_batch + head * dk_head + first.to(tl.int64) * dk_token
     d_keys = _rows.narrow(d_keys * root, dk.dtype.element_ty)
     tl.store(parts.pointers(target, dk_token, N, COLUMNS), d_keys, mask=whole)
@@ -188,7 +221,7 @@ def _to_queries(  # type: ignore[no-untyped-def]
     total, scale, N: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what keys from first to end give queries q [M, D], through their weights and through their sums."""
-    limit = DRIVE_LIMIT * LOG2_E / scale
+    limit = parts.DRIVE_LIMIT * parts.LOG2_E / scale
     for start in range(first, end, N):
         k = parts.rows(k_block, start, k_token, tokens, DIM, not MASKED)
         v = parts.rows(v_block, start, v_token, tokens, DIM, not MASKED)
@@ -204,7 +237,7 @@ def _to_queries(  # type: ignore[no-untyped-def]
         ed = parts.exp2(s * scale - normalizer[:, None]) * (dp - delta[:, None])
         if MASKED:
             ed = tl.where((query > 0)[:, None], ed, 0.0)
-        sigma, derivative = sigma_and_slope(s, scale)
+        sigma, derivative = parts.sigma_and_slope(s, scale)
         dl = ed * (slope[None, :] * (sigma + derivative) + floor[None, :])
         dl += tl.where(tl.abs(s) <= limit, sigma, 0.0) * d_soft[None, :] + derivative * d_sigma[None, :]
         if MASKED:

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kernbench.spec import Case, Cost, Inputs
 
+from . import _presyn, _rows
+from ._presyn_keys import Rates
+
 CASES = (
-    Case("one", batch=1, heads=1, tokens=1, dim=16),
-    Case("ragged", batch=1, heads=2, tokens=17, dim=24),
-    Case("wide", batch=2, heads=1, tokens=5, dim=40),
-    Case("bench", large=True, batch=4, heads=12, tokens=2048, dim=64),
-    Case("T4096", large=True, batch=4, heads=12, tokens=4096, dim=64),
-    Case("C1280", large=True, batch=4, heads=10, tokens=2048, dim=128),
+    Case("one", batch=1, heads=1, tokens=1, dim=16, noise=0),
+    Case("ragged", batch=1, heads=2, tokens=17, dim=24, noise=0),
+    Case("wide", batch=2, heads=1, tokens=5, dim=40, noise=1),
+    Case("bench", large=True, batch=4, heads=12, tokens=2048, dim=64, noise=0),
+    Case("bench-noise", large=True, batch=4, heads=12, tokens=2048, dim=64, noise=1),
+    Case("T4096", large=True, batch=4, heads=12, tokens=4096, dim=64, noise=0),
+    Case("C1280", large=True, batch=4, heads=10, tokens=2048, dim=128, noise=0),
 )
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     """Queries and keys of a root mean square of one, as after a norm of heads, and a state from all over its range.
 
-    Half of the pools hold so much that they do not bind, which takes few tokens or much in them.
+    Few tokens leave some pools that do not bind. With noise a third of the queries is drawn, but in large cases the
+    default tenth.
     """
     generator = torch.Generator(device).manual_seed(seed)
     shape = tuple(case[name] for name in ("batch", "heads", "tokens", "dim"))
@@ -35,7 +44,12 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     q, k = normed(), normed()
     v = torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
     state = {name: uniform() for name in ("buffer", "pool", "reserve", "primed", "clamp")}
-    return {"q": q, "k": k, "v": v, "calcium": uniform(1.5), **state, "energy": uniform(1.6)}
+    given: Inputs = {"q": q, "k": k, "v": v, "calcium": uniform(1.5), **state, "energy": uniform(1.6)}
+    if not case["noise"]:
+        return given
+    share = Rates().stochastic_train_frac if case.large else 1 / 3
+    rates = Rates(stochastic_train_frac=share)
+    return given | {"rates": rates, "seed": torch.tensor(1000 * seed + 7, device=device)}
 
 
 def cost(case: Case, dtype: torch.dtype) -> Cost:
@@ -71,3 +85,43 @@ def _counted(case: Case) -> tuple[float, float]:
     """Keys, and pairs of them with queries that see them."""
     keys = float(case["batch"] * case["heads"] * case["tokens"])
     return keys, keys * (case["tokens"] + 1) / 2
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None = None, **state: Any) -> tuple[Tensor, ...]:
+    """FlexAttention with the same bias as a score modifier, given the numbers per key by our step; forward alone.
+
+    FlexAttention itself has no place for a sum over queries that the bias depends on.
+
+    Raises:
+        NotImplementedError: release is stochastic.
+    """
+    if seed is not None:
+        raise NotImplementedError("a score modifier draws no random numbers")
+    ordered = [state[name] for name in _presyn.STATE]
+    after = [torch.empty_like(one) for one in ordered[:6]]
+    used = torch.empty_like(ordered[0])
+    sums, factors, _, drawn = _presyn.left_behind(used, None)
+    rates, tokens = Rates(), q.shape[2]
+    with _rows.on_device(q):
+        tile = _presyn.tiles_for(q.shape[3], q.itemsize).forward_keys
+        _presyn.step(q, k, ordered, after, used, sums, factors, drawn, None, rates, tile)
+    # What is known of a key is its a, the factor's ratio to that of epsilon.
+    slope = factors[0] / factors[1] * rates.epsilon
+    barrier = rates.barrier_strength / tokens
+
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        biased = torch.log(slope[batch, head, key] * torch.sigmoid(score) + rates.epsilon)
+        return score + biased - barrier * (query - key)
+
+    flex, mask = _flex(tokens, q.device)
+    return flex(q, k, v, score_mod=score_mod, block_mask=mask), *after, used
+
+
+@cache
+def _flex(tokens: int, device: torch.device) -> tuple[Callable[..., Any], Any]:
+    """FlexAttention compiled, and its causal mask."""
+    # Takes seconds to import, and only bench calls it.
+    from torch.nn.attention import flex_attention as flex
+
+    mask = flex.create_block_mask(lambda b, h, query, key: query >= key, None, None, tokens, tokens, device=device)
+    return torch.compile(flex.flex_attention, dynamic=False), mask

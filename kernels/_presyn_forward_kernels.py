@@ -10,19 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import _presyn_drawn_kernels as drawn_queries
 from . import _presyn_keys, _rows
 from . import _presyn_parts as parts
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-DRIVE_LIMIT = tl.constexpr(20.0)
-LANES = tl.constexpr(8)
-"""Columns of a tile of products that lie in different threads; sums over the others need no exchange."""
-
-
-@triton.jit
-def _add(a, b):  # type: ignore[no-untyped-def]
-    return a + b
 
 
 @triton.jit
@@ -41,16 +31,16 @@ def sums_of_tile(s, scale):  # type: ignore[no-untyped-def]
     """
     N: tl.constexpr = s.shape[0]
     M: tl.constexpr = s.shape[1]
-    e = parts.exp2(tl.minimum(s * scale, DRIVE_LIMIT * LOG2_E))
+    e = parts.exp2(tl.minimum(s * scale, parts.DRIVE_LIMIT * parts.LOG2_E))
     if parts.INTERPRETED:
         # It would walk over each pair in Python.
-        sigma = tl.sum(tl.reshape(e / (1.0 + e), [N, M // LANES, LANES]), 1)
-        soft = tl.sum(tl.reshape(tl.log2(1.0 + e), [N, M // LANES, LANES]), 1)
+        sigma = tl.sum(tl.reshape(e / (1.0 + e), [N, M // parts.LANES, parts.LANES]), 1)
+        soft = tl.sum(tl.reshape(tl.log2(1.0 + e), [N, M // parts.LANES, parts.LANES]), 1)
     else:
-        e = tl.reshape(e, [N, M // (4 * LANES), 4, LANES])
+        e = tl.reshape(e, [N, M // (4 * parts.LANES), 4, parts.LANES])
         numerator, product = tl.reduce((e, 1.0 + e), 2, _fractions)
-        sigma = tl.reduce(numerator * parts.reciprocal(product), 1, _add)
-        soft = tl.reduce(parts.log2(product), 1, _add)
+        sigma = tl.reduce(numerator * parts.reciprocal(product), 1, parts.add)
+        soft = tl.reduce(parts.log2(product), 1, parts.add)
     return soft, sigma
 
 
@@ -75,14 +65,16 @@ def _drive(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["heads"])  # type: ignore[untyped-decorator]
 def keys_kernel(  # type: ignore[no-untyped-def]
     q, k, calcium, buffer, pool, reserve, primed, clamp, energy,
-    new_calcium, new_buffer, new_pool, new_reserve, new_primed, new_energy, used, sums, factors,
+    new_calcium, new_buffer, new_pool, new_reserve, new_primed, new_energy, used, sums, factors, drawn, seed,
     q_batch, q_head, q_token, k_batch, k_head, k_token, tokens, heads, scale, multiplier,
     R: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """One program updates the synapses of N keys of one head; grid is B * H * T / N, rounded up, early keys first.
 
     Reads q and k [B, H, T, D] and the state [B, H, T]; writes the new state, what was used, ``sums`` [2, B H T], that
-    is S1 / (T - j) and S2, and ``factors``. ``multiplier`` keeps weights in the range of the dtype.
+    is S1 / (T - j) and S2, and ``factors``. ``multiplier`` keeps weights in the range of the dtype. With ``STOCHASTIC``
+    three and four quantities go there: see the kernels of drawn queries.
     """
     batch, head, pair, first = parts.place(tokens, heads, N, False)
     key = first + tl.arange(0, N)
@@ -90,8 +82,8 @@ def keys_kernel(  # type: ignore[no-untyped-def]
         parts.pointers(k + batch * k_batch + head * k_head, k_token, N, COLUMNS), first, k_token, tokens, DIM, False
     )
     block = parts.pointers(q + batch * q_batch + head * q_head, q_token, M, COLUMNS)
-    soft = tl.zeros([N, LANES], tl.float32)
-    sigma = tl.zeros([N, LANES], tl.float32)
+    soft = tl.zeros([N, parts.LANES], tl.float32)
+    sigma = tl.zeros([N, parts.LANES], tl.float32)
     # Queries of the blocks that the diagonal crosses, of those below, and of one that is not full.
     begin = first // M * M
     below = tl.minimum((first + N + M - 1) // M * M, (tokens + M - 1) // M * M)
@@ -100,12 +92,12 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     soft, sigma = _drive(soft, sigma, k, block, below, full, key, q_token, tokens, scale, M, DIM, False)
     soft, sigma = _drive(soft, sigma, k, block, full, tokens, key, q_token, tokens, scale, M, DIM, True)
     # Keys beyond the last would divide by zero.
-    influx = tl.sum(soft, 1) * LN_2 / tl.maximum(tokens - key, 1).to(tl.float32)
+    influx = tl.sum(soft, 1) * parts.LN_2 / tl.maximum(tokens - key, 1).to(tl.float32)
     release = tl.sum(sigma, 1)
 
     inside = key < tokens
     place = pair * tokens + key
-    c1, b1, p1, r1, s1, e1, u, a = _presyn_keys.update(
+    c, b, p, r, s, e, g = _presyn_keys.rested(
         tl.load(calcium + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(buffer + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(pool + place, mask=inside, other=0.0).to(tl.float32),
@@ -113,21 +105,32 @@ def keys_kernel(  # type: ignore[no-untyped-def]
         tl.load(primed + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(clamp + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(energy + place, mask=inside, other=0.0).to(tl.float32),
-        influx, release, R,
+        influx, R,
     )  # fmt: skip
-    parts.store(new_calcium + place, c1, inside)
-    parts.store(new_buffer + place, b1, inside)
-    parts.store(new_pool + place, p1, inside)
-    parts.store(new_reserve + place, r1, inside)
-    parts.store(new_primed + place, s1, inside)
-    parts.store(new_energy + place, e1, inside)
-    tl.store(used + place, u, mask=inside)
-    total = tl.num_programs(0) // ((tokens + N - 1) // N) * tl.cast(tokens, tl.int64)
+    total = g * release
+    if STOCHASTIC:
+        total += drawn_queries.moved_sums(
+            q + batch * q_batch + head * q_head, k, g, drawn + pair * (tokens + 1), seed, pair, key, q_token, tokens,
+            scale, M, DIM, R.stochastic_quanta,
+        )  # fmt: skip
+    pool_after, reserve_after, primed_after, energy_after, used_now, slope = _presyn_keys.released(p, r, s, e, total, R)
+    parts.store(new_calcium + place, c, inside)
+    parts.store(new_buffer + place, b, inside)
+    parts.store(new_pool + place, pool_after, inside)
+    parts.store(new_reserve + place, reserve_after, inside)
+    parts.store(new_primed + place, primed_after, inside)
+    parts.store(new_energy + place, energy_after, inside)
+    tl.store(used + place, used_now, mask=inside)
+    all_keys = tl.num_programs(0) // ((tokens + N - 1) // N) * tl.cast(tokens, tl.int64)
     tl.store(sums + place, influx, mask=inside)
-    tl.store(sums + total + place, release, mask=inside)
+    tl.store(sums + all_keys + place, release, mask=inside)
     factor = multiplier * barrier_factor(key, tokens, R)
-    tl.store(factors + place, factor * a, mask=inside)
-    tl.store(factors + total + place, factor * R.epsilon, mask=inside)
+    tl.store(factors + place, factor * slope * g, mask=inside)
+    tl.store(factors + all_keys + place, factor * R.epsilon, mask=inside)
+    if STOCHASTIC:
+        tl.store(sums + 2 * all_keys + place, total, mask=inside)
+        tl.store(factors + 2 * all_keys + place, g, mask=inside)
+        tl.store(factors + 3 * all_keys + place, factor * slope, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

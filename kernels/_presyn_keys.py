@@ -2,11 +2,12 @@
 
     I = S1 / (T - j),  on = alpha_on C (1 - BUF),  off = alpha_off BUF
     C' = max(0, rho_c C + alpha_ca I - on + off),  BUF' = clip(rho_buf BUF + on - off)
-    f = sigma(3 syt(C') + 2 PRm - 2 (CL + bias)),  g = f Rr
-    kept = g min(1, Rr / max(eps, g S2)),  used = kept S2,  a = kept max(qamp(E'), eps)
+    f = sigma(3 syt(C') + 2 PRm - 2 (CL + bias)),  g = f Rr,  total = g S2
+    share = min(1, Rr / max(eps, total)),  used = share total,  a = g share max(qamp(E'), eps)
 
-S1 and S2 are sums over the queries that see the key, of softplus(clip(L)) and of sigma(L). Where the pool binds, kept
-is Rr / S2 and used is Rr: neither depends on g. Written so, nothing has to cancel, here and in the derivatives.
+S1 and S2 are sums over the queries that see the key, of softplus(clip(L)) and of sigma(L). Where the pool binds, used
+is Rr, and neither it nor a depends on g: the derivatives are written so that nothing has to cancel. Stochastic release
+gives another total, which is g S2 and what noise adds.
 
 Source: specification of the workload, section 2.3, steps 1 to 11.
 """
@@ -46,6 +47,8 @@ class Rates(NamedTuple):
     q_beta: float = 2.0
     barrier_strength: float = 0.075
     epsilon: float = 1e-6
+    stochastic_train_frac: float = 0.10
+    stochastic_quanta: float = 8.0
 
 
 class Constants(NamedTuple):
@@ -72,6 +75,8 @@ class Constants(NamedTuple):
     q_beta: float
     barrier_strength: float
     epsilon: float
+    stochastic_train_frac: float
+    stochastic_quanta: float
 
 
 def constants_of(rates: tuple[float, ...]) -> Constants:
@@ -102,13 +107,11 @@ def fired(calcium, primed, clamp, R: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def kept_of(g, pool, release, R: tl.constexpr):  # type: ignore[no-untyped-def]
-    """g min(1, Rr / max(eps, g S2)), whether the pool binds, and whether it does below eps."""
-    total = g * release
+def share_of(pool, total, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """min(1, Rr / max(eps, total)), whether the pool binds, and whether it does below eps."""
     binds = (total >= R.epsilon) & (pool <= total)
     dry = (total < R.epsilon) & (pool <= R.epsilon)
-    kept = tl.where(binds, pool / tl.where(binds, release, 1.0), tl.where(dry, g * pool / R.epsilon, g))
-    return kept, binds, dry
+    return tl.where(binds, pool / tl.where(binds, total, 1.0), tl.where(dry, pool / R.epsilon, 1.0)), binds, dry
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -120,45 +123,57 @@ def settled(pool, reserve, primed, energy, used, R: tl.constexpr):  # type: igno
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def update(  # type: ignore[no-untyped-def]
-    calcium, buffer, pool, reserve, primed, clamp, energy, influx, release, R: tl.constexpr
+def rested(  # type: ignore[no-untyped-def]
+    calcium, buffer, pool, reserve, primed, clamp, energy, influx, R: tl.constexpr
 ):
-    """The new C, BUF, RRP, RES, PR and E of keys, what they used, and the a of their bias; all float32, of one shape.
-
-    ``influx`` is S1 / (T - j), ``release`` is S2.
-    """
+    """C', BUF', PRm, Rr, RESm, Em and g of keys; all float32, of one shape. ``influx`` is S1 / (T - j)."""
     c, b, p, r, s, e = recovered(calcium, buffer, pool, reserve, primed, energy, influx, R)
-    c = tl.maximum(c, 0.0)
+    c, b = tl.maximum(c, 0.0), tl.clamp(b, 0.0, 1.0)
     p, r, s, e = tl.clamp(p, 0.0, 1.0), tl.clamp(r, 0.0, 1.0), tl.clamp(s, 0.0, 1.0), tl.clamp(e, 0.0, 1.6)
-    kept, binds, _ = kept_of(fired(c, p, clamp, R) * r, r, release, R)
-    used = tl.where(binds, r, kept * release)
-    pool_after, reserve_after, primed_after, energy_after = settled(r, s, p, e, used, R)
-    energy_after = tl.clamp(energy_after, 0.0, 1.6)
-    amplitude = tl.maximum(R.qmax * sigmoid(R.q_beta * (energy_after - 0.5)), R.epsilon)
-    return (
-        c, tl.clamp(b, 0.0, 1.0), tl.clamp(pool_after, 0.0, 1.0), tl.clamp(reserve_after, 0.0, 1.0),
-        tl.clamp(primed_after, 0.0, 1.0), energy_after, used, kept * amplitude,
-    )  # fmt: skip
+    return c, b, p, r, s, e, fired(c, p, clamp, R) * r
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def update_gradients(  # type: ignore[no-untyped-def]
-    calcium, buffer, pool, reserve, primed, clamp, energy, influx, release,
-    d_calcium, d_buffer, d_pool, d_reserve, d_primed, d_energy, d_a, R: tl.constexpr,
+def released(p, r, s, e, total, R: tl.constexpr):  # type: ignore[no-untyped-def]
+    """RRP', RES', PR', E', what was used, and what makes a weight of release before it is scaled."""
+    share, binds, _ = share_of(r, total, R)
+    used = tl.where(binds, r, share * total)
+    pool, reserve, primed, energy = settled(r, s, p, e, used, R)
+    energy = tl.clamp(energy, 0.0, 1.6)
+    amplitude = tl.maximum(R.qmax * sigmoid(R.q_beta * (energy - 0.5)), R.epsilon)
+    pool, reserve, primed = tl.clamp(pool, 0.0, 1.0), tl.clamp(reserve, 0.0, 1.0), tl.clamp(primed, 0.0, 1.0)
+    return pool, reserve, primed, energy, used, share * amplitude
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def gradients(  # type: ignore[no-untyped-def]
+    calcium, buffer, pool, reserve, primed, clamp, energy, influx, release, total,
+    d_calcium, d_buffer, d_pool, d_reserve, d_primed, d_energy, d_a, d_slope, d_g, R: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of C, BUF, RRP, RES, PR, CL and E, of influx and of release, from those of the new state and of a."""
+    """Gradients of C, BUF, RRP, RES, PR, CL and E, of influx, and of sigma(L) through a key's sum.
+
+    They come from those of the new state and of a. With ``STOCHASTIC`` also from those of slope (a / g) and of g for
+    drawn queries; ``release`` is then without what a clip holds back, and total is what it is.
+    """
     c0, b0, p0, r0, s0, e0 = recovered(calcium, buffer, pool, reserve, primed, energy, influx, R)
     c = tl.maximum(c0, 0.0)
     p, r, s, e = tl.clamp(p0, 0.0, 1.0), tl.clamp(r0, 0.0, 1.0), tl.clamp(s0, 0.0, 1.0), tl.clamp(e0, 0.0, 1.6)
     f = fired(c, p, clamp, R)
     g = f * r
-    kept, binds, dry = kept_of(g, r, release, R)
-    used = tl.where(binds, r, kept * release)
+    if not STOCHASTIC:
+        total = g * release
+    share, binds, dry = share_of(r, total, R)
+    used = tl.where(binds, r, share * total)
     pool_after, reserve_after, primed_after, energy_after = settled(r, s, p, e, used, R)
     open_gate = sigmoid(R.q_beta * (tl.clamp(energy_after, 0.0, 1.6) - 0.5))
     amplitude = R.qmax * open_gate
 
-    d_amplitude = tl.where(amplitude >= R.epsilon, d_a * kept, 0.0)
+    if STOCHASTIC:
+        d_slope += d_a * g
+    else:
+        d_slope = d_a * g
+    d_amplitude = tl.where(amplitude >= R.epsilon, d_slope * share, 0.0)
     d_energy += d_amplitude * amplitude * (1.0 - open_gate) * R.q_beta
     # Derivatives go through a clip where it changes nothing, bounds included, as in torch.clamp.
     de = tl.where(energy_after == tl.clamp(energy_after, 0.0, 1.6), d_energy, 0.0)
@@ -167,11 +182,16 @@ def update_gradients(  # type: ignore[no-untyped-def]
     dr = tl.where(pool_after == tl.clamp(pool_after, 0.0, 1.0), d_pool, 0.0)
     d_used = ds - R.energy_cost_rel * de - R.alpha_unprime * dp - dr
 
-    d_weight = d_a * tl.maximum(amplitude, R.epsilon)
-    d_kept = d_weight + d_used * release
-    d_release = tl.where(binds, -d_weight * kept / tl.where(binds, release, 1.0), d_used * kept)
-    dr += tl.where(binds, d_weight / tl.where(binds, release, 1.0) + d_used, tl.where(dry, d_kept * g / R.epsilon, 0.0))
-    dg = tl.where(binds, 0.0, tl.where(dry, d_kept * r / R.epsilon, d_kept))
+    amplitude = tl.maximum(amplitude, R.epsilon)
+    d_share = d_slope * amplitude
+    safe = tl.where(binds, total, 1.0)
+    d_total = tl.where(binds, -d_share * share / safe, d_used * share)
+    dr += tl.where(binds, d_share / safe + d_used, tl.where(dry, (d_share + d_used * total) / R.epsilon, 0.0))
+    dg = d_a * share * amplitude + d_total * release
+    if STOCHASTIC:
+        dg += d_g
+    else:
+        dg = tl.where(binds, 0.0, dg)
     dr += dg * f
     dh = dg * r * f * (1.0 - f)
     dp += 2.0 * dh
@@ -192,5 +212,5 @@ def update_gradients(  # type: ignore[no-untyped-def]
         -2.0 * dh,
         R.keep_energy * de,
         R.alpha_ca * dc,
-        d_release,
+        d_total * g,
     )  # fmt: skip

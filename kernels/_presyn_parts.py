@@ -8,6 +8,11 @@ import triton.language as tl
 from . import _rows
 
 INTERPRETED = _rows.INTERPRETED
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+DRIVE_LIMIT = tl.constexpr(20.0)
+LANES = tl.constexpr(8)
+"""Columns of a tile of products that lie in different threads; sums over the others need no exchange."""
 LEAST = tl.constexpr(1e-37)
 """Keeps a sum of two exponentials off zero, where both of them vanish."""
 
@@ -40,6 +45,18 @@ def reciprocal(x):  # type: ignore[no-untyped-def]
     else:
         y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     return y
+
+
+@triton.jit
+def sigma_and_slope(s, scale):  # type: ignore[no-untyped-def]
+    """sigma(L) and its derivative, of products s; of one whose exponential overflows they are zeros, as they should."""
+    sigma = reciprocal(1.0 + exp2(s * -scale))
+    return sigma, sigma - sigma * sigma
+
+
+@triton.jit
+def add(a, b):  # type: ignore[no-untyped-def]
+    return a + b
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from . import _presyn_keys as keys
 from . import _presyn_parts as parts
 from . import _rows
-from ._presyn_forward_kernels import LANES, LN_2, sums_of_tile
+from ._presyn_forward_kernels import sums_of_tile
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -47,15 +47,15 @@ def sums_kernel(  # type: ignore[no-untyped-def]
         parts.pointers(q + batch * q_batch + head * q_head, q_token, M, COLUMNS), first, q_token, tokens, DIM, False
     )
     block = parts.pointers(k + batch * k_batch + head * k_head, k_token, N, COLUMNS)
-    soft = tl.zeros([M, LANES], tl.float32)
-    sigma = tl.zeros([M, LANES], tl.float32)
+    soft = tl.zeros([M, parts.LANES], tl.float32)
+    sigma = tl.zeros([M, parts.LANES], tl.float32)
     full = first // N * N
     end = tl.minimum(first + M, tokens)
     soft, sigma = _add_keys(soft, sigma, q, block, 0, full, query, k_token, tokens, scale, N, DIM, False)
     soft, sigma = _add_keys(soft, sigma, q, block, full, end, query, k_token, tokens, scale, N, DIM, True)
     inside = query < tokens
     place = pair * tokens + query
-    tl.store(influx + place, tl.sum(soft, 1) * LN_2 / (query + 1).to(tl.float32), mask=inside)
+    tl.store(influx + place, tl.sum(soft, 1) * parts.LN_2 / (query + 1).to(tl.float32), mask=inside)
     tl.store(release + place, tl.sum(sigma, 1), mask=inside)
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from kernbench import philox
 from kernbench.spec import KernelSpec, Sizes, Tolerance, Values
 
 from . import _presyn, _presyn_cases, _rows
@@ -41,22 +42,27 @@ from ._presyn_keys import Rates
 
 DRIVE_LIMIT = 20.0
 ENERGY_LIMIT = 1.6
+PAIRS_STREAM = 1 << 32
+"""Added to the seed for the noise of pairs; rows are drawn by the seed itself."""
 DEFAULT = Rates()
 
 
 def presyn_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, calcium: Tensor, buffer: Tensor, pool: Tensor, reserve: Tensor, primed: Tensor,
-    clamp: Tensor, energy: Tensor, rates: Sequence[float] = DEFAULT, dock: str = "qk",
+    clamp: Tensor, energy: Tensor, rates: Sequence[float] = DEFAULT, seed: Tensor | None = None, dock: str = "qk",
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """In plain PyTorch; arguments as in :func:`presyn_attention`, but that ``dock`` may be "upstream" too."""
-    logits, bias, after, used = released(q, k, (calcium, buffer, pool, reserve, primed, clamp, energy), rates, dock)
+    logits, bias, after, used = released(
+        q, k, (calcium, buffer, pool, reserve, primed, clamp, energy), rates, seed, dock
+    )
     weights = torch.softmax(logits + bias, -1)
     return weights.to(v.dtype) @ v, *after, used.detach()
 
 
 def released(
-    q: Tensor, k: Tensor, state: Sequence[Tensor], rates: Sequence[float] = DEFAULT, dock: str = "qk"
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    q: Tensor, k: Tensor, state: Sequence[Tensor], rates: Sequence[float] = DEFAULT, seed: Tensor | None = None,
+    dock: str = "qk",
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
     """Masked logits and bias [B, H, T, T], the new state without the clamp, and what was used by key."""
     r = Rates(*rates)
     dtype = state[0].dtype
@@ -81,6 +87,8 @@ def released(
     fast, slow = new_calcium / (new_calcium + r.syt_fast_kd), new_calcium / (new_calcium + r.syt_slow_kd)
     fire = torch.sigmoid(3 * (0.7 * fast + 0.3 * slow) + 2 * primed - 2 * (clamp + r.complexin_bias))
     raw = (fire.unsqueeze(2) * docked * visible * pool.unsqueeze(2)).clamp(0, 1)
+    if seed is not None:
+        raw = torch.where(visible, _moved(raw, seed, r), 0.0)
     share = (pool / raw.sum(2).clamp(min=r.epsilon)).clamp(max=1)
     release = raw * share.unsqueeze(2)
     used = release.sum(2)
@@ -95,9 +103,18 @@ def released(
     return logits, bias, [one.to(dtype) for one in after], used
 
 
+def _moved(raw: Tensor, seed: Tensor, r: Rates) -> Tensor:
+    """raw [B, H, T, T] with noise on the rows that are drawn. Step 8."""
+    row = torch.arange(raw.shape[:3].numel(), device=raw.device).view(raw.shape[:3])
+    pair = torch.arange(raw.numel(), device=raw.device).view(raw.shape)
+    drawn = philox.rand(seed, row) < r.stochastic_train_frac
+    noise = (philox.rand(seed + PAIRS_STREAM, pair).to(raw.dtype) - 0.5) / r.stochastic_quanta
+    return torch.where(drawn.unsqueeze(-1), (raw + noise).clamp(0, 1), raw)
+
+
 def presyn_attention(
     q: Tensor, k: Tensor, v: Tensor, calcium: Tensor, buffer: Tensor, pool: Tensor, reserve: Tensor, primed: Tensor,
-    clamp: Tensor, energy: Tensor, rates: Sequence[float] = DEFAULT,
+    clamp: Tensor, energy: Tensor, rates: Sequence[float] = DEFAULT, seed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Attention biased by release, and the synapses after it; differentiable in all tensors, with no host sync.
 
@@ -114,6 +131,7 @@ def presyn_attention(
         clamp: CL, which stays as it is.
         energy: E, from 0 to 1.6.
         rates: a :class:`Rates`; a kernel is built for each that is used.
+        seed: one int64 on the device, for stochastic release; None for a deterministic one.
 
     Returns:
         y like q and laid out like it; C', BUF', RRP', RES', PR' and E' like the state; and, float32 without a gradient,
@@ -122,7 +140,7 @@ def presyn_attention(
     Raises:
         ValueError: a shape, dtype or device is another, or a rate is out of range.
     """
-    arguments = (q, k, v, calcium, buffer, pool, reserve, primed, clamp, energy, list(rates))
+    arguments = (q, k, v, calcium, buffer, pool, reserve, primed, clamp, energy, list(rates), seed)
     if _rows.watched():
         results = torch.ops.kernbench.presyn_attention.default(*arguments)
     elif torch.is_grad_enabled() and any(one.requires_grad for one in arguments[:10]):
@@ -133,19 +151,19 @@ def presyn_attention(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.rates = inputs
-    ctx.save_for_backward(*tensors, output[0], *output[8:])
+    *tensors, ctx.rates, seed = inputs
+    ctx.save_for_backward(*tensors, seed, output[0], *output[8:])
     ctx.mark_non_differentiable(*output[7:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dy: Tensor | None, *d_after: Tensor | None) -> tuple[Tensor | None, ...]:
     if all(gradient is None for gradient in (dy, *d_after[:6])):
-        return (None,) * 11
+        return (None,) * 12
     backward = torch.ops.kernbench.presyn_attention_backward.default if _rows.watched() else _presyn.backward
-    q, k, v, *state, y, sums, factors, normalizers = ctx.saved_tensors
-    gradients = backward(dy, list(d_after[:6]), q, k, v, state, y, sums, factors, normalizers, ctx.rates)
-    return (*gradients, None)
+    q, k, v, *state, seed, y, sums, factors, normalizers, drawn = ctx.saved_tensors
+    gradients = backward(dy, list(d_after[:6]), q, k, v, state, y, sums, factors, normalizers, drawn, ctx.rates, seed)
+    return (*gradients, None, None)
 
 
 class _PresynAttention(torch.autograd.Function):
@@ -165,10 +183,9 @@ class _PresynAttention(torch.autograd.Function):
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
     state = others[:6]
-    by_key = q.new_empty(q.shape[:3], dtype=torch.float32)
-    sums, factors = (by_key.new_empty(2, *by_key.shape) for _ in range(2))
+    used = q.new_empty(q.shape[:3], dtype=torch.float32)
     after = [one.new_empty(one.shape) for one in state]
-    return torch.empty_like(_presyn.dense(q)), *after, by_key, sums, factors, torch.empty_like(by_key)
+    return torch.empty_like(_presyn.dense(q)), *after, used, *_presyn.left_behind(used, others[8])
 
 
 def _fake_backward(
@@ -181,11 +198,15 @@ def _fake_backward(
 _ROWS, _STATE = "Tensor q, Tensor k, Tensor v, ", "".join(f"Tensor {name}, " for name in _presyn.STATE)
 _LIBRARY = torch.library.Library("kernbench", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _name, _schema, _implementation in (
-    ("presyn_attention", f"({_ROWS}{_STATE}float[] rates) -> ({', '.join(['Tensor'] * 11)})", _presyn.forward),
+    (
+        "presyn_attention",
+        f"({_ROWS}{_STATE}float[] rates, Tensor? seed) -> ({', '.join(['Tensor'] * 12)})",
+        _presyn.forward,
+    ),
     (
         "presyn_attention_backward",
         f"(Tensor? dy, Tensor?[] d_after, {_ROWS}Tensor[] state, Tensor y, Tensor sums, Tensor factors, "
-        f"Tensor normalizers, float[] rates) -> ({', '.join(['Tensor'] * 10)})",
+        f"Tensor normalizers, Tensor drawn, float[] rates, Tensor? seed) -> ({', '.join(['Tensor'] * 10)})",
         _presyn.backward,
     ),
 ):
@@ -211,6 +232,7 @@ SPEC = KernelSpec(
         "heads": Sizes(least=1, most=2),
         "tokens": Sizes(most=20, block=16),
         "dim": Sizes(least=1, most=40),
+        "noise": Sizes(most=1),
     },
     values={
         "q": Values(least=-10, most=10),
@@ -218,8 +240,10 @@ SPEC = KernelSpec(
         "v": Values(least=-1e3, most=1e3),
         "calcium": Values(least=0, most=4),
         "energy": Values(least=0, most=1.6),
+        "rates": Values(fixed=True),
         **{name: Values(least=0, most=1) for name in ("buffer", "pool", "reserve", "primed", "clamp")},
     },
     differentiable=True,
+    peers={"flex_attention, given our step": _presyn_cases.flex_attention},
     source='bio-nanochat, profile P, rule R1 with dock="qk"; Dao, FlashAttention-2, 2023',
 )

@@ -52,7 +52,7 @@ def test_the_reference_repeats_the_golden_vectors_of_the_transposed_dock() -> No
 
 
 def drawn(dtype: torch.dtype = torch.float32, **sizes: int) -> Inputs:
-    sizes = {"batch": 1, "heads": 2, "tokens": 21, "dim": 16} | sizes
+    sizes = {"batch": 1, "heads": 2, "tokens": 21, "dim": 16, "noise": 0} | sizes
     return SPEC.make_inputs(Case("drawn", large=False, **sizes), dtype, DEVICE, 0)
 
 
@@ -114,6 +114,24 @@ def test_other_rates_count_each() -> None:
     agreed(inputs, list(range(7)))
 
 
+@pytest.mark.parametrize("chosen", [[0], [1, 2, 3, 4, 5, 6]], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_stochastic_release_draws_what_the_reference_draws(share: float, chosen: list[int]) -> None:
+    inputs = drawn(noise=1)
+    inputs["rates"] = MODULE.Rates(stochastic_train_frac=share)
+    agreed(inputs, chosen)
+
+
+def test_a_seed_decides_what_is_drawn() -> None:
+    inputs = drawn(noise=1)
+    first, again = SPEC.optimized(**inputs)[0], SPEC.optimized(**inputs)[0]
+    other = SPEC.optimized(**inputs | {"seed": inputs["seed"] + 1})[0]
+    none = SPEC.optimized(**inputs | {"seed": None})[0]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, none)
+
+
 def test_views_of_tokens_first_are_read_and_written_where_they_are() -> None:
     inputs = drawn()
     for name in ("q", "k", "v"):
@@ -138,9 +156,10 @@ def test_a_state_of_the_activations_dtype_is_taken() -> None:
         ({"k": torch.zeros(1, 2, 20, 16)}, "one dtype and device"),
         ({"pool": torch.zeros(1, 2, 20)}, "pool is"),
         ({"energy": torch.zeros(1, 2, 21, dtype=torch.float64)}, "energy is"),
+        ({"seed": torch.zeros(1)}, "one int64 as seed"),
         ({"rates": [80.0 if name == "barrier_strength" else 1.0 for name in MODULE.Rates._fields]}, "barrier_strength"),
     ],
-    ids=["k", "pool", "energy", "rates"],
+    ids=["k", "pool", "energy", "seed", "rates"],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     changed = {name: one.to(DEVICE) if isinstance(one, Tensor) else one for name, one in change.items()}
@@ -150,5 +169,5 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
 
 def test_the_operator_is_registered_as_it_behaves() -> None:
     inputs = drawn(tokens=5)
-    arguments = (*inputs.values(), list(MODULE.Rates()))
+    arguments = (*inputs.values(), list(MODULE.Rates()), None)
     torch.library.opcheck(torch.ops.kernbench.presyn_attention.default, arguments)
