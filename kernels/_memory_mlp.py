@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ _SMALL = _rows.INTERPRETED.value
 BLOCK = 512 if _SMALL else 1024
 SUM_ROWS, SUM_COLUMNS = (4, 16) if _SMALL else (32, 32)
 TURN_BLOCK = 32 if _SMALL else 64
+MOST_SQUARES = 16 if _SMALL else 4096
+"""So many sums of squares every program of the write adds up itself; of more it would read too much."""
 LOSS_BLOCK = 16 if _SMALL else 1024
 
 
@@ -186,37 +189,56 @@ def _launch(kernel: Any, programs: int, arguments: Sequence[Any], tiles: Tiles |
         kernel[(programs,)](*arguments, **constants, OVERLAP=False, **options)
 
 
+def _block(weights: int) -> int:
+    """Elements of one program where every weight is one; the interpreter has few programs for many weights."""
+    return BLOCK if not _SMALL or weights < 2**13 else 2**15
+
+
 def _sizes(tiles: Tiles) -> dict[str, int]:
     return {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "INNER": tiles.inner}
 
 
 def forward(key: Tensor, value: Tensor, weights: Sequence[Tensor], method: Method) -> Saved:
     """Two launches: z1 with its SiLU, and what is missing to the values."""
-    plan, precision = method
-    (rows, width), hidden_width, value_width = key.shape, weights[0].shape[0], value.shape[1]
+    plan = method.plan
+    hidden_width, value_width = weights[0].shape[0], value.shape[1]
     before, hidden, hidden_turned, error_turned = empty_saved(key, value, hidden_width, plan)
     error = torch.empty_like(value)
     error_sums = empty_sums(value, plan)
     programs = error_sums.shape[0] * triton.cdiv(value_width, plan.error.columns)
     losses = key.new_empty(programs, dtype=torch.float32)
+    _hidden(method, key, weights, before, hidden, hidden_turned)
+    _error(method, hidden, weights, value, error, error_turned, losses, error_sums)
+    return Saved(before, hidden, error, error_sums, hidden_turned, error_turned, losses)
+
+
+def _hidden(
+    method: Method, key: Tensor, weights: Sequence[Tensor], before: Tensor, hidden: Tensor, turned: Tensor
+) -> None:
+    tiles, (rows, width), columns = method.plan.hidden, key.shape, before.shape[1]
+    across = triton.cdiv(columns, tiles.columns)
     _launch(
         kernels.hidden_kernel,
-        triton.cdiv(rows, plan.hidden.rows) * triton.cdiv(hidden_width, plan.hidden.columns),
-        (key, weights[0], weights[1], before, hidden, hidden_turned, rows, width, hidden_width),
-        plan.hidden,
-        EVEN=width % plan.hidden.inner == 0, TURNED=plan.turned, PRECISION=precision, **_sizes(plan.hidden),
+        triton.cdiv(rows, tiles.rows) * across,
+        (key, weights[0], weights[1], before, hidden, turned, rows, width, columns, across),
+        tiles,
+        EVEN=width % tiles.inner == 0, TURNED=method.plan.turned, PRECISION=method.precision, **_sizes(tiles),
     )  # fmt: skip
+
+
+def _error(
+    method: Method, hidden: Tensor, weights: Sequence[Tensor], value: Tensor, error: Tensor, turned: Tensor,
+    losses: Tensor, sums: Tensor,
+) -> None:  # fmt: skip
+    tiles, (rows, width), columns = method.plan.error, hidden.shape, value.shape[1]
+    across = triton.cdiv(columns, tiles.columns)
     _launch(
         kernels.error_kernel,
-        programs,
-        (
-            hidden, weights[2], weights[3], value, error, error_turned, losses, error_sums,
-            rows, hidden_width, value_width,
-        ),
-        plan.error,
-        EVEN=hidden_width % plan.error.inner == 0, TURNED=plan.turned, PRECISION=precision, **_sizes(plan.error),
+        losses.numel(),
+        (hidden, weights[2], weights[3], value, error, turned, losses, sums, rows, width, columns, across),
+        tiles,
+        EVEN=width % tiles.inner == 0, TURNED=method.plan.turned, PRECISION=method.precision, **_sizes(tiles),
     )  # fmt: skip
-    return Saved(before, hidden, error, error_sums, hidden_turned, error_turned, losses)
 
 
 def empty_saved(key: Tensor, value: Tensor, hidden_width: int, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -273,17 +295,20 @@ def gradients(
         hidden_sums, inner_partials, scale, slope=False,
     )  # fmt: skip
     sizes = (weights[0].numel(), hidden_width, weights[2].numel(), value_width)
-    programs = sum(triton.cdiv(size, BLOCK) for size in sizes[::2])
-    programs += sum(triton.cdiv(size, SUM_COLUMNS) for size in sizes[1::2])
+    block = _block(gradient.numel())
+    counts = [triton.cdiv(size, block) for size in sizes[::2]] + [
+        triton.cdiv(size, SUM_COLUMNS) for size in sizes[1::2]
+    ]
+    *ends, programs = accumulate(counts)
     squares = key.new_empty(programs, dtype=torch.float32)
     _launch(
         kernels.gather_kernel,
         programs,
         (
             inner_partials, hidden_sums, outer_partials, saved.error_sums, gradient, squares, scale, *sizes,
-            hidden_sums.shape[0], saved.error_sums.shape[0],
+            hidden_sums.shape[0], saved.error_sums.shape[0], *ends,
         ),
-        SPLITS=splits, BLOCK=BLOCK, SUM_ROWS=SUM_ROWS, SUM_COLUMNS=SUM_COLUMNS,
+        SPLITS=splits, BLOCK=block, SUM_ROWS=SUM_ROWS, SUM_COLUMNS=SUM_COLUMNS,
     )  # fmt: skip
     return squares, key_gradient
 
@@ -292,19 +317,23 @@ def _turn(
     key: Tensor, outer: Tensor, inner: Tensor, precision: str, *, with_inner: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch: key [N, D] and W2 [M, H] turned, and W1 [H, D] where it is wanted."""
-    turned = [key.new_empty(one.shape[1], one.shape[0]) for one in (key, outer, *([inner] if with_inner else []))]
-    tiles = [triton.cdiv(one.shape[0], TURN_BLOCK) * triton.cdiv(one.shape[1], TURN_BLOCK) for one in turned]
-    last = turned[-1]
+    (rows, width), (value_width, hidden_width) = key.shape, outer.shape
+    key_turned, outer_turned = key.new_empty(width, rows), key.new_empty(hidden_width, value_width)
+    inner_turned = key.new_empty((width, hidden_width) if with_inner else 0)
+    down, across, hidden_across, value_down = (
+        triton.cdiv(size, TURN_BLOCK) for size in (rows, width, hidden_width, value_width)
+    )
+    inner_programs = hidden_across * across if with_inner else 0
     _launch(
         kernels.turn_kernel,
-        sum(tiles),
+        down * across + inner_programs + value_down * hidden_across,
         (
-            key, turned[0], outer, turned[1], inner, last, key.shape[0], key.shape[1], inner.shape[0], outer.shape[0],
-            tiles[2] if with_inner else 0,
+            key, key_turned, outer, outer_turned, inner, inner_turned, rows, width, hidden_width, value_width,
+            down * across, inner_programs, across, hidden_across,
         ),
         BLOCK=TURN_BLOCK, PRECISION=precision,
     )  # fmt: skip
-    return turned[0], turned[1], last
+    return key_turned, outer_turned, inner_turned
 
 
 def _backward(
@@ -314,15 +343,16 @@ def _backward(
 ) -> None:  # fmt: skip
     """Of a layer with shape (N, I, J); where neither out nor slope asks for them, the rows are left out."""
     rows, inner, columns = shape
-    (plan, precision), across = method, triton.cdiv(columns, tiles.columns)
-    weight_programs = triton.cdiv(inner, tiles.rows) * across * partials.shape[0]
+    plan, precision = method
+    across, down = triton.cdiv(columns, tiles.columns), triton.cdiv(inner, tiles.rows)
+    weight_programs = down * across * partials.shape[0]
     row_programs = triton.cdiv(rows, tiles.rows) * across if slope or out.numel() else 0
     _launch(
         kernels.backward_kernel,
         weight_programs + row_programs,
         (
             left, turned, weight, right, before, out, out_turned, sums, partials, scale, rows, inner, columns,
-            plan.length, weight_programs,
+            plan.length, across, down, weight_programs,
         ),
         tiles,
         EVEN=inner % tiles.inner == 0, EVEN_ROWS=plan.length % tiles.inner == rows % tiles.inner == 0, SLOPE=slope,
@@ -334,22 +364,27 @@ def write(
     weights: Sequence[Tensor], momentum: Tensor, gradient: Tensor, squares: Tensor, forget: Tensor, decay: Tensor,
     step_size: float, clip: float,
 ) -> None:  # fmt: skip
-    """One launch: clip, momentum and write."""
+    """One launch: clip, momentum and write. Many weights take one more, for the sum of squares."""
     sizes = [weight.numel() for weight in weights]
-    programs = squares.numel()
+    if squares.numel() > MOST_SQUARES:
+        squares = squares.sum().view(1)
+    block = _block(momentum.numel())
+    *ends, programs = accumulate(triton.cdiv(size, block) for size in sizes)
+    count = squares.numel()
     _launch(
         kernels.write_kernel,
-        sum(triton.cdiv(size, BLOCK) for size in sizes),
-        (*weights, momentum, gradient, squares, forget, decay, step_size, clip, *sizes, programs),
-        PROGRAMS=triton.next_power_of_2(programs), BLOCK=BLOCK,
+        programs,
+        (*weights, momentum, gradient, squares, forget, decay, step_size, clip, *sizes, *ends, count),
+        PROGRAMS=triton.next_power_of_2(count), BLOCK=block,
     )  # fmt: skip
 
 
 def squares_of(gradient: Tensor) -> Tensor:
     """Sums of squares of its blocks, in one launch."""
-    programs = triton.cdiv(gradient.numel(), BLOCK)
+    block = _block(gradient.numel())
+    programs = triton.cdiv(gradient.numel(), block)
     squares = gradient.new_empty(programs)
-    _launch(kernels.squares_kernel, programs, (gradient, squares, gradient.numel()), BLOCK=BLOCK)
+    _launch(kernels.squares_kernel, programs, (gradient, squares, gradient.numel()), BLOCK=block)
     return squares
 
 
@@ -357,11 +392,13 @@ def scaled(upstream: Tensor, key_gradient: Tensor, error: Tensor, gradient: Tens
     """One launch: the gradients of keys, values and weights of a loss whose own gradient is upstream."""
     out = empty_gradients(key_gradient, error, gradient)
     sizes = [one.numel() for one in out]
+    block = _block(gradient.numel())
+    *ends, programs = accumulate(triton.cdiv(size, block) for size in (*sizes[2:], *sizes[:2]))
     _launch(
         kernels.scale_kernel,
-        sum(triton.cdiv(size, BLOCK) for size in sizes),
-        (upstream, key_gradient, error, gradient, *out, 2.0 / error.numel(), *sizes),
-        BLOCK=BLOCK,
+        programs,
+        (upstream, key_gradient, error, gradient, *out, 2.0 / error.numel(), *sizes, *ends),
+        BLOCK=block,
     )
     return out
 

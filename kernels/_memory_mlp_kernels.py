@@ -58,29 +58,28 @@ def _ready(x, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def turn_kernel(  # type: ignore[no-untyped-def]
-    key, key_turned, outer, outer_turned, inner, inner_turned, rows, width, hidden_width, value_width, inner_programs,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    key, key_turned, outer, outer_turned, inner, inner_turned, rows, width, hidden_width, value_width, key_programs,
+    inner_programs, key_across, hidden_across, BLOCK: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program turns a tile of key [N, D], of outer [M, H], or, if inner_programs counts them, of inner [H, D]."""
+    """One program turns a tile of key [N, D], of inner [H, D] or of outer [M, H]; so many programs for each in turn."""
     program = tl.program_id(0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    key_programs = tl.cdiv(rows, BLOCK) * tl.cdiv(width, BLOCK)
     if program < key_programs:
-        _turned(key, key_turned, program, rows, width, BLOCK, PRECISION)
+        _turned(key, key_turned, program, rows, width, key_across, BLOCK, PRECISION)
     elif program < key_programs + inner_programs:
-        _turned(inner, inner_turned, program - key_programs, hidden_width, width, BLOCK, PRECISION)
+        _turned(inner, inner_turned, program - key_programs, hidden_width, width, key_across, BLOCK, PRECISION)
     else:
-        _turned(
-            outer, outer_turned, program - key_programs - inner_programs, value_width, hidden_width, BLOCK, PRECISION
-        )
+        program -= key_programs + inner_programs
+        _turned(outer, outer_turned, program, value_width, hidden_width, hidden_across, BLOCK, PRECISION)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _turned(source, target, program, rows, columns, BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+def _turned(  # type: ignore[no-untyped-def]
+    source, target, program, rows, columns, across, BLOCK: tl.constexpr, PRECISION: tl.constexpr
+):
     """A tile of source [rows, columns], to its place in target [columns, rows]."""
-    across = tl.cdiv(columns, BLOCK)
     row = program // across * BLOCK + tl.arange(0, BLOCK)
     column = program % across * BLOCK + tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
@@ -90,16 +89,15 @@ def _turned(source, target, program, rows, columns, BLOCK: tl.constexpr, PRECISI
 
 @triton.jit  # type: ignore[untyped-decorator]
 def hidden_kernel(  # type: ignore[no-untyped-def]
-    key, weight, bias, before, hidden, turned, rows, width, columns,
+    key, weight, bias, before, hidden, turned, rows, width, columns, across,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr,
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program handles a tile of before and hidden [N, H] = silu(before), of key [N, D] and weight [H, D].
 
-    With TURNED it goes to turned [H, N] too. The grid counts tiles, those of one row of tiles first.
+    With TURNED it goes to turned [H, N] too. The grid counts tiles, across in a row.
     """
-    across = tl.cdiv(columns, COLUMNS)
     row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     if OVERLAP:
@@ -125,7 +123,7 @@ def hidden_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def error_kernel(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, value, error, turned, losses, sums, rows, width, columns,
+    hidden, weight, bias, value, error, turned, losses, sums, rows, width, columns, across,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr,
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -135,7 +133,6 @@ def error_kernel(  # type: ignore[no-untyped-def]
     With TURNED it goes to turned [M, N] too. losses [programs] gets the sum of its squares, sums [tiles of N, M] those
     of its columns.
     """
-    across = tl.cdiv(columns, COLUMNS)
     down = tl.program_id(0) // across
     row = down * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
@@ -163,7 +160,7 @@ def error_kernel(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def backward_kernel(  # type: ignore[no-untyped-def]
     left, turned, weight, right, before, out, out_turned, sums, partials, scale, rows, inner, columns, length,
-    weight_programs,
+    across, down, weight_programs,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, EVEN_ROWS: tl.constexpr,
     SLOPE: tl.constexpr, TURNED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -178,14 +175,12 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     [I, N], weight [J, I], right [J, N], and with SLOPE the result goes to out_turned [J, N]. Without KEEP it goes
     there alone.
     """
-    across = tl.cdiv(columns, COLUMNS)
     program = tl.program_id(0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if program < weight_programs:
         column = program % across * COLUMNS + tl.arange(0, COLUMNS)
-        down = tl.cdiv(inner, ROWS)
         split = program // across // down
         row = program // across % down * ROWS + tl.arange(0, ROWS)
         start = split * length
@@ -205,8 +200,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     else:
         program -= weight_programs
         column = program % across * COLUMNS + tl.arange(0, COLUMNS)
-        down = program // across
-        row = down * ROWS + tl.arange(0, ROWS)
+        row = program // across * ROWS + tl.arange(0, ROWS)
         total = _product(
             left, weight, row, column, rows, columns, inner, 1, 1 if TURNED else columns, inner if TURNED else 1,
             0, inner, ROWS, COLUMNS, INNER, EVEN, PRECISION,
@@ -220,7 +214,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
             total = narrow(total, DTYPE).to(tl.float32) * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
             result = narrow(total, DTYPE)
             kept = tl.where(mask, result.to(tl.float32), 0.0)
-            tl.store(sums + down.to(tl.int64) * columns + column, tl.sum(kept, 0), mask=column < columns)
+            tl.store(sums + (program // across).to(tl.int64) * columns + column, tl.sum(kept, 0), mask=column < columns)
             if TURNED:
                 result = _ready(result, PRECISION)
                 tl.store(out_turned + column[None, :].to(tl.int64) * rows + row[:, None], result, mask=mask)
@@ -274,17 +268,17 @@ def _bias_sums(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def gather_kernel(  # type: ignore[no-untyped-def]
     inner_partials, inner_sums, outer_partials, outer_sums, gradient, squares, scale,
-    inner_size, hidden_width, outer_size, value_width, inner_tiles, outer_tiles,
+    inner_size, hidden_width, outer_size, value_width, inner_tiles, outer_tiles, end1, end2, end3,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program handles BLOCK weights or SUM_COLUMNS biases: gradient [W1, b1, W2, b2], and squares [programs]."""
+    """One program handles BLOCK weights or SUM_COLUMNS biases: gradient [W1, b1, W2, b2], and squares [programs].
+
+    W1 has the programs up to end1, W2 those up to end2, b1 those up to end3.
+    """
     program = tl.program_id(0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    end1 = tl.cdiv(inner_size, BLOCK)
-    end2 = end1 + tl.cdiv(outer_size, BLOCK)
-    end3 = end2 + tl.cdiv(hidden_width, SUM_COLUMNS)
     outer = gradient + hidden_width + inner_size
     if program < end1:
         square = _weight_sums(inner_partials, gradient, scale, program, inner_size, SPLITS, BLOCK)
@@ -344,18 +338,15 @@ def _written(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def write_kernel(  # type: ignore[no-untyped-def]
     inner_weight, inner_bias, outer_weight, outer_bias, momentum, gradient, squares, forget, decay, step_size, clip,
-    inner_size, hidden_width, outer_size, value_width, programs,
+    inner_size, hidden_width, outer_size, value_width, end1, end2, end3, programs,
     PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program handles BLOCK elements of one weight: S <- decay S - step g, W <- (1 - forget) W + S.
 
-    Every program adds up squares [programs], PROGRAMS at least, to the norm that all of g is clipped by. Where one of
-    g is not finite nothing is written.
+    W1 has the programs up to end1, b1 those up to end2, W2 those up to end3. Every program adds up squares [programs],
+    PROGRAMS at least, to the norm that all of g is clipped by. Where one of g is not finite nothing is written.
     """
     program = tl.program_id(0).to(tl.int64)
-    end1 = tl.cdiv(inner_size, BLOCK)
-    end2 = end1 + tl.cdiv(hidden_width, BLOCK)
-    end3 = end2 + tl.cdiv(outer_size, BLOCK)
     if program < end1:
         _written(
             inner_weight, momentum, gradient, program, inner_size,
@@ -407,7 +398,8 @@ def _scaled(source, target, program, size, factor, BLOCK: tl.constexpr):  # type
 @triton.jit  # type: ignore[untyped-decorator]
 def scale_kernel(  # type: ignore[no-untyped-def]
     upstream, key, error, gradient, dkey, dvalue, inner_weight, inner_bias, outer_weight, outer_bias, scale,
-    key_size, value_size, inner_size, hidden_width, outer_size, value_width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    key_size, value_size, inner_size, hidden_width, outer_size, value_width, end1, end2, end3, end4, end5,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program handles BLOCK elements of one of six gradients of a loss whose own is upstream, 0-dim.
 
@@ -418,11 +410,6 @@ def scale_kernel(  # type: ignore[no-untyped-def]
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     factor = tl.load(upstream).to(tl.float32)
-    end1 = tl.cdiv(inner_size, BLOCK)
-    end2 = end1 + tl.cdiv(hidden_width, BLOCK)
-    end3 = end2 + tl.cdiv(outer_size, BLOCK)
-    end4 = end3 + tl.cdiv(value_width, BLOCK)
-    end5 = end4 + tl.cdiv(key_size, BLOCK)
     bias = gradient + inner_size
     outer = bias + hidden_width
     if program < end1:
