@@ -12,6 +12,9 @@ import duckdb
 from kernbench import tables
 from kernbench.errors import KernbenchError
 
+WIDEST = 60
+"""Characters to which a column of text is aligned."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -45,9 +48,8 @@ def _check(sql: str) -> None:
     except duckdb.Error as error:
         raise KernbenchError(f"{_reason(error)}; a query is one SQL statement in quotes") from None
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-        raise KernbenchError(
-            f"{sql.strip() or 'an empty text'!r} is not one SELECT; a query reads, and is one statement"
-        )
+        given = repr(sql.strip()) if sql.strip() else "an empty text"
+        raise KernbenchError(f"{given} is not one SELECT; a query reads, and is one statement")
 
 
 def _reason(error: duckdb.Error) -> str:
@@ -69,9 +71,12 @@ def schema(run: str | Path) -> Answer:
 
 
 def in_words(answer: Answer) -> str:
-    """The answer as aligned columns, numbers to the right, one line a row; nothing is shortened."""
+    """The answer as aligned columns, numbers to the right, one line a row; nothing is shortened.
+
+    A longer text than ``WIDEST`` moves the rest of its own row to the right, and of no other.
+    """
     cells = [[_shown(value) for value in row] for row in answer.rows]
-    widths = [max(map(len, column)) for column in zip(answer.columns, *cells, strict=True)]
+    widths = [min(max(map(len, column)), WIDEST) for column in zip(answer.columns, *cells, strict=True)]
     right = [
         all(isinstance(row[position], int | float | type(None)) for row in answer.rows) and bool(answer.rows)
         for position in range(len(answer.columns))

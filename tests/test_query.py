@@ -137,6 +137,18 @@ def test_names_cannot_drive_the_terminal(workspace: Path, tmp_path: Path) -> Non
     assert len(shown.splitlines()) == 2
 
 
+def test_a_long_name_moves_no_other_row(workspace: Path, tmp_path: Path) -> None:
+    builder = KinetoBuilder()
+    builder.op("short", 0, 10)
+    builder.op("x" * 300, 20, 30)
+    file = builder.write(tmp_path / "long.json")
+    head, *rows = run("query", file, "select name, duration_ns as ns from events order by start_ns").stdout.splitlines()
+    assert rows[0] == "short".ljust(query.WIDEST) + "  10000"
+    assert rows[1] == "x" * 300 + "  10000", "whole"
+    assert len(head) == query.WIDEST + 7
+    assert "an empty text is not one SELECT" in run("query", file, " ").stderr
+
+
 @pytest.mark.parametrize("reference", ["absent", "empty.json", "text.json", "."])
 def test_what_is_no_run_is_said(workspace: Path, reference: str) -> None:
     (workspace / "empty.json").write_text("")

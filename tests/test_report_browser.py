@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import report_records as samples
 
@@ -177,6 +178,20 @@ def test_folds_open_by_keyboard(desk: Any, folder: Path) -> None:
     assert desk.evaluate("document.activeElement.className") == "skip"
     desk.keyboard.press("Enter")
     assert desk.evaluate("location.hash") == "#content"
+
+
+def test_long_names_of_kernels_take_three_lines_and_open_by_keyboard(desk: Any, tmp_path: Path) -> None:
+    name = "void at::native::elementwise_kernel<128, 4, " + ", ".join(["at::native::gpu_kernel_impl"] * 30) + ">"
+    record = samples.profile()
+    record.hotspots = [msgspec.structs.replace(record.hotspots[0], name=name), *record.hotspots[1:]]
+    path = tmp_path / "page.html"
+    path.write_text(html.render(record), encoding="utf-8")
+    desk.goto(path.as_uri())
+    height = "node => node.getBoundingClientRect().height / parseFloat(getComputedStyle(node).lineHeight)"
+    assert desk.eval_on_selector("#hotspots .mono.long", height) == pytest.approx(3, abs=0.2)
+    desk.focus("#hotspots .mono.long")
+    assert desk.eval_on_selector("#hotspots .mono.long", height) > 8
+    assert desk.text_content("#hotspots .mono.long") == name
 
 
 def test_pictures_have_names(desk: Any, folder: Path) -> None:

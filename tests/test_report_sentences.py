@@ -161,6 +161,7 @@ def test_every_kind_has_a_sentence() -> None:
         (100.0, 120.0, "tokens/s", "▲ 20.0 tokens/s more (20 %)", "good"),
         (100.0, 80.0, "tokens/s", "▼ 20.0 tokens/s less (20 %)", "bad"),
         (1.0, 1.0, "seconds", "the same", "neutral"),
+        (1e-4, 44e-3, "seconds", "▲ 43.9 ms more (440x)", "bad"),
         (None, 1.0, "seconds", "", "neutral"),
     ],
 )

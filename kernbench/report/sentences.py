@@ -241,7 +241,9 @@ def difference(before: float | None, after: float | None, unit: str) -> tuple[st
     size, less = abs(after - before), after < before
     shown = {"seconds": units.seconds, "bytes": units.size, "count": units.count}.get(unit)
     amount = shown(size) if shown else f"{units.number(size)} {unit}"
-    relative = f" ({units.share(size / before)})" if before > 0 else ""
+    # Percentages beyond ten times as much are hard to read.
+    factor = units.times(after / before) if before > 0 and after > 10 * before else ""
+    relative = f" ({factor or units.share(size / before)})" if before > 0 else ""
     word = ("fewer" if unit == "count" else "less") if less else "more"
     return f"{'▼' if less else '▲'} {amount} {word}{relative}", "good" if less == (shown is not None) else "bad"
 
