@@ -6,7 +6,10 @@ from collections.abc import Callable
 from statistics import fmean
 
 from kernbench import record
+from kernbench.errors import KernbenchError
 from kernbench.measure import Settings, Side, workload_errors
+from kernbench.parity import trajectory
+from kernbench.parity.modes import nudge
 from kernbench.swap import Plan
 from kernbench.workload import Curves
 
@@ -20,14 +23,26 @@ def wanted(settings: Settings) -> Curves | None:
 
 
 def follow(
-    settings: Settings, plan: Plan, curves: Curves, implementation: str, advance: Callable[[int], None]
+    settings: Settings,
+    plan: Plan,
+    curves: Curves,
+    implementation: str,
+    advance: Callable[[int], None],
+    *,
+    moved: int = 0,
 ) -> list[record.Curve]:
     """One training run from a fresh build; ``advance`` is told of the steps.
 
+    Args:
+        moved: not 0: the run begins from its state moved by up to one unit in the last place, another for each number.
+
     Raises:
+        KernbenchError: it cannot be moved, because ``state_dict()`` gives copies.
         WorkloadFailed: a step or a reading raised, or the loss is not finite.
     """
     side = Side(settings, plan)
+    if moved:
+        _move(side, settings.seed + moved)
     steps: list[int] = []
     values: dict[str, list[float]] = {}
     units: dict[str, str] = {}
@@ -46,6 +61,18 @@ def follow(
                 units[name] = unit
             advance(count)
     return [
-        record.Curve(name=name, implementation=implementation, steps=steps, values=found, unit=units[name])
+        record.Curve(
+            name=name, implementation=implementation, steps=steps, values=found, unit=units[name], moved=bool(moved)
+        )
         for name, found in values.items()
     ]
+
+
+def _move(side: Side, seed: int) -> None:
+    try:
+        trajectory.set_state(side.built, nudge(trajectory.state_of(side.built), seed))
+    except trajectory.NotSettableError as problem:
+        raise KernbenchError(
+            f"the curves of {side.settings.workload.name} have no band: {problem}; let state_dict() return the tensors "
+            "themselves, or declare Curves with moved=0"
+        ) from None

@@ -167,17 +167,19 @@ def _follow_curves(
     if declared is None:
         return
     known = {curve.implementation for curve in run.record.curves}
-    left = [variant for variant in variants if variant.prepare is None and variant.name not in known]
+    runs = [(variant.name, variant.plan, 0) for variant in variants if variant.prepare is None]
+    runs[1:1] = [(f"{BASELINE} rounded apart {count}", runs[0][1], count) for count in range(1, declared.moved + 1)]
+    left = [one for one in runs if one[0] not in known]
     with (
         run.stage("training curves"),
         run.progress.stage("following training curves", declared.steps * len(left)) as advance,
     ):
-        for variant in left:
-            begin(variant.name)
+        for name, plan, moved in left:
+            begin(BASELINE if moved else name)
             try:
-                run.record.curves += curves.follow(settings, variant.plan, declared, variant.name, advance)
+                run.record.curves += curves.follow(settings, plan, declared, name, advance, moved=moved)
             except WorkloadFailed as error:
-                run.warn(f"{variant.name} has no training curve: {error}")
+                run.warn(f"{name} has no training curve: {error}")
             run.write()
 
 

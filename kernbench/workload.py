@@ -102,6 +102,8 @@ class Curves:
         steps: how many are run.
         every: steps from one reading to the next; the loss is the mean over them.
         presets: those that train, and in reasonable time.
+        moved: further runs of the baseline from states moved by up to one unit in the last place, which go apart as
+            sums in another order do. They make a band, and a phase may leave it no more than they do.
 
     Raises:
         ValueError: there is nothing to read.
@@ -111,6 +113,7 @@ class Curves:
     presets: tuple[str, ...]
     steps: int = 300
     every: int = 15
+    moved: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.every <= self.steps:

@@ -133,6 +133,74 @@ def test_the_page_shows_every_curve() -> None:
     assert sweepplot.curves(shown()) is None
 
 
+def moved_apart(*values: float, moved: bool = False, name: str = "phase 0") -> Curve:
+    steps = list(range(1, len(values) + 1))
+    return Curve(name="loss", implementation=name, steps=steps, values=list(values), moved=moved)
+
+
+def test_the_band_is_three_times_as_wide_as_rounding_drove_the_baseline_apart_so_far() -> None:
+    baseline = moved_apart(5.0, 4.0, 3.0, 2.0, name="baseline")
+    others = [moved_apart(5.0, 4.1, 3.0, 2.0, moved=True), moved_apart(5.0, 4.0, 2.8, 2.0, moved=True)]
+    assert sweepplot.band([baseline]) is None
+    around = sweepplot.band([baseline, *others])
+    assert around is not None
+    assert around.low == pytest.approx([5.0 - 5e-6, 4.0 - 0.3, 3.0 - 0.6, 2.0 - 0.6])
+    assert around.high == pytest.approx([5.0 + 5e-6, 4.0 + 0.3, 3.0 + 0.6, 2.0 + 0.6])
+    assert around.left_by(moved_apart(5.000004, 3.71, 3.59, 1.41)) is None
+    assert around.left_by(moved_apart(5.0, 4.31, 3.0, 2.0)) == 2
+    assert around.left_by(moved_apart(5.0, 4.0, 3.0, float("nan"))) == 4
+
+
+def test_the_page_says_who_leaves_the_band() -> None:
+    lines = [moved_apart(5.0, 4.0, name="baseline"), moved_apart(5.0, 4.1, moved=True, name="baseline rounded apart 1")]
+    inside, outside = moved_apart(5.0, 4.2), moved_apart(5.0, 4.4, name="phases 0+1")
+    record = shown()
+    record.curves = [*lines, inside]
+    table = sweepplot.curves(record)
+    assert table is not None
+    assert table.said[1] == (
+        "Loss stays in the band of 1 baseline runs that differ from it by rounding alone, 3 times as wide as they go, "
+        "with every phase."
+    )
+    record.curves.append(outside)
+    table = sweepplot.curves(record)
+    assert table is not None
+    assert table.said[1].endswith("3 times as wide as they go: phases 0+1 at step 2.")
+    assert "Shaded: where rounding alone" in html.render(record)
+
+
+def titan(steps: int) -> Workload:
+    """TitanMAC at sizes that are quick, with few steps."""
+    workload = registry.workload("titan-mac").declaration
+    assert workload.curves is not None
+    sizes = {"width": 16, "heads": 2, "feed_forward": 24, "length": 32, "window": 9, "gate_width": 6, "batch": 2}
+    preset = dataclasses.replace(workload.presets["tiny"], **sizes)
+    followed = dataclasses.replace(workload.curves, steps=steps, every=10)
+    return dataclasses.replace(workload, presets={**workload.presets, "tiny": preset}, curves=followed)
+
+
+def test_titan_mac_learns_within_the_band_of_rounding_with_every_phase() -> None:
+    workload = titan(100)
+    settings = measure.Settings(
+        workload=workload, preset="tiny", device=CPU, dtype=torch.float32, seed=0, data=None, steps=1
+    )
+    declared = curves.wanted(settings)
+    assert declared is not None
+    lines = []
+    numbers = tuple(phase.number for phase in workload.phases)
+    for name, phases, moved in (("baseline", (), 0), ("1", (), 1), ("2", (), 2), ("phases", numbers, 0)):
+        plan = swap.plan(
+            workload, phases, use=dict.fromkeys(phases, "eager"), kernels=lambda name: registry.kernel(name).declaration
+        )
+        lines += curves.follow(settings, plan, declared, name, lambda _: None, moved=moved)
+    around = sweepplot.band(lines)
+    assert around is not None
+    assert lines[1].values != lines[0].values != lines[2].values
+    assert around.left_by(lines[3]) is None
+    # The band is narrow beside what is learned.
+    assert lines[0].values[0] - lines[0].values[-1] > 0.5 > 10 * (around.high[-1] - around.low[-1])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("numbers", [(0,), (0, 1, 2, 3), (0, 1, 2, 3, 4)], ids=str)
 def test_kasmina_learns_the_same_with_kernels_on_a_gpu(numbers: tuple[int, ...], monkeypatch: Any) -> None:

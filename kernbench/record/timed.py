@@ -83,13 +83,17 @@ class ClaimCheck(Struct, frozen=True, kw_only=True):
 
 
 class Curve(Struct, frozen=True, kw_only=True):
-    """One figure of a training run over its steps, of one implementation: its ``values`` after so many ``steps``."""
+    """One figure of a training run over its steps, of one implementation: its ``values`` after so many ``steps``.
+
+    ``moved``: it began from weights moved by rounding, to show how far that alone drives a run apart.
+    """
 
     name: str
     implementation: str
     steps: list[int]
     values: list[float]
     unit: str = ""
+    moved: bool = False
 
 
 class Build(Struct, frozen=True, kw_only=True):
