@@ -17,9 +17,9 @@ RATES = (
     "tau_c", "tau_buf", "alpha_ca", "alpha_buf_on", "alpha_buf_off", "tau_prime", "tau_rrp", "alpha_prime",
     "alpha_unprime", "alpha_refill", "tau_energy", "energy_in", "energy_cost_rel", "energy_cost_pump", "syt_fast_kd",
     "syt_slow_kd", "complexin_bias", "qmax", "q_beta", "barrier_strength", "epsilon",
+    "stochastic_train_frac", "stochastic_quanta",
 )  # fmt: skip
 """The fields of the config that ``presyn_attention`` takes, in its order."""
-NOISY = "presyn_attention releases deterministically: layers with stochastic release run as the baseline does"
 TRANSPOSED = 'presyn_attention docks as "qk": layers with upstream\'s docking run as the baseline does'
 plain: Attend = SynapticAttention.attend
 
@@ -30,11 +30,14 @@ def adapt_presyn_attention(op: PresynAttention) -> Attend:
     def attend(
         self: SynapticAttention, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, state: State, noise: Noise | None
     ) -> tuple[Tensor, State, Tensor]:
-        if noise is not None or self.config.dock != "qk":
-            say(NOISY if noise is not None else TRANSPOSED)
+        if self.config.dock != "qk":
+            say(TRANSPOSED)
             return plain(self, q_BHTD, k_BHTD, v_BHTD, state, noise)
+        seed = None if noise is None else noise.seed
         rates = [float(getattr(self.synapses, name)) for name in RATES]
-        y_BHTD, calcium, buffer, pool, reserve, primed, energy, used = op(q_BHTD, k_BHTD, v_BHTD, *state, rates=rates)
+        y_BHTD, calcium, buffer, pool, reserve, primed, energy, used = op(
+            q_BHTD, k_BHTD, v_BHTD, *state, rates=rates, seed=seed
+        )
         return y_BHTD, State(calcium, buffer, pool, reserve, primed, state.clamp, energy), used
 
     return attend
