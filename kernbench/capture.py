@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import statistics
 import tempfile
@@ -20,6 +21,7 @@ from kernbench.cudasync import Report, RuntimeWatch, match_waits, merge, runtime
 from kernbench.record import LineLog, SourceLine
 from kernbench.sourcelines import SourceTable
 from kernbench.syncwatch import SyncWatch
+from kernbench.timing import collector_off
 from kernbench.trim import trim
 from kernbench.workload import Built
 
@@ -32,8 +34,12 @@ def trace_steps(
 ) -> list[float]:
     """Trace ``count`` steps from ``first`` on into a gzipped Kineto JSON file at ``path``, written atomically.
 
+    The first one runs once before them, under the profiler but without a mark: what the profiler sets up meanwhile
+    would lengthen it. No garbage is collected, as where steps are timed.
+
     Args:
-        details: record the shapes of operands and the memory in use too, which makes the host slower.
+        details: record the shapes of operands and the memory in use too, which makes the host slower; the steps are not
+            meant to be timed then, and none runs before them.
 
     Returns:
         seconds per step under the profiler. On a GPU the host runs ahead, so each is the mean over all steps, with the
@@ -46,13 +52,19 @@ def trace_steps(
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     options = _ExperimentalConfig(enable_cuda_sync_events=True) if cuda else None
     marks = []
-    with profile(
-        activities=activities,
-        acc_events=True,
-        experimental_config=options,
-        record_shapes=details,
-        profile_memory=details,
-    ) as profiler:
+    gc.collect()
+    with (
+        collector_off(),
+        profile(
+            activities=activities,
+            acc_events=True,
+            experimental_config=options,
+            record_shapes=details,
+            profile_memory=details,
+        ) as profiler,
+    ):
+        if not details:
+            built.step(first)
         if cuda:
             torch.cuda.synchronize(device)
         marks.append(time.perf_counter())

@@ -1,5 +1,6 @@
 """Traced steps, on the CPU here and on a GPU under the marker gpu."""
 
+import gc
 import gzip
 import json
 import threading
@@ -43,7 +44,7 @@ def events_of(path: Any) -> Any:
 def test_each_step_is_annotated(tmp_path: Path) -> None:
     built, path = Multiply(), tmp_path / "run" / "trace.json.gz"
     seconds = capture.trace_steps(built, first=5, count=3, device=CPU, path=path)
-    assert built.seen == [5, 6, 7]
+    assert built.seen == [5, 5, 6, 7], "the first one ran once before, for the profiler's sake"
     assert len(seconds) == 3
     assert all(value > 0 for value in seconds)
     events = events_of(path)
@@ -51,8 +52,30 @@ def test_each_step_is_annotated(tmp_path: Path) -> None:
     assert [name for name in names if name.startswith("kernbench")] == [
         f"kernbench.step#{index}" for index in (5, 6, 7)
     ]
-    assert sum(event["name"] == "aten::mm" for event in events) == 3
+    whole = trace.load(path)
+    assert [int((whole.host.step == step).sum()) > 0 for step in (-1, 0, 1, 2)] == [True] * 4
+    counts = [
+        int((whole.host.name[whole.host.step == step] == whole.names.index("aten::mm")).sum()) for step in range(3)
+    ]
+    assert counts == [1, 1, 1]
     assert [file.name for file in path.parent.iterdir()] == ["trace.json.gz"]
+
+
+def test_detailed_steps_need_no_step_before_them(tmp_path: Path) -> None:
+    built = Multiply()
+    capture.trace_steps(built, first=5, count=2, device=CPU, path=tmp_path / "trace.json.gz", details=True)
+    assert built.seen == [5, 6]
+
+
+def test_no_garbage_is_collected_while_steps_are_traced(tmp_path: Path) -> None:
+    class Asking(Multiply):
+        def step(self, index: int) -> Any:
+            collecting.append(gc.isenabled())
+
+    collecting: list[bool] = []
+    capture.trace_steps(Asking(), first=0, count=2, device=CPU, path=tmp_path / "trace.json.gz")
+    assert collecting == [False] * 3
+    assert gc.isenabled()
 
 
 def test_a_failing_step_leaves_no_file_and_raises_its_own_error(tmp_path: Path) -> None:
