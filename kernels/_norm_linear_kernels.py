@@ -18,10 +18,10 @@ def _load(pointer, mask):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _centred(value, mask, inner, eps, CENTRED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A row less its mean, if that is asked for, and the reciprocal of its root mean square."""
+    """Rows less their means, if that is asked for, and the reciprocals of their root mean squares."""
     if CENTRED:
-        value = tl.where(mask, value - tl.sum(value) / inner, 0.0)
-    return value, tl.rsqrt(tl.sum(value * value) / inner + eps)
+        value = tl.where(mask, value - (tl.sum(value, 1) / inner)[:, None], 0.0)
+    return value, tl.rsqrt(tl.sum(value * value, 1) / inner + eps)[:, None]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -39,20 +39,21 @@ def _gelu(z):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def normalise_kernel(  # type: ignore[no-untyped-def]
-    x, scale, shift, normed, inner, x_stride, eps, BLOCK: tl.constexpr, CENTRED: tl.constexpr, SHIFTED: tl.constexpr,
+    x, scale, shift, normed, rows, inner, x_stride, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """One program handles one row of x and normed [R, K]; grid is R. K is at most BLOCK."""
-    row = tl.program_id(0).to(tl.int64)
+    """One program handles ROWS rows of x and normed [R, K]; grid is R over that. K is at most BLOCK."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)
-    mask = column < inner
+    mask = (row < rows) & (column < inner)[None, :]
     # Asked for before the sum over the row, so that they are there when that is.
-    factor = _load(scale + column, mask)
+    factor = _load(scale + column, column < inner)[None, :]
     addend = factor
     if SHIFTED:
-        addend = _load(shift + column, mask)
-    value, rstd = _centred(_load(x + row * x_stride + column, mask), mask, inner, eps, CENTRED)
+        addend = _load(shift + column, column < inner)[None, :]
+    value, rstd = _centred(_load(x + row * x_stride + column[None, :], mask), mask, inner, eps, CENTRED)
     value = _scaled(value * rstd, factor, addend, SHIFTED)
-    tl.store(normed + row * inner + column, narrow(value, normed.dtype.element_ty), mask=mask)
+    tl.store(normed + row * inner + column[None, :], narrow(value, normed.dtype.element_ty), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -82,23 +83,14 @@ def _statistics(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def tile_kernel(  # type: ignore[no-untyped-def]
-    x, scale, shift, weight, bias, y, z, rows, count, inner, x_stride, eps,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, CENTRED: tl.constexpr,
-    SHIFTED: tl.constexpr, BIASED: tl.constexpr, GELU: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+def _tile(  # type: ignore[no-untyped-def]
+    x, scale, shift, weight, bias, y, z, block_row, block, rows, count, inner, x_stride, eps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CENTRED: tl.constexpr, SHIFTED: tl.constexpr,
+    BIASED: tl.constexpr, GELU: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One program handles BLOCK_M x BLOCK_N numbers of y [R, N] from x [R, K] and weight [N, K].
-
-    The rows are normalised on the way to the product, as they would be stored. Grid is all tiles; GROUP tiles that
-    share a block of weight follow each other. KEEP also stores z [R, N], the result before the GELU.
-    """
-    tile = tl.program_id(0)
-    blocks = tl.cdiv(count, BLOCK_N)
-    first = tile // (GROUP * blocks) * GROUP
-    size = tl.minimum(tl.cdiv(rows, BLOCK_M) - first, GROUP)
-    inside = tile % (GROUP * blocks)
-    row = ((first + inside % size) * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
-    output = (inside // size * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)
+    """Rows are normalised on the way to the product, as they would be stored."""
+    row = (block_row * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
+    output = (block * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)
     in_rows, in_outputs = row < rows, output < count
     x_row = x + row * x_stride
     mean, rstd = _statistics(x_row, in_rows, inner, eps, BLOCK_M, BLOCK_K, CENTRED)
@@ -122,7 +114,7 @@ def tile_kernel(  # type: ignore[no-untyped-def]
         )
         if INTERPRETED:
             left, right = left.to(tl.float32), right.to(tl.float32)
-        result = tl.dot(left, right, result, input_precision=PRECISION)
+        result = tl.dot(left, right, result, input_precision="ieee")
     if BIASED:
         result += _load(bias + output, in_outputs)[None, :]
     place = row[:, None] * count + output[None, :]
@@ -134,45 +126,118 @@ def tile_kernel(  # type: ignore[no-untyped-def]
     tl.store(y + place, narrow(result, DTYPE), mask=mask)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def tile_kernel(  # type: ignore[no-untyped-def]
+    x, scale, shift, weight, bias, y, z, rows, count, inner, x_stride, eps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, CENTRED: tl.constexpr,
+    SHIFTED: tl.constexpr, BIASED: tl.constexpr, GELU: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """One program handles BLOCK_M x BLOCK_N numbers of y [R, N] from x [R, K] and weight [N, K]; grid is all tiles.
+
+    GROUP tiles that share a block of weight follow each other. KEEP also stores z [R, N], the result before the GELU.
+    """
+    tile = tl.program_id(0)
+    blocks = tl.cdiv(count, BLOCK_N)
+    first = tile // (GROUP * blocks) * GROUP
+    size = tl.minimum(tl.cdiv(rows, BLOCK_M) - first, GROUP)
+    inside = tile % (GROUP * blocks)
+    _tile(
+        x, scale, shift, weight, bias, y, z, first + inside % size, inside // size, rows, count, inner, x_stride, eps,
+        BLOCK_M, BLOCK_N, BLOCK_K, CENTRED, SHIFTED, BIASED, GELU, KEEP,
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def fold_kernel(  # type: ignore[no-untyped-def]
+    weight, scale, shift, bias, folded, sums, constant, count, inner,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr, SHIFTED: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """One program handles ROWS rows of weight and folded [N, K] and their sums and constants [N]; grid is N over that.
+
+    CENTRED stores the sums of what was rounded, SHIFTED or BIASED the constants. K is at most BLOCK.
+    """
+    # The product may be launched at once; it waits for this kernel's end by itself.
+    tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    mask = (row < count)[:, None] & (column < inner)[None, :]
+    place = row[:, None] * inner + column[None, :]
+    value = _load(weight + place, mask)
+    product = narrow(value * _load(scale + column, column < inner)[None, :], folded.dtype.element_ty)
+    tl.store(folded + place, product, mask=mask)
+    if CENTRED:
+        tl.store(sums + row, tl.sum(product.to(tl.float32), 1), mask=row < count)
+    if SHIFTED or BIASED:
+        addend = tl.zeros([ROWS], tl.float32)
+        if SHIFTED:
+            addend += tl.sum(value * _load(shift + column, column < inner)[None, :], 1)
+        if BIASED:
+            addend += _load(bias + row, row < count)
+        tl.store(constant + row, addend, mask=row < count)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def repair_kernel(  # type: ignore[no-untyped-def]
+    flags, x, scale, shift, weight, bias, y, z, rows, count, inner, x_stride, eps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHIFTED: tl.constexpr, BIASED: tl.constexpr,
+    GELU: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Blocks of rows of y [R, N] once more where flags [blocks of rows] say so; grid is those, and S.
+
+    S programs share the outputs of a block of rows: few, because most have nothing to do.
+    """
+    block_row = tl.program_id(0)
+    if tl.load(flags + block_row):
+        for block in range(tl.program_id(1), tl.cdiv(count, BLOCK_N), tl.num_programs(1)):
+            _tile(
+                x, scale, shift, weight, bias, y, z, block_row, block, rows, count, inner, x_stride, eps,
+                BLOCK_M, BLOCK_N, BLOCK_K, True, SHIFTED, BIASED, GELU, KEEP,
+            )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["rows", "chunk"])  # type: ignore[untyped-decorator]
 def backward_rows_kernel(  # type: ignore[no-untyped-def]
     dnormed, x, scale, shift, dx, normed, dscale, dshift, rows, inner, dnormed_stride, x_stride, eps, chunk,
-    BLOCK: tl.constexpr, CENTRED: tl.constexpr, SHIFTED: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr, SHIFTED: tl.constexpr, KEEP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program handles chunk rows of dnormed, x, dx and normed [R, K], one after another; grid is P.
+    """One program handles chunk rows of dnormed, x, dx and normed [R, K], ROWS at a time; grid is P.
 
     Each leaves its shares of both gradients in dscale and dshift [P, K]. KEEP stores normed once more, for the gradient
     of the weight. K is at most BLOCK.
     """
     column = tl.arange(0, BLOCK)
-    mask = column < inner
+    in_columns = column < inner
     DTYPE: tl.constexpr = dx.dtype.element_ty
-    factor = _load(scale + column, mask)
+    factor = _load(scale + column, in_columns)[None, :]
     addend = factor
     if SHIFTED:
-        addend = _load(shift + column, mask)
-    share = tl.zeros([BLOCK], tl.float32)
-    shift_share = tl.zeros([BLOCK], tl.float32)
+        addend = _load(shift + column, in_columns)[None, :]
+    share = tl.zeros([ROWS, BLOCK], tl.float32)
+    shift_share = tl.zeros([ROWS, BLOCK], tl.float32)
     first = tl.program_id(0).to(tl.int64) * chunk
-    for step in tl.range(0, tl.minimum(chunk, rows - first), num_stages=STAGES):
-        at = first + step
-        upstream = _load(dnormed + at * dnormed_stride + column, mask)
-        value, rstd = _centred(_load(x + at * x_stride + column, mask), mask, inner, eps, CENTRED)
+    last = tl.minimum(first + chunk, rows)
+    for step in tl.range(0, tl.cdiv(last - first, ROWS), num_stages=STAGES):
+        row = first + step * ROWS + tl.arange(0, ROWS)[:, None]
+        mask = (row < last) & in_columns[None, :]
+        place = row * inner + column[None, :]
+        upstream = _load(dnormed + row * dnormed_stride + column[None, :], mask)
+        value, rstd = _centred(_load(x + row * x_stride + column[None, :], mask), mask, inner, eps, CENTRED)
         value *= rstd
         product = upstream * factor
-        gradient = product - value * (tl.sum(product * value) / inner)
+        gradient = product - value * (tl.sum(product * value, 1) / inner)[:, None]
         if CENTRED:
-            gradient -= tl.sum(product) / inner
-        tl.store(dx + at * inner + column, narrow(rstd * gradient, DTYPE), mask=mask)
+            gradient -= (tl.sum(product, 1) / inner)[:, None]
+        tl.store(dx + place, narrow(rstd * gradient, DTYPE), mask=mask)
         if KEEP:
-            tl.store(normed + at * inner + column, narrow(_scaled(value, factor, addend, SHIFTED), DTYPE), mask=mask)
+            tl.store(normed + place, narrow(_scaled(value, factor, addend, SHIFTED), DTYPE), mask=mask)
         share += upstream * value
         if SHIFTED:
             shift_share += upstream
     place = tl.program_id(0).to(tl.int64) * inner + column
-    tl.store(dscale + place, share, mask=mask)
+    tl.store(dscale + place, tl.sum(share, 0), mask=in_columns)
     if SHIFTED:
-        tl.store(dshift + place, shift_share, mask=mask)
+        tl.store(dshift + place, tl.sum(shift_share, 0), mask=in_columns)
 
 
 @triton.jit(do_not_specialize=["rows", "chunk"])  # type: ignore[untyped-decorator]
