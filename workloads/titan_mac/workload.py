@@ -58,8 +58,16 @@ from .fused_memory import (
     predict_memory_loss,
     predict_memory_update,
 )
+from .fused_norm_linear import (
+    NORM_LINEAR_CLAIM,
+    NORM_LINEAR_PROMISE,
+    adapt_hidden,
+    adapt_qkv,
+    predict_fused_norm_linear,
+)
 from .graph import advance, fixed_batch
 from .memory import NeuralMemory
+from .model import Block
 from .optimizer import DeepNestedOptimizer, LearningRateController
 from .phases import (
     adapt_fused_adamw,
@@ -212,6 +220,18 @@ WORKLOAD = Workload(
             swaps=(
                 Swap(site=(NeuralMemory, "reconstruction_loss"), kernel="memory_mlp_loss", adapt=adapt_memory_loss),
                 Swap(site=(NeuralMemory, "gradient"), use=gradient_taken),
+            ),
+        ),
+        Phase(
+            number=4,
+            title="fused norm and linear",
+            flag="TITAN_FUSED_NORM_LINEAR",
+            claim=NORM_LINEAR_CLAIM,
+            predicts=NORM_LINEAR_PROMISE,
+            predict=predict_fused_norm_linear,
+            swaps=(
+                Swap(site=(Block, "qkv"), kernel="rms_norm_linear", adapt=adapt_qkv),
+                Swap(site=(Block, "hidden"), kernel="rms_norm_linear", adapt=adapt_hidden),
             ),
         ),
         Phase(
