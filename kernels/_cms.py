@@ -10,7 +10,6 @@ import triton.language as tl
 
 from . import _shared
 
-KINDS = 4
 LOG_SHARE = tl.constexpr(0.1)
 LEAST = tl.constexpr(4.5399929762484854e-05)
 """e^-10: below, a feature is linear and no longer logarithmic."""

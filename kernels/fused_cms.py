@@ -33,99 +33,22 @@ Shapes: N tensors, L levels, E elements, F features.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance, Values
 
 from . import _cms, _pointer_table
+from ._cms_plain import KINDS, LARGEST_SHARE, MOMENTUM_DECAY, PERIOD, fused_cms_reference, vectorised, weight_count
 from ._pointer_table import Launch, Part
-
-PERIOD = 10.0
-MOMENTUM_DECAY = 0.9
-LARGEST_SHARE = 100.0
-"""A momentum is at most this many times as long as the gradient."""
-
-
-@torch.no_grad()
-def fused_cms_reference(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[Tensor],
-    weights: Tensor,
-    lrs: Tensor,
-    ok: Tensor,
-    active: int,
-    width: int,
-    layers: int,
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-) -> None:
-    """The update in plain PyTorch, without a branch on a tensor; arguments as in :func:`fused_cms`."""
-    for param, grad, state, lr in zip(params, grads, states, lrs.unbind(), strict=True):
-        if not param.numel():
-            continue
-        momenta, totals, averages, squares = state.unbind()
-        summed = totals + grad.to(state.dtype)
-        change, kept = torch.zeros_like(summed[0]), torch.zeros((), dtype=state.dtype, device=state.device)
-        for level in range(active):
-            gradient = summed[level] / PERIOD**level
-            summed[level].zero_()
-            average = averages[level] * beta1 + gradient * (1 - beta1)
-            square = torch.addcmul(squares[level] * beta2, gradient, gradient, value=1 - beta2)
-            update = network(gradient, momenta[level], weights, width, layers)
-            moved = momenta[level] * MOMENTUM_DECAY + update * (1 - MOMENTUM_DECAY)
-            largest = LARGEST_SHARE * torch.linalg.vector_norm(gradient)
-            norm = torch.linalg.vector_norm(moved)
-            moved = moved * torch.where(norm > largest, largest / norm, 1.0)
-            good = torch.isfinite(update).all()
-            change, kept = change + torch.where(good, update, 0.0), kept + good
-            averages[level].copy_(torch.where(ok, average, averages[level]))
-            squares[level].copy_(torch.where(ok, square, squares[level]))
-            momenta[level].copy_(torch.where(ok & good, moved, momenta[level]))
-        totals.copy_(torch.where(ok, summed, totals))
-        wide = param.to(state.dtype)
-        updated = (wide - lr * (change / kept.sqrt() + weight_decay * wide)).to(param.dtype)
-        param.copy_(torch.where(ok & (kept > 0), updated, param))
-
-
-def network(gradient: Tensor, momentum: Tensor, weights: Tensor, width: int, layers: int) -> Tensor:
-    """The update of each element, in the shape of ``gradient``; ``weights`` as in :func:`fused_cms`."""
-    hidden_EF = torch.stack([*log_sign(gradient.flatten()), *log_sign(momentum.flatten())], dim=1)
-    start = 0
-    for layer in range(layers + 1):
-        inputs, outputs = hidden_EF.shape[1], width if layer < layers else 1
-        layer_weights = weights[start : start + outputs * (inputs + 1)]
-        matrix, bias = torch.split(layer_weights, [outputs * inputs, outputs])
-        hidden_EF = functional.linear(hidden_EF, matrix.view(outputs, inputs), bias)
-        if layer < layers:
-            hidden_EF = functional.silu(hidden_EF)
-        start += outputs * (inputs + 1)
-    return hidden_EF.view(gradient.shape)
-
-
-def log_sign(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Size and sign of each element as two features."""
-    size = x.abs()
-    large = size >= math.exp(-10)
-    logarithm = torch.where(large, size, 1.0).log() / 10
-    return torch.where(large, logarithm, -1.0), torch.where(large, x.sign(), x * math.exp(10))
-
-
-def weight_count(width: int, layers: int) -> int:
-    """Numbers that a network of this size takes."""
-    return 5 * width + (layers - 1) * width * (width + 1) + width + 1
-
 
 BLOCK = 1024
 WARPS = 4
@@ -195,8 +118,10 @@ def _launch(
     if not params:
         return
     levels = states[0].shape[1] if states[0].dim() > 1 else 0
-    group = _pointer_table.group_of((params, states), partial(_check_state, params, states, levels), _launch_for)
-    check_grads = partial(_pointer_table.check_each, "grads", grads, params)
+    group = _pointer_table.group_of(
+        (params, states), functools.partial(_check_state, params, states, levels), _launch_for
+    )
+    check_grads = functools.partial(_pointer_table.check_each, "grads", grads, params)
     if not all(map(Tensor.is_contiguous, grads)):
         check_grads()
     table = group.table(grads, check_grads)
@@ -248,7 +173,7 @@ def _check_state(params: list[Tensor], states: list[Tensor], levels: int) -> Non
                 "fused_cms takes contiguous float32 or bfloat16 params, all on one device; "
                 f"number {index} is {_pointer_table.described(param)}"
             )
-        _pointer_table.check("states", state, (_cms.KINDS, levels, *param.shape), torch.float32, device, index)
+        _pointer_table.check("states", state, (KINDS, levels, *param.shape), torch.float32, device, index)
 
 
 _LIBRARY = torch.library.Library("kernbench", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -270,7 +195,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
         return (torch.randn(shape, device=device, generator=generator) * scale).to(like)
 
     shapes = _shapes(case)
-    states = [normal((_cms.KINDS, LEVELS, *shape), 1e-2, state_dtype) for shape in shapes]
+    states = [normal((KINDS, LEVELS, *shape), 1e-2, state_dtype) for shape in shapes]
     for state in states:
         # Momenta of one tensor in two are long, so that they are cut; level 0 totals nothing from step to step.
         state[1, 0].zero_()
@@ -385,5 +310,6 @@ SPEC = KernelSpec(
         "weights": Values(least=-1e3, most=1e3),
         "lrs": Values(fixed=True),
     },
+    peers={"torch.compile, vectorised": vectorised},
     source="DeepNestedOptimizer of TitanMAC-Standalone in CMS mode",
 )
