@@ -123,6 +123,21 @@ def test_a_zoomed_picture_shows_single_kernels(desk: Any) -> None:
     )
 
 
+def test_bars_that_are_wide_enough_bear_their_names(desk: Any) -> None:
+    assert desk.locator("#timeline .name").count() == 0, "the whole step is drawn without"
+    desk.focus("figure.timeline")
+    for _ in range(9):
+        desk.keyboard.press("+")
+    named = "nodes => nodes.map(node => [node.textContent, node.getBoundingClientRect().width])"
+    found = desk.eval_on_selector_all("#timeline .name", named)
+    assert found
+    assert all(name and width >= 0.05 * DESK["width"] for name, width in found)
+    known = {span.name.removeprefix("void ") for span in traces.analyze().timeline}
+    assert {name for name, _ in found} <= known
+    desk.keyboard.press("0")
+    assert desk.locator("#timeline .name").count() <= len(found)
+
+
 def test_pointing_at_a_bar_names_it(desk: Any) -> None:
     bars = desk.locator("#timeline svg.bars").last
     bars.scroll_into_view_if_needed()

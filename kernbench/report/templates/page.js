@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const WIDTH = 1000, SLIVER = 0.6, LANE = 18, BAR = 16, CLOSEST = 50;
+  const WIDTH = 1000, SLIVER = 0.6, LANE = 18, BAR = 16, CLOSEST = 50, NAMED = 60;
   const PERFETTO = "https://ui.perfetto.dev";
 
   const make = (tag, attributes = {}, text = "") => {
@@ -112,7 +112,7 @@
     x(ns) { return (WIDTH * (ns - this.from)) / (this.to - this.from); }
 
     draw(drawing, spans) {
-      const slivers = new Map(), nodes = [];
+      const slivers = new Map(), nodes = [], names = [];
       for (const span of spans) {
         const [lane, look, begin, length] = span;
         if (begin > this.to || begin + length < this.from) continue;
@@ -121,6 +121,7 @@
           const bar = shape("rect", { class: look, x: left.toFixed(2), y: lane * LANE, width: (right - left).toFixed(2), height: BAR });
           bar.span = span;
           nodes.push(bar);
+          if (right - left >= NAMED) names.push(this.name(span, Math.max(left, 0), Math.min(right, WIDTH)));
           continue;
         }
         const key = `${lane} ${look}`, runs = slivers.get(key) || [], last = runs[runs.length - 1];
@@ -135,6 +136,16 @@
         nodes.unshift(shape("path", { class: look, d: path.join("") }));
       }
       drawing.replaceChildren(...nodes);
+      drawing.parentElement.replaceChildren(drawing, ...names);
+    }
+
+    // The drawing is stretched to its width, which text must not be, so names lie over it.
+    name(span, left, right) {
+      const node = make("span", { class: `name over-${span[1]}`, "aria-hidden": "true" }, this.data.names[span[4]].replace(/^void /, ""));
+      node.style.left = `${(100 * left) / WIDTH}%`;
+      node.style.width = `${(100 * (right - left)) / WIDTH}%`;
+      node.style.top = `${span[0] * LANE}px`;
+      return node;
     }
 
     label() {
