@@ -7,7 +7,6 @@ W1 [H, D], b1 [H], W2 [M, H], b2 [M].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -18,6 +17,8 @@ from torch.nn import functional
 
 from . import _decode, _rows
 from . import _memory_mlp_kernels as kernels
+from . import _memory_mlp_state_kernels as state_kernels
+from ._memory_mlp_plans import Method, Plan, Tiles
 
 DTYPES = (torch.float32, torch.bfloat16)
 _SMALL = _rows.INTERPRETED.value
@@ -27,49 +28,6 @@ TURN_BLOCK = 32 if _SMALL else 64
 MOST_SQUARES = 16 if _SMALL else 4096
 """So many sums of squares every program of the write adds up itself; of more it would read too much."""
 LOSS_BLOCK = 16 if _SMALL else 1024
-
-
-class Tiles(NamedTuple):
-    """How a matrix product is cut into programs: a tile's rows, columns and inner width, warps, and stages."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
-
-
-class Plan(NamedTuple):
-    """Tiles of the four products, and the rows that one program adds up for a weight's gradient.
-
-    With ``turned``, what the products of the backward pass add up over lies next to each other in all operands. The
-    tensor cores take TF32 in no other way, and Triton turning tile by tile costs more than to do it once.
-    """
-
-    hidden: Tiles
-    error: Tiles
-    outer: Tiles
-    inner: Tiles
-    length: int
-    turned: bool = False
-
-
-_ONE = Tiles(128, 64, 64, 4, 4)
-PLANS = {"bfloat16": Plan(_ONE, _ONE, _ONE, _ONE, 512)}
-_FLOAT = Tiles(128, 64, 32, 4, 4)
-_FLOAT_PLAN = Plan(_FLOAT, _FLOAT, _FLOAT, _FLOAT, 512, turned=True)
-_SMALLEST = Tiles(32, 32, 32, 4, 1)
-INTERPRETED = Plan(_SMALLEST, _SMALLEST, _SMALLEST, _SMALLEST, 48)
-"""Small enough that small cases have several of everything."""
-_LARGEST = Tiles(128, 128, 128, 4, 1)
-_INTERPRETED_WHOLE = Plan(_LARGEST, _LARGEST, _LARGEST, _LARGEST, 512)
-
-
-class Method(NamedTuple):
-    """How the products of a call are taken."""
-
-    plan: Plan
-    precision: str
 
 
 class Saved(NamedTuple):
@@ -85,28 +43,6 @@ class Saved(NamedTuple):
     hidden_turned: Tensor
     error_turned: Tensor
     losses: Tensor
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 numbers are multiplied: as torch's setting for CUDA says, in either of its interfaces."""
-    if dtype != torch.float32:
-        return "ieee"
-    chosen = torch.backends.cuda.matmul.fp32_precision
-    if chosen == "none":
-        chosen = torch.backends.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if chosen == "tf32" else "tf32x3"
-
-
-def method_for(key: Tensor, value: Tensor, hidden_width: int) -> Method:
-    return _method(key.shape[0], (key.shape[1], hidden_width, value.shape[1]), key.dtype, precision(key.dtype))
-
-
-@lru_cache(maxsize=256)
-def _method(rows: int, widths: tuple[int, int, int], dtype: torch.dtype, precision: str) -> Method:
-    if _SMALL:
-        plan = INTERPRETED if max(rows, *widths) <= 80 else _INTERPRETED_WHOLE
-        return Method(plan._replace(turned=dtype == torch.float32), precision)
-    return Method(_FLOAT_PLAN if dtype == torch.float32 else PLANS["bfloat16"], precision)
 
 
 def gradient_of(key: Tensor, value: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -257,7 +193,10 @@ def loss_of(saved: Saved) -> Tensor:
     """The mean square of the error, 0-dim, in one launch."""
     loss = saved.error.new_empty(())
     _launch(
-        kernels.loss_kernel, 1, (saved.losses, loss, float(saved.error.numel()), saved.losses.numel()), BLOCK=LOSS_BLOCK
+        state_kernels.loss_kernel,
+        1,
+        (saved.losses, loss, float(saved.error.numel()), saved.losses.numel()),
+        BLOCK=LOSS_BLOCK,
     )
     return loss
 
@@ -302,7 +241,7 @@ def gradients(
     *ends, programs = accumulate(counts)
     squares = key.new_empty(programs, dtype=torch.float32)
     _launch(
-        kernels.gather_kernel,
+        state_kernels.gather_kernel,
         programs,
         (
             inner_partials, hidden_sums, outer_partials, saved.error_sums, gradient, squares, scale, *sizes,
@@ -372,7 +311,7 @@ def write(
     *ends, programs = accumulate(triton.cdiv(size, block) for size in sizes)
     count = squares.numel()
     _launch(
-        kernels.write_kernel,
+        state_kernels.write_kernel,
         programs,
         (*weights, momentum, gradient, squares, forget, decay, step_size, clip, *sizes, *ends, count),
         PROGRAMS=triton.next_power_of_2(count), BLOCK=block,
@@ -384,7 +323,7 @@ def squares_of(gradient: Tensor) -> Tensor:
     block = _block(gradient.numel())
     programs = triton.cdiv(gradient.numel(), block)
     squares = gradient.new_empty(programs)
-    _launch(kernels.squares_kernel, programs, (gradient, squares, gradient.numel()), BLOCK=block)
+    _launch(state_kernels.squares_kernel, programs, (gradient, squares, gradient.numel()), BLOCK=block)
     return squares
 
 
@@ -395,7 +334,7 @@ def scaled(upstream: Tensor, key_gradient: Tensor, error: Tensor, gradient: Tens
     block = _block(gradient.numel())
     *ends, programs = accumulate(triton.cdiv(size, block) for size in (*sizes[2:], *sizes[:2]))
     _launch(
-        kernels.scale_kernel,
+        state_kernels.scale_kernel,
         programs,
         (upstream, key_gradient, error, gradient, *out, 2.0 / error.numel(), *sizes, *ends),
         BLOCK=block,

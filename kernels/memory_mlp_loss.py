@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance, Values
 
-from . import _memory_mlp, _rows
+from . import _memory_mlp, _memory_mlp_plans, _rows
 from ._memory_mlp import Saved
 
 
@@ -78,7 +78,7 @@ def memory_mlp_loss(
 
 def _forward(key: Tensor, value: Tensor, weights: tuple[Tensor, ...], gradient: Tensor | None) -> tuple[Tensor, ...]:
     """The loss, and all but the last of :class:`Saved`; with ``gradient`` the gradient of the keys too."""
-    method = _memory_mlp.method_for(key, value, weights[0].shape[0])
+    method = _memory_mlp_plans.method_for(key, value, weights[0].shape[0])
     with _rows.on_device(key):
         saved = _memory_mlp.forward(key, value, weights, method)
         loss = _memory_mlp.loss_of(saved)
@@ -93,7 +93,7 @@ def _backward(
     before: Tensor, hidden: Tensor, error: Tensor, error_sums: Tensor, hidden_turned: Tensor, error_turned: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     weights = (inner_weight, inner_bias, outer_weight, outer_bias)
-    method = _memory_mlp.method_for(key, error, hidden.shape[1])
+    method = _memory_mlp_plans.method_for(key, error, hidden.shape[1])
     gradient = key.new_empty(sum(weight.numel() for weight in weights), dtype=torch.float32)
     saved = Saved(before, hidden, error, error_sums, hidden_turned, error_turned, losses=error_sums)
     with _rows.on_device(key):
@@ -158,7 +158,7 @@ def _operator_fake(
     key: Tensor, value: Tensor, inner_weight: Tensor, inner_bias: Tensor, outer_weight: Tensor, outer_bias: Tensor,
     taken: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    plan = _memory_mlp.method_for(key, value, inner_weight.shape[0]).plan
+    plan = _memory_mlp_plans.method_for(key, value, inner_weight.shape[0]).plan
     before, hidden, *turned = _memory_mlp.empty_saved(key, value, inner_weight.shape[0], plan)
     weights = (inner_weight, inner_bias, outer_weight, outer_bias)
     size = sum(weight.numel() for weight in weights) if taken else 0
@@ -286,9 +286,9 @@ SPEC = KernelSpec(
     backward_cost=backward_cost,
     mutates=("gradient",),
     sizes={
-        "rows": Sizes(least=1, most=70, block=_memory_mlp.INTERPRETED.length),
-        "width": Sizes(least=1, most=40, block=_memory_mlp.INTERPRETED.hidden.rows),
-        "hidden": Sizes(least=1, most=40, block=_memory_mlp.INTERPRETED.hidden.rows),
+        "rows": Sizes(least=1, most=70, block=_memory_mlp_plans.INTERPRETED.length),
+        "width": Sizes(least=1, most=40, block=_memory_mlp_plans.INTERPRETED.hidden.rows),
+        "hidden": Sizes(least=1, most=40, block=_memory_mlp_plans.INTERPRETED.hidden.rows),
         "taken": Sizes(most=1),
     },
     values={

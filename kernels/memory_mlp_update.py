@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance, Values
 
-from . import _memory_mlp, _rows
+from . import _memory_mlp, _memory_mlp_plans, _rows
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def _launch(
     with _rows.on_device(momentum):
         if gradient is None:
             key, value = key.contiguous(), value.contiguous()
-            method = _memory_mlp.method_for(key, value, inner_weight.shape[0])
+            method = _memory_mlp_plans.method_for(key, value, inner_weight.shape[0])
             saved = _memory_mlp.forward(key, value, weights, method)
             gradient = torch.empty_like(momentum)
             squares, _ = _memory_mlp.gradients(key, weights, saved, gradient, method, with_key=False)
@@ -181,9 +181,9 @@ SPEC = KernelSpec(
     stateful=True,
     next_inputs=next_inputs,
     sizes={
-        "rows": Sizes(least=1, most=70, block=_memory_mlp.INTERPRETED.length),
-        "width": Sizes(least=1, most=40, block=_memory_mlp.INTERPRETED.hidden.rows),
-        "hidden": Sizes(least=1, most=40, block=_memory_mlp.INTERPRETED.hidden.rows),
+        "rows": Sizes(least=1, most=70, block=_memory_mlp_plans.INTERPRETED.length),
+        "width": Sizes(least=1, most=40, block=_memory_mlp_plans.INTERPRETED.hidden.rows),
+        "hidden": Sizes(least=1, most=40, block=_memory_mlp_plans.INTERPRETED.hidden.rows),
         "clipped": Sizes(most=1),
         "given": Sizes(most=1),
     },

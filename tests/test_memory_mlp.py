@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_refused(name: str, change: Any, words: str) -> Non
 
 
 def test_precision_follows_both_interfaces_of_torch() -> None:
-    chosen = module(UPDATE)._memory_mlp.precision
+    chosen = module(UPDATE)._memory_mlp_plans.precision
     matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
     try:
         matmul.allow_tf32 = True

@@ -1,0 +1,138 @@
+"""How the products of the memory MLP are cut into programs, by size and by how numbers are multiplied.
+
+Shapes: N rows, D width of keys, H hidden width, M width of values.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import _rows
+
+
+class Tiles(NamedTuple):
+    """How a matrix product is cut into programs: a tile's rows, columns and inner width, warps, and stages."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+    def fitted(self, itemsize: int, shared_bytes: int) -> Tiles:
+        """The same with as many stages as a block has memory for."""
+        stage = (self.rows + self.columns) * self.inner * itemsize
+        return self._replace(stages=max(1, min(self.stages, shared_bytes // stage)))
+
+
+class Plan(NamedTuple):
+    """Tiles of the four products, and the rows that one program adds up for a weight's gradient.
+
+    With ``turned``, what the products of the backward pass add up over lies next to each other in all operands. The
+    tensor cores take TF32 in no other way, and to turn tile by tile, as Triton does, costs more than to do it once.
+    """
+
+    hidden: Tiles
+    error: Tiles
+    outer: Tiles
+    inner: Tiles
+    length: int = 0
+    turned: bool = False
+
+
+class Method(NamedTuple):
+    """How the products of a call are taken."""
+
+    plan: Plan
+    precision: str
+
+
+_SHORT, _LONG = Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 4, 3)
+_EXACT = Tiles(128, 64, 64, 8, 3)
+_EXACT_LONG, _EXACT_BACK = Tiles(128, 128, 64, 8, 3), Tiles(128, 64, 32, 4, 4)
+_FAST, _FAST_LONG = Tiles(64, 128, 32, 4, 3), Tiles(64, 128, 32, 4, 4)
+FEW_ROWS = 4096
+"""Up to so many rows the first plan of a pair is taken, beyond them the second."""
+PLANS = {
+    "bfloat16": (
+        Plan(_SHORT, _SHORT, Tiles(64, 128, 64, 4, 4), Tiles(128, 64, 64, 4, 3)),
+        Plan(_LONG, _LONG, Tiles(64, 128, 64, 4, 3), Tiles(128, 128, 64, 4, 4)),
+    ),
+    "tf32": (
+        Plan(_FAST, _FAST, _FAST, _FAST, turned=True),
+        Plan(_FAST_LONG, _FAST_LONG, _FAST_LONG, _FAST_LONG, turned=True),
+    ),
+    "tf32x3": (
+        Plan(_EXACT, _EXACT, _EXACT, _EXACT),
+        Plan(_EXACT_LONG, _EXACT_LONG, _EXACT_BACK, _EXACT_BACK),
+    ),
+}
+"""Of 24 tiles (bfloat16) and 20 (float32) for each of 2048 and 16384 rows, 512 wide, the fastest on one H200, in a
+graph of four calls. Sums over rows took the same time in parts of 1024 to 4096 of 16384 rows, 512 was best of 2048. The
+two backward tiles in TF32 are those of the forward pass, since what they read is laid out alike."""
+_AWKWARD = Tiles(32, 64, 32, 4, 2)
+"""For widths that no access of 16 bytes divides: every number has a place of its own in a register then."""
+_ALIGNED = 16
+PROGRAMS = 128
+"""For the gradient of a weight: one each on nearly all multiprocessors, 132 of an H100 or H200."""
+LEAST_LENGTH = 256
+
+_SMALLEST, _LARGEST = Tiles(32, 32, 32, 4, 1), Tiles(128, 128, 128, 4, 1)
+INTERPRETED = Plan(_SMALLEST, _SMALLEST, _SMALLEST, _SMALLEST, 48)
+"""Small enough that small cases have several of everything."""
+_INTERPRETED_WHOLE = Plan(_LARGEST, _LARGEST, _LARGEST, _LARGEST, 512)
+_INTERPRETED_MOST = 80
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 numbers are multiplied: as torch's setting for CUDA says, in either of its interfaces."""
+    if dtype != torch.float32:
+        return "ieee"
+    chosen = torch.backends.cuda.matmul.fp32_precision
+    if chosen == "none":
+        chosen = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if chosen == "tf32" else "tf32x3"
+
+
+def method_for(key: Tensor, value: Tensor, hidden_width: int) -> Method:
+    """The method for keys [N, D] and values [N, M]."""
+    widths = (key.shape[1], hidden_width, value.shape[1])
+    return _method(key.shape[0], widths, key.dtype, precision(key.dtype), _shared_bytes())
+
+
+@lru_cache(maxsize=256)
+def _method(rows: int, widths: tuple[int, int, int], dtype: torch.dtype, precision: str, shared_bytes: int) -> Method:
+    if _rows.INTERPRETED.value:
+        # Turned in one dtype and not in the other, so that both are walked through.
+        plan = INTERPRETED if max(rows, *widths) <= _INTERPRETED_MOST else _INTERPRETED_WHOLE
+        return Method(plan._replace(turned=dtype == torch.float32), precision)
+    short, long = PLANS[precision if dtype == torch.float32 else "bfloat16"]
+    plan = short if rows <= FEW_ROWS else long
+    if any(width % _ALIGNED for width in widths):
+        plan = Plan(_AWKWARD, _AWKWARD, _AWKWARD, _AWKWARD, turned=plan.turned)
+    width, hidden_width, _ = widths
+    tiles = triton.cdiv(hidden_width, plan.inner.rows) * triton.cdiv(width, plan.inner.columns)
+    parts = max(1, min(PROGRAMS // tiles, triton.cdiv(rows, LEAST_LENGTH)))
+    step = max(plan.inner.inner, plan.outer.inner)
+    length = triton.cdiv(triton.cdiv(rows, parts), step) * step
+    hidden, error, outer, inner = (
+        one.fitted(dtype.itemsize, shared_bytes) for one in (plan.hidden, plan.error, plan.outer, plan.inner)
+    )
+    return Method(Plan(hidden, error, outer, inner, length, plan.turned), precision)
+
+
+def _shared_bytes() -> int:
+    """That a block can have on the device that Triton launches on."""
+    if _rows.INTERPRETED.value:
+        return 0
+    return _shared_bytes_of(triton.runtime.driver.active.get_current_device())
+
+
+@cache
+def _shared_bytes_of(device: int) -> int:
+    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
