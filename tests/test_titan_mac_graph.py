@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_titan_mac import VARIANTS, module, small, training
-from test_titan_mac_phases import bits, flat, run, workload
+from test_titan_mac_phases import assert_same_state, bits, flat, run, workload
 
 from kernbench import device, swap
 from kernbench import request as asked
@@ -30,6 +30,17 @@ def test_without_a_gpu_it_says_so_and_changes_nothing(variant: str) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(bits(tensor), bits(after[path])) for path, tensor in before.items())
     assert graphed.losses() == plain.losses()
+
+
+@pytest.mark.parametrize(("variant", "optimizer"), [*((variant, "adamw") for variant in VARIANTS), ("mac", "cms")])
+def test_all_phases_together_train_like_the_baseline(variant: str, optimizer: str) -> None:
+    config = small(variant=variant, optimizer=optimizer, layers=2, meta_update_freq=4)
+    numbers = tuple(phase.number for phase in workload().phases)
+    assert numbers == (0, 1, 2, 3, 4, 5, 6)
+    before, after = (run(config, arm, 11) for arm in ((), numbers))
+    # AdamW's kernel takes float32 learning rates, which a float64 run sees.
+    assert after.losses() == pytest.approx(before.losses(), rel=1e-6 if optimizer == "adamw" else 1e-10)
+    assert_same_state(after, before, rtol=1e-4 if optimizer == "adamw" else 1e-8)
 
 
 def test_it_asks_for_phase_0() -> None:
