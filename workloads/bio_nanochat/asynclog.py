@@ -7,9 +7,9 @@ and then, sums up what arrived, and hands it to whoever writes. Nothing in the l
 from __future__ import annotations
 
 import os
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,14 +35,15 @@ class Pending(NamedTuple):
 
 
 class AsyncLog:
-    """Takes vectors from the loop and gives summaries to ``write``, in order, on a thread of its own."""
+    """Takes vectors from the loop and gives summaries to ``write``, in order, on a thread that ends with its work."""
 
     def __init__(self, summarize: Summarize, write: Write) -> None:
         self.summarize = summarize
         self.write = write
         self.failed: BaseException | None = None
-        self.waiting: queue.Queue[Pending] = queue.Queue()
-        threading.Thread(target=self._run, name="bio-nanochat log", daemon=True).start()
+        self.waiting: deque[Pending] = deque()
+        self.writing = False
+        self.changed = threading.Condition()
 
     def put(self, tag: str, step: int, values: Tensor) -> None:
         """Log a snapshot of ``values``; returns at once.
@@ -50,8 +51,7 @@ class AsyncLog:
         Raises:
             RuntimeError: writing an earlier one failed.
         """
-        if self.failed is not None:
-            raise RuntimeError("the log could not be written") from self.failed
+        self._complain()
         arrived = None
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -60,17 +60,34 @@ class AsyncLog:
             arrived.record(torch.cuda.current_stream(values.device))
         else:
             host = values.clone()
-        self.waiting.put(Pending(tag, step, host, arrived))
+        with self.changed:
+            self.waiting.append(Pending(tag, step, host, arrived))
+            if not self.writing:
+                self.writing = True
+                threading.Thread(target=self._run, name="bio-nanochat log", daemon=True).start()
 
     def flush(self) -> None:
-        """Wait until all is written; not for the loop."""
-        self.waiting.join()
+        """Wait until all is written; not for the loop.
+
+        Raises:
+            RuntimeError: writing failed.
+        """
+        with self.changed:
+            self.changed.wait_for(lambda: not self.writing)
+        self._complain()
+
+    def _complain(self) -> None:
         if self.failed is not None:
             raise RuntimeError("the log could not be written") from self.failed
 
     def _run(self) -> None:
         while True:
-            pending = self.waiting.get()
+            with self.changed:
+                if not self.waiting:
+                    self.writing = False
+                    self.changed.notify_all()
+                    return
+                pending = self.waiting.popleft()
             try:
                 # Asking does not hold the driver as waiting does.
                 while pending.arrived is not None and not pending.arrived.query():  # type: ignore[no-untyped-call]
@@ -78,8 +95,6 @@ class AsyncLog:
                 self.write(pending.tag, self.summarize(pending.step, pending.values))
             except Exception as error:  # noqa: BLE001 - told to the loop by the next put or flush
                 self.failed = error
-            finally:
-                self.waiting.task_done()
 
 
 class TensorBoard:

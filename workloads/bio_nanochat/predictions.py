@@ -6,6 +6,8 @@ import statistics
 
 from kernbench.record import Prediction, ProfileRecord
 
+from .config import PRESETS
+
 SYNC_CLAIM = "_get_phenotype and metabolic updates touch every expert every step, preventing graph capture"
 SYNC_PROMISE = (
     "Experts run in one grouped product instead of a loop with 4 reads per expert and layer; besides the scores' reads "
@@ -36,9 +38,13 @@ def _without_waits(before: ProfileRecord, text: str, claim: str) -> Prediction:
 
 PRESYN_CLAIM = "overhead below 5 % of the forward pass, from 30 %; 1.5x to 2x tokens/s; one kernel in place of about 50"
 PRESYN_PROMISE = (
-    "Two kernels forward and three backward do a layer's attention with its synapses and leave nothing of size (T, T); "
+    "At most five kernels forward do a layer's attention with its synapses and leave nothing of size (T, T); "
     "at best the device time of attention goes, and nothing else of the step changes."
 )
+
+
+PRESYN_KERNELS = 5
+"""Kernels that one layer's attention launches forward, at most: three of them for stochastic release."""
 
 
 def predict_presyn(before: ProfileRecord) -> Prediction:
@@ -49,7 +55,8 @@ def predict_presyn(before: ProfileRecord) -> Prediction:
     ratio_high, launches, basis = None, None, "no hotspot of this phase or no step time in the profile before"
     if spots and step:
         now = sum(spot.self_seconds_per_step for spot in spots)
-        launches = sum(spot.calls_per_step for spot in spots) if on_gpu else None
+        kept = PRESYN_KERNELS * PRESETS[before.workload.preset].layers
+        launches = max(sum(spot.calls_per_step for spot in spots) - kept, 0.0) if on_gpu else None
         ratio_high = step / (step - now) if now < step else None
         basis = f"step {step * 1e3:.3g} ms, of which forward attention takes {now * 1e3:.3g} ms on the device"
     return Prediction(
