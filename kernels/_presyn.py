@@ -61,20 +61,23 @@ def tiles_for(columns: int, itemsize: int) -> Tiles:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, calcium: Tensor, buffer: Tensor, pool: Tensor, reserve: Tensor, primed: Tensor,
-    clamp: Tensor, energy: Tensor, rates: Sequence[float], seed: Tensor | None = None, tiles: Tiles | None = None,
+    clamp: Tensor, energy: Tensor, rates: Sequence[float], seed: Tensor | None = None, keep: bool = True,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """y, the six new quantities of the state and what was used; then, for the backward pass, sums, factors,
-    normalizers and the drawn queries, of which there are none without a seed."""
+    """y, the six new quantities of the state and what was used; then, for the backward pass, what rounding left of y,
+    sums, factors, normalizers and the drawn queries. There is nothing left of float32 or if nothing is to be kept, and
+    no query is drawn without a seed."""
     check(q, k, v, (calcium, buffer, pool, reserve, primed, clamp, energy), rates, seed)
     batch, heads, tokens, dim = q.shape
     q, k, v = (dense(tensor) for tensor in (q, k, v))
     state = [tensor.contiguous() for tensor in (calcium, buffer, pool, reserve, primed, clamp, energy)]
     y = torch.empty_like(q)
+    rest = torch.empty_like(q) if keep and q.itemsize < 4 else q.new_empty(0)
     after = [torch.empty_like(tensor) for tensor in state[:6]]
     used = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     sums, factors, normalizers, drawn = left_behind(used, seed)
     if not q.numel():
-        return y, *after, used, sums, factors, normalizers, drawn
+        return y, *after, used, rest, sums, factors, normalizers, drawn
     columns = max(16, triton.next_power_of_2(dim))
     scale = math.log2(math.e) * dim**-0.5
     tiles = tiles or tiles_for(columns, q.itemsize)
@@ -84,17 +87,18 @@ def forward(
             draw(seed, drawn, rates)
         step(q, k, state, after, used, sums, factors, drawn, seed, rates, tiles.forward_keys)
         forward_kernels.queries_kernel[(batch * heads * triton.cdiv(tokens, tile.queries),)](
-            q, k, v, factors, y, normalizers, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:3],
-            tokens, heads, scale, dim, columns, tile.queries, tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+            q, k, v, factors, y, _none_if_empty(rest), normalizers, *q.stride()[:3], *k.stride()[:3],
+            *v.stride()[:3], *y.stride()[:3], tokens, heads, scale, dim, columns, tile.queries, tile.keys,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if seed is not None:
             tile = tiles.drawn
             drawn_kernels.queries_kernel[(batch * heads * triton.cdiv(tokens, tile.queries),)](
-                q, k, v, factors, y, normalizers, drawn, seed, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                *y.stride()[:3], tokens, heads, scale, Rates(*rates).stochastic_quanta, dim, columns, tile.queries,
-                tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+                q, k, v, factors, y, _none_if_empty(rest), normalizers, drawn, seed, *q.stride()[:3], *k.stride()[:3],
+                *v.stride()[:3], *y.stride()[:3], tokens, heads, scale, Rates(*rates).stochastic_quanta,
+                dim, columns, tile.queries, tile.keys, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
-    return y, *after, used, sums, factors, normalizers, drawn
+    return y, *after, used, rest, sums, factors, normalizers, drawn
 
 
 def left_behind(used: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -130,7 +134,7 @@ def step(
 
 def backward(
     dy: Tensor | None, d_after: Sequence[Tensor | None], q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor],
-    y: Tensor, sums: Tensor, factors: Tensor, normalizers: Tensor, drawn: Tensor, rates: Sequence[float],
+    y: Tensor, rest: Tensor, sums: Tensor, factors: Tensor, normalizers: Tensor, drawn: Tensor, rates: Sequence[float],
     seed: Tensor | None = None, tiles: Tiles | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v and the seven quantities of the state."""
@@ -154,7 +158,18 @@ def backward(
     with _rows.on_device(q):
         rows = 16 if _SMALL else 64
         backward_kernels.deltas_kernel[(batch * heads * triton.cdiv(tokens, rows),)](
-            y, dy, deltas, *y.stride()[:3], *dy.stride()[:3], tokens, heads, dim, columns, rows, num_warps=4
+            y,
+            _none_if_empty(rest),
+            dy,
+            deltas,
+            *y.stride()[:3],
+            *dy.stride()[:3],
+            tokens,
+            heads,
+            dim,
+            columns,
+            rows,
+            num_warps=4,
         )
         tile = tiles.backward_keys
         backward_kernels.keys_kernel[(batch * heads * triton.cdiv(tokens, tile.keys),)](
@@ -177,6 +192,10 @@ def backward(
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return dq, dk, dv, *d_state
+
+
+def _none_if_empty(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
 
 
 def multiplier(dtype: torch.dtype, rates: Sequence[float]) -> float:

@@ -21,14 +21,19 @@ from ._presyn_forward_kernels import barrier_factor
 
 @triton.jit(do_not_specialize=["heads"])  # type: ignore[untyped-decorator]
 def deltas_kernel(  # type: ignore[no-untyped-def]
-    y, dy, deltas, y_batch, y_head, y_token, dy_batch, dy_head, dy_token, tokens, heads,
+    y, rest, dy, deltas, y_batch, y_head, y_token, dy_batch, dy_head, dy_token, tokens, heads,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """One program takes dy.y of M queries of one head, to ``deltas`` [B, H, T]; grid is B * H * T / M, rounded up."""
+    """One program takes dy.(y + rest) of M queries of one head, to ``deltas`` [B, H, T]; grid is B * H * T / M.
+
+    Of a y that was rounded to 16 bits the differences dP - dy.y would be half rounding where few keys matter.
+    """
     batch, head, pair, first = parts.place(tokens, heads, M, False)
-    y_block = parts.pointers(y + batch * y_batch + head * y_head, y_token, M, COLUMNS)
+    offsets = parts.pointers(batch * y_batch + head * y_head, y_token, M, COLUMNS)
     dy_block = parts.pointers(dy + batch * dy_batch + head * dy_head, dy_token, M, COLUMNS)
-    product = parts.rows(y_block, first, y_token, tokens, DIM, False).to(tl.float32)
+    product = parts.rows(y + offsets, first, y_token, tokens, DIM, False).to(tl.float32)
+    if rest is not None:
+        product += parts.rows(rest + offsets, first, y_token, tokens, DIM, False).to(tl.float32)
     product *= parts.rows(dy_block, first, dy_token, tokens, DIM, False).to(tl.float32)
     query = first + tl.arange(0, M)
     tl.store(deltas + pair * tokens + query, tl.sum(product, 1), mask=query < tokens)

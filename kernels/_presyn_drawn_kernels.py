@@ -87,7 +87,7 @@ def moved_sums(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["heads"])  # type: ignore[untyped-decorator]
 def queries_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, factors, y, normalizers, drawn, seed,
+    q, k, v, factors, y, rest, normalizers, drawn, seed,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, y_batch, y_head, y_token,
     tokens, heads, scale,
     QUANTA: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -135,9 +135,8 @@ def queries_kernel(  # type: ignore[no-untyped-def]
         tl.store(everyone + total + query, largest + tl.log2(weights), mask=there)
         tl.store(everyone + query, float("inf"), mask=there)
         column = tl.arange(0, COLUMNS)
-        target = y + batch * y_batch + head * y_head + query[:, None].to(tl.int64) * y_token + column[None, :]
-        mixed = _rows.narrow(mixed / weights[:, None], y.dtype.element_ty)
-        tl.store(target, mixed, mask=there[:, None] & (column < DIM)[None, :])
+        offsets = batch * y_batch + head * y_head + query[:, None].to(tl.int64) * y_token + column[None, :]
+        parts.store_mixed(y, rest, offsets, mixed / weights[:, None], there[:, None] & (column < DIM)[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -173,15 +173,15 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["heads"])  # type: ignore[untyped-decorator]
 def queries_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, factors, y, normalizers,
+    q, k, v, factors, y, rest, normalizers,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, y_batch, y_head, y_token,
     tokens, heads, scale,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One program mixes values for M queries of one head; grid is B * H * T / M, rounded up, late queries first.
 
-    Reads q, k, v [B, H, T, D] and ``factors``; writes y [B, H, T, D] and ``normalizers`` [B, H, T], the logarithms to
-    base 2 of what weights add up to.
+    Reads q, k, v [B, H, T, D] and ``factors``; writes y [B, H, T, D], what rounding left of it to ``rest`` if not None,
+    and ``normalizers`` [B, H, T], the logarithms to base 2 of what weights add up to.
     """
     batch, head, pair, first = parts.place(tokens, heads, M, True)
     query = first + tl.arange(0, M)
@@ -208,6 +208,5 @@ def queries_kernel(  # type: ignore[no-untyped-def]
     inside = query < tokens
     tl.store(normalizers + pair * tokens + query, largest + tl.log2(weights), mask=inside)
     column = tl.arange(0, COLUMNS)
-    target = parts.pointers(y + batch * y_batch + head * y_head + first.to(tl.int64) * y_token, y_token, M, COLUMNS)
-    mixed = _rows.narrow(mixed / weights[:, None], y.dtype.element_ty)
-    tl.store(target, mixed, mask=inside[:, None] & (column < DIM)[None, :])
+    offsets = parts.pointers(batch * y_batch + head * y_head + first.to(tl.int64) * y_token, y_token, M, COLUMNS)
+    parts.store_mixed(y, rest, offsets, mixed / weights[:, None], inside[:, None] & (column < DIM)[None, :])

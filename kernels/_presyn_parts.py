@@ -83,6 +83,16 @@ def store(pointer, x, mask):  # type: ignore[no-untyped-def]
     tl.store(pointer, x.to(dtype), mask=mask)
 
 
+@triton.jit
+def store_mixed(y, rest, offsets, mixed, mask):  # type: ignore[no-untyped-def]
+    """mixed, float32, rounded to y, and what rounding left to rest where there is one."""
+    dtype: tl.constexpr = y.dtype.element_ty
+    rounded = _rows.narrow(mixed, dtype)
+    tl.store(y + offsets, rounded, mask=mask)
+    if rest is not None:
+        tl.store(rest + offsets, _rows.narrow(mixed - rounded.to(tl.float32), dtype), mask=mask)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def place(tokens, heads, ROWS: tl.constexpr, LAST_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Batch, head, both in one, and first row of this program's ROWS; those with the most work come first."""

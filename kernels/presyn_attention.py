@@ -140,10 +140,12 @@ def presyn_attention(
     Raises:
         ValueError: a shape, dtype or device is another, or a rate is out of range.
     """
-    arguments = (q, k, v, calcium, buffer, pool, reserve, primed, clamp, energy, list(rates), seed)
+    tensors = (q, k, v, calcium, buffer, pool, reserve, primed, clamp, energy)
+    differentiated = torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
+    arguments = (*tensors, list(rates), seed, differentiated)
     if _rows.watched():
         results = torch.ops.kernbench.presyn_attention.default(*arguments)
-    elif torch.is_grad_enabled() and any(one.requires_grad for one in arguments[:10]):
+    elif differentiated:
         results = _PresynAttention.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         results = _presyn.forward(*arguments)
@@ -151,7 +153,7 @@ def presyn_attention(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.rates, seed = inputs
+    *tensors, ctx.rates, seed, _ = inputs
     ctx.save_for_backward(*tensors, seed, output[0], *output[8:])
     ctx.mark_non_differentiable(*output[7:])
     ctx.set_materialize_grads(False)
@@ -159,11 +161,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradients(ctx: Any, dy: Tensor | None, *d_after: Tensor | None) -> tuple[Tensor | None, ...]:
     if all(gradient is None for gradient in (dy, *d_after[:6])):
-        return (None,) * 12
+        return (None,) * 13
     backward = torch.ops.kernbench.presyn_attention_backward.default if _rows.watched() else _presyn.backward
-    q, k, v, *state, seed, y, sums, factors, normalizers, drawn = ctx.saved_tensors
-    gradients = backward(dy, list(d_after[:6]), q, k, v, state, y, sums, factors, normalizers, drawn, ctx.rates, seed)
-    return (*gradients, None, None)
+    q, k, v, *state, seed, y, rest, sums, factors, normalizers, drawn = ctx.saved_tensors
+    gradients = backward(
+        dy, list(d_after[:6]), q, k, v, state, y, rest, sums, factors, normalizers, drawn, ctx.rates, seed
+    )
+    return (*gradients, None, None, None)
 
 
 class _PresynAttention(torch.autograd.Function):
@@ -185,7 +189,9 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
     state = others[:6]
     used = q.new_empty(q.shape[:3], dtype=torch.float32)
     after = [one.new_empty(one.shape) for one in state]
-    return torch.empty_like(_presyn.dense(q)), *after, used, *_presyn.left_behind(used, others[8])
+    y, seed, keep = torch.empty_like(_presyn.dense(q)), others[8], others[9]
+    rest = torch.empty_like(y) if keep and q.itemsize < 4 else q.new_empty(0)
+    return y, *after, used, rest, *_presyn.left_behind(used, seed)
 
 
 def _fake_backward(
@@ -200,12 +206,12 @@ _LIBRARY = torch.library.Library("kernbench", "FRAGMENT")  # type: ignore[no-unt
 for _name, _schema, _implementation in (
     (
         "presyn_attention",
-        f"({_ROWS}{_STATE}float[] rates, Tensor? seed) -> ({', '.join(['Tensor'] * 12)})",
+        f"({_ROWS}{_STATE}float[] rates, Tensor? seed, bool keep) -> ({', '.join(['Tensor'] * 13)})",
         _presyn.forward,
     ),
     (
         "presyn_attention_backward",
-        f"(Tensor? dy, Tensor?[] d_after, {_ROWS}Tensor[] state, Tensor y, Tensor sums, Tensor factors, "
+        f"(Tensor? dy, Tensor?[] d_after, {_ROWS}Tensor[] state, Tensor y, Tensor rest, Tensor sums, Tensor factors, "
         f"Tensor normalizers, Tensor drawn, float[] rates, Tensor? seed) -> ({', '.join(['Tensor'] * 10)})",
         _presyn.backward,
     ),
