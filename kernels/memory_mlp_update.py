@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance, Values
 
@@ -160,6 +161,25 @@ def cost(case: Case, dtype: torch.dtype) -> Cost:
     )
 
 
+def _by_autograd(
+    key: Tensor, value: Tensor, inner_weight: Tensor, inner_bias: Tensor, outer_weight: Tensor, outer_bias: Tensor,
+    momentum: Tensor, forget: Tensor, decay: Tensor, step_size: float, clip: float, gradient: Tensor | None = None,
+) -> None:  # fmt: skip
+    """As a program does it that leaves the gradient to autograd, but for its reads by the host."""
+    weights = (inner_weight, inner_bias, outer_weight, outer_bias)
+    if gradient is None:
+        with torch.enable_grad():
+            leaves = [one.detach().requires_grad_() for one in weights]
+            hidden = functional.silu(functional.linear(key, *leaves[:2]))
+            loss = functional.mse_loss(functional.linear(hidden, *leaves[2:]), value)
+            parts = torch.autograd.grad(loss, leaves)
+        gradient = torch.cat([part.reshape(-1) for part in parts]).to(momentum.dtype)
+    memory_mlp_update_reference(
+        key, value, inner_weight, inner_bias, outer_weight, outer_bias, momentum, forget, decay, step_size, clip,
+        gradient,
+    )  # fmt: skip
+
+
 SPEC = KernelSpec(
     name="memory_mlp_update",
     reference=memory_mlp_update_reference,
@@ -199,5 +219,6 @@ SPEC = KernelSpec(
         "decay": Values(least=0, most=1),
         "gradient": Values(least=-1e3, most=1e3, nonfinite=True),
     },
+    peers={"autograd": _by_autograd},
     source="Behrouz, Zhong and Mirrokni, Titans: Learning to Memorize at Test Time, 2024, equations 8 to 14",
 )
