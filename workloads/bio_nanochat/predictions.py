@@ -38,13 +38,13 @@ def _without_waits(before: ProfileRecord, text: str, claim: str) -> Prediction:
 
 PRESYN_CLAIM = "overhead below 5 % of the forward pass, from 30 %; 1.5x to 2x tokens/s; one kernel in place of about 50"
 PRESYN_PROMISE = (
-    "At most five kernels forward do a layer's attention with its synapses and leave nothing of size (T, T); "
+    "At most four kernels forward do a layer's attention with its synapses and leave nothing of size (T, T); "
     "at best the device time of attention goes, and nothing else of the step changes."
 )
 
 
-PRESYN_KERNELS = 5
-"""Kernels that one layer's attention launches forward, at most: three of them for stochastic release."""
+PRESYN_KERNELS = 4
+"""Kernels that one layer's attention launches forward, at most: two of them for stochastic release."""
 
 
 def predict_presyn(before: ProfileRecord) -> Prediction:

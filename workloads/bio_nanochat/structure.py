@@ -62,6 +62,9 @@ class StructuralController:
     last_step: int | None = None
     moves: int = 0
     lineage: list[tuple[int, str, int, int, int]] = field(default_factory=list)
+    # Where decisions stay on the device: layer, step and [kind, parent, child, seed] of each, and how many were made.
+    waiting: list[tuple[int, int, Tensor]] = field(default_factory=list)
+    made: Tensor | None = None
 
     def step(self, mixtures: list[SynapticMoE], optimizers: list[torch.optim.Optimizer], step: int) -> None:
         """Act on every layer, if it is time for that."""
@@ -136,12 +139,22 @@ class StructuralController:
         winner, loser = (mixture.fatigue[expert].item() for expert in (parent, child))
         return winner / (winner + loser) if winner + loser > FEW else EVEN_SHARE
 
+    def settle(self) -> None:
+        """Read the decisions that were left on the device, so that ``lineage`` and ``moves`` have them too."""
+        waiting, self.waiting = self.waiting, []
+        for layer, step, decided in waiting:
+            made = [(KINDS[kind - 1], parent, child) for kind, parent, child, _ in decided.tolist() if kind]
+            self.moves += len(made)
+            self.lineage += [(layer, *move, step) for move in made]
+
     def state_dict(self) -> dict[str, Any]:
         """When it acted last, how often, and on whom."""
+        self.settle()
         return {"last_step": self.last_step, "moves": self.moves, "lineage": list(self.lineage)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of ``state_dict``."""
+        self.waiting, self.made = [], None
         self.last_step, self.moves = state["last_step"], state["moves"]
         self.lineage = [tuple(entry) for entry in state["lineage"]]
 
@@ -213,9 +226,11 @@ def clone(mixture: SynapticMoE, move: Move, config: StructureConfig, first: int)
 
 
 def normal(like: Tensor, seed: int) -> Tensor:
-    """Standard normal numbers of the shape of ``like``; number n in row-major order is that of offset n, int64."""
-    offset = torch.arange(like.numel(), dtype=torch.int64, device=like.device)
-    return philox.randn(seed, offset, dtype=like.dtype).view(like.shape)
+    """Standard normal numbers of the shape of ``like``; number n in row-major order is word n mod 4 of Philox block
+    n div 4, int64."""
+    block = torch.arange(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    words = torch.stack(philox.randn4x(seed, block, dtype=like.dtype), 1)
+    return words.flatten()[: like.numel()].view(like.shape)
 
 
 def patch(mixture: SynapticMoE, move: Move, optimizers: list[torch.optim.Optimizer], config: StructureConfig) -> None:
