@@ -50,6 +50,7 @@ from . import _cms, _pointer_table
 from ._cms_plain import KINDS, LARGEST_SHARE, MOMENTUM_DECAY, PERIOD, fused_cms_reference, vectorised, weight_count
 from ._pointer_table import Launch, Part
 
+WIDEST, DEEPEST = 32, 8
 BLOCK = 1024
 WARPS = 4
 PROPOSE_WARPS = 1
@@ -90,8 +91,8 @@ def fused_cms(
         lrs: learning rates, [N], float32.
         ok: 0-dim bool. Where it is false nothing changes, whatever the gradients hold.
         active: levels that are due in this step: 1 in most, 2 in every tenth, 3 in every hundredth.
-        width: units of a layer of the network.
-        layers: of the network, the output not counted.
+        width: units of a layer of the network, at most 32.
+        layers: of the network, at most 8, the output not counted.
         weight_decay: decay per unit of learning rate.
         beta1: share of the average that stays, in [0, 1).
         beta2: share of the square that stays, in [0, 1).
@@ -117,6 +118,11 @@ def _launch(
         )
     if not params:
         return
+    if not (1 <= width <= WIDEST and 1 <= layers <= DEEPEST):
+        raise ValueError(
+            f"fused_cms keeps all activations in registers: give a width of 1 to {WIDEST} and 1 to {DEEPEST} layers, "
+            f"not {width} and {layers}"
+        )
     levels = states[0].shape[1] if states[0].dim() > 1 else 0
     group = _pointer_table.group_of(
         (params, states), functools.partial(_check_state, params, states, levels), _launch_for
@@ -253,6 +259,7 @@ SPEC = KernelSpec(
     optimized=fused_cms,
     make_inputs=make_inputs,
     cases=(
+        Case("few", edges=0, squares=0, vectors=1, side=17, rows=0, active=1, skip=0, width=2, layers=1),
         Case("one", edges=0, squares=0, vectors=1, side=1, rows=0, active=1, skip=0, width=1, layers=1),
         Case("ragged", edges=1, squares=0, vectors=1, side=29, rows=19, active=2, skip=0, width=3, layers=2),
         Case("levels", edges=0, squares=0, vectors=2, side=33, rows=0, active=3, skip=0, width=2, layers=1),

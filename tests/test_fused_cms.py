@@ -29,6 +29,8 @@ def inputs(case: str, seed: int = 0) -> dict[str, Any]:
         ({"active": 0}, "3 levels and cannot have 0 active"),
         ({"active": 4}, "3 levels and cannot have 4 active"),
         ({"grads": []}, "2 params, 0 grads and 2 states"),
+        ({"width": 33}, "a width of 1 to 32 and 1 to 8 layers, not 33 and 1"),
+        ({"layers": 9}, "not 2 and 9"),
         ({"width": 4}, "weights must be contiguous, torch.float32"),
         ({"lrs": torch.zeros(1)}, "lrs must be contiguous"),
         ({"states": [torch.zeros(4, 3, 33), torch.zeros(4, 3, 32)]}, "states number 1 must be contiguous"),
