@@ -214,6 +214,13 @@ def test_a_trace_takes_thirty_lines(name: str, capsys: pytest.CaptureFixture[str
     assert lines[-1] == f"report: {REPORT}"
 
 
+def test_a_profile_says_what_watching_cost_and_how_many_waits_have_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show(traces.all_kinds()["profile-traced"], REPORT)
+    text = " ".join(capsys.readouterr().out.split())
+    costs = "tracing takes 1.31x the time, watching lines 4.20x, neither is in the above"
+    assert f"{costs}; 5 of 6 waits a step have their line (83 %)" in text
+
+
 def test_a_trace_says_on_the_terminal_what_the_page_says(capsys: pytest.CaptureFixture[str]) -> None:
     console.show(traces.analyze(), REPORT)
     output = capsys.readouterr().out

@@ -35,6 +35,7 @@ from kernbench.report import (
     stepconsole,
     sweepplot,
     terminal,
+    tracewords,
     units,
 )
 from kernbench.report.bars import progress
@@ -156,6 +157,20 @@ def _body(record: Record) -> list[RenderableType]:
             return stepconsole.analyze(record)
 
 
+def _watching(record: ProfileRecord) -> str:
+    """What watching costs a step, and how many waits found their line."""
+    told = []
+    if record.overhead is not None and record.overhead.trace_ratio is not None:
+        costs = f"tracing takes {units.times(record.overhead.trace_ratio)} the time"
+        if record.overhead.lines_ratio is not None:
+            costs += f", watching lines {units.times(record.overhead.lines_ratio)}"
+        told.append(f"{costs}, neither is in the above")
+    match = record.analysis.line_match if record.analysis is not None else None
+    if match is not None and (matched := tracewords.line_match(match)):
+        told.append(matched.removesuffix("."))
+    return "; ".join(told)
+
+
 def _profile(record: ProfileRecord) -> list[RenderableType]:
     facts = [f"{sentences.phases_in_words(record.workload)} in place"]
     if record.workload.weights:
@@ -172,11 +187,8 @@ def _profile(record: ProfileRecord) -> list[RenderableType]:
         own.append(("bandwidth floor", benchwords.floor_in_words(record.floor)))
     if own:
         blocks.append(terminal.facts(own))
-    if record.overhead is not None and record.overhead.trace_ratio is not None:
-        costs = f"tracing made a step {units.times(record.overhead.trace_ratio)} as long"
-        if record.overhead.lines_ratio is not None:
-            costs += f", watching lines {units.times(record.overhead.lines_ratio)}"
-        blocks.append(terminal.text(f"{costs}; the step time above is of steps under neither"))
+    if watched := _watching(record):
+        blocks.append(terminal.text(watched))
     if record.analysis is not None:
         return [Group(*blocks), *stepconsole.step(record, record.analysis)]
     blocks += stepconsole.breakdown([("", record.breakdown)])
