@@ -258,13 +258,14 @@ def profile(**changes: Any) -> record.ProfileRecord:
             record.Hotspot(name="a", self_seconds_per_step=0.03, share=0.3, calls_per_step=12, phase=1),
             record.Hotspot(name="b", self_seconds_per_step=0.01, share=0.1, calls_per_step=9, phase=2),
             record.Hotspot(name="c", self_seconds_per_step=0.02, share=0.2, calls_per_step=7, phase=3),
+            record.Hotspot(name="d", self_seconds_per_step=0.05, share=0.5, calls_per_step=40, phase=5),
         ],
     }  # fmt: skip
     return record.ProfileRecord(**{**figures, **changes})
 
 
 def test_predictions_in_figures() -> None:
-    reads, blend, move, measure, graph = (phase.predict(profile()) for phase in workload().phases)
+    reads, blend, move, measure, graph, bookkeeping = (phase.predict(profile()) for phase in workload().phases)
     assert reads.syncs_per_step == 84
     assert reads.ratio_high == pytest.approx(10 / 8)
     # 4096 x 8192 numbers of 4 bytes, twice: 9.6 of 30 ms.
@@ -273,6 +274,7 @@ def test_predictions_in_figures() -> None:
     assert move.ratio_high == pytest.approx(10 / 9)
     assert measure.ratio_high == pytest.approx(10 / 8)
     assert graph.ratio_high == pytest.approx(10 / 8)
+    assert (bookkeeping.launches_per_step, bookkeeping.ratio_high) == (38, pytest.approx(2))
 
 
 def test_predictions_stay_silent_without_a_basis() -> None:

@@ -1,4 +1,4 @@
-"""Phases 1 to 3: the three functions of :mod:`.together` through kernels.
+"""Phases 1 to 3 and 5: the functions of :mod:`.together` through kernels.
 
 A layer in float64, as an oracle runs it, keeps the PyTorch functions, and it says so.
 
@@ -15,19 +15,23 @@ from torch import Tensor
 
 from . import together
 from .blueprints import TABLE
-from .layer import SPARSE_BELOW, KasminaLayer
+from .layer import SPARSE_BELOW, TUNED_SHARE, KasminaLayer
 from .saying import say
+from .schedules import LINEAR
 from .state import SeedState
-from .together import BLENDING, Figures, Tiles
+from .together import BLENDING, GRAFTING_EPOCHS, Figures, Tiles
 
 BLENDING_BITS = sum(1 << state for state in BLENDING)
 NO_KERNEL = "a layer of kasmina in float64 blends and measures with PyTorch's operators: its kernels take no float64"
 NO_TILES = "a layer of kasmina is measured with PyTorch's operators: it is in float64, has networks, or phase 1 is out"
+NO_RAMPS = (
+    "a layer of kasmina asks its schedules with PyTorch's operators: the kernel knows the linear one"
+)
 SET_LIFECYCLE, SET_BLUEPRINT = 1, 2
 Operator = Callable[..., Any]
 
 # As they are before any swap: what a fused one falls back to.
-_blend, _measure = together.blend, together.measure
+_blend, _measure, _alphas, _finish = together.blend, together.measure, together.alphas, together.finish
 
 
 def fits(y_BH: Tensor) -> bool:
@@ -97,3 +101,51 @@ def adapt_measure(op: Operator) -> Callable[..., Figures]:
         return Figures(*op(*tiles, batch, width, layer.config.seeds, layer.config.chunk))
 
     return measure
+
+
+def adapt_alphas(op: Operator) -> Callable[[KasminaLayer], tuple[Tensor, Tensor]]:
+    """``together.alphas`` through ``op``, the ``seed_alpha`` kernel in one of its implementations."""
+
+    @torch.no_grad()
+    def alphas(layer: KasminaLayer) -> tuple[Tensor, Tensor]:
+        seeds, config = layer.seeds, layer.config
+        if not fits(seeds.performance_S4):
+            return _alphas(layer)
+        if set(config.schedules) != {LINEAR} or not layer.training:
+            if layer.training:
+                say(NO_RAMPS)
+            return _alphas(layer)
+        rows_SK = layer.schedules.on_device(seeds.state_S8.device)
+        alpha_S, active = op(
+            seeds.state_S8, seeds.performance_S4, rows_SK, float(config.ramp * config.pace), TUNED_SHARE
+        )
+        return alpha_S.to(layer.bank_KH.dtype), active
+
+    return alphas
+
+
+def adapt_finish(op: Operator) -> Callable[[KasminaLayer, int, Figures, Tensor], None]:
+    """``together.finish`` through ``op``, the ``seed_record`` kernel in one of its implementations."""
+
+    @torch.no_grad()
+    def finish(layer: KasminaLayer, batch: int, found: Figures, active: Tensor) -> None:
+        seeds, config = layer.seeds, layer.config
+        if not fits(seeds.performance_S4):
+            _finish(layer, batch, found, active)
+            return
+        op(
+            *found,
+            active,
+            seeds.state_S8,
+            seeds.history_SH2,
+            seeds.pointer_S,
+            seeds.performance_S4,
+            seeds.moments_S2,
+            seeds.telemetry_S2,
+            batch,
+            config.width,
+            config.chunk,
+            GRAFTING_EPOCHS * config.pace,
+        )
+
+    return finish

@@ -25,7 +25,7 @@ EAGER_STEPS = 3
 UNCAPTURED = "phase 4 of kasmina runs uncaptured here: a CUDA graph needs a CUDA device"
 SITES: tuple[tuple[Any, str], ...] = (
     (KasminaLayer, "forward"),
-    *((together, name) for name in ("blend", "move", "measure")),
+    *((together, name) for name in ("blend", "move", "measure", "alphas", "finish")),
 )
 """What a captured step consists of; with something else in place, it is captured anew."""
 

@@ -59,4 +59,16 @@ PHASES = (
         predict=promised.predict_graph,
         swaps=(Swap(site=(Training, "run_batch"), use=graph.run_batch),),
     ),
+    Phase(
+        number=5,
+        title="bookkeeping of seeds",
+        flag="KASMINA_FUSED_BOOKKEEPING",
+        claim=promised.BOOKKEEPING_CLAIM,
+        predicts=promised.BOOKKEEPING_PROMISE,
+        predict=promised.predict_bookkeeping,
+        swaps=(
+            Swap(site=(together, "alphas"), kernel="seed_alpha", adapt=fused.adapt_alphas),
+            Swap(site=(together, "finish"), kernel="seed_record", adapt=fused.adapt_finish),
+        ),
+    ),
 )

@@ -47,6 +47,11 @@ MEASURE_PROMISE = "Telemetry reads what the blend left of each tile, and no long
 GRAPH_CLAIM = "Kernel launch: about 5 us of a latency of 15 us"
 GRAPH_PROMISE = "A step is one launch of a graph; the gain is the time the device idled, at most."
 
+BOOKKEEPING_CLAIM = "Batch state updates; kernel launch: about 5 us of a latency of 15 us"
+BOOKKEEPING_PROMISE = (
+    "What a forward pass asks and writes of every seed besides the blend is two launches, whatever the number of seeds."
+)
+
 
 def predict_blend(before: ProfileRecord) -> Prediction:
     """The forward blend falls to one launch that moves its unique bytes."""
@@ -63,6 +68,11 @@ def predict_move(before: ProfileRecord) -> Prediction:
 def predict_measure(before: ProfileRecord) -> Prediction:
     """Measuring becomes one launch, of next to no bytes."""
     return predict_kernel(before, phase=3, launches=1, moved=0.0, text=MEASURE_PROMISE, claim=MEASURE_CLAIM)
+
+
+def predict_bookkeeping(before: ProfileRecord) -> Prediction:
+    """Alphas and what a forward pass leaves become a launch each, of next to no bytes."""
+    return predict_kernel(before, phase=5, launches=2, moved=0.0, text=BOOKKEEPING_PROMISE, claim=BOOKKEEPING_CLAIM)
 
 
 def predict_kernel(

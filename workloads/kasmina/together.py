@@ -1,6 +1,7 @@
 """Phase 0: the layer and the controller for all seeds at once, with every decision on the device.
 
-What later phases replace by kernels are the functions :func:`blend`, :func:`move` and :func:`measure` of this file.
+What later phases replace by kernels are the functions :func:`blend`, :func:`move`, :func:`measure`, :func:`alphas` and
+:func:`finish` of this file.
 
 Shapes: B batch, H width, S seeds, L live seeds, C columns of a chunk, P x Q tiles of the blend kernel.
 """
@@ -26,7 +27,9 @@ from .state import BLUEPRINT, ERRORS, HISTORY, LIFECYCLE, PARENT, SCORE, STABILI
 
 GRAFTING_EPOCHS = LEAST_EPOCHS[Life.GRAFTING][Life.STABILIZATION]
 UNBATCHED = "a blueprint of kasmina is no NetworkBlueprint, so seeds cannot be batched: its layer runs seed by seed"
-BLENDING = (Life.GRAFTING, Life.FINE_TUNING)
+# Numbers, since torch.compile (2.13) takes a tensor to be unequal to a member of an enumeration.
+TRAINING, GRAFTING, FINE_TUNING = int(Life.TRAINING), int(Life.GRAFTING), int(Life.FINE_TUNING)
+BLENDING = (GRAFTING, FINE_TUNING)
 Tiles = tuple[Tensor, Tensor, Tensor]
 """Mean, squared distances from it and near zeros [P, Q], as a kernel leaves them of parts of the layer's input."""
 
@@ -45,25 +48,38 @@ def forward(self: KasminaLayer, x_BI: Tensor) -> Tensor:
         say(UNBATCHED)
         return self.forward_seed_by_seed(x_BI)
     y_BH: Tensor = self.linear(x_BI)
-    life_S = self.seeds.lifecycle_S
-    grafting_S, tuning_S = life_S == Life.GRAFTING, life_S == Life.FINE_TUNING
-    if self.training:
-        alpha_S = ramps.advance_all(self, grafting_S)
-    else:
-        alpha_S = self.schedules.on_device(grafting_S.device)[:, ALPHA]
-    alpha_S = alpha_S.masked_fill(tuning_S, TUNED_SHARE).to(self.bank_KH.dtype)
+    alpha_S, active = alphas(self)
     tiles: Tiles | None = None
     if self.config.blueprint == "network":
-        blended_BH = networks.blend(self, y_BH, alpha_S, grafting_S, tuning_S)
+        life_S = self.seeds.lifecycle_S
+        blended_BH = networks.blend(self, y_BH, alpha_S, *(life_S == state for state in BLENDING))
     else:
         blended_BH, tiles = blend(self, y_BH, alpha_S)
     if self.training:
-        active = (grafting_S | tuning_S | (life_S == Life.TRAINING)).any()
-        record(self, len(y_BH), measure(self, y_BH.detach(), tiles), active)
-        self.seeds.age()
-        due_S = grafting_S & (self.seeds.epochs_S >= GRAFTING_EPOCHS * self.config.pace)
-        move(self.seeds, Life.STABILIZATION, due_S)
+        finish(self, len(y_BH), measure(self, y_BH.detach(), tiles), active)
     return blended_BH
+
+
+def alphas(layer: KasminaLayer) -> tuple[Tensor, Tensor]:
+    """Alpha of every seed in the bank's dtype [S], and whether any seed is active, bool []."""
+    life_S = layer.seeds.lifecycle_S
+    grafting_S, tuning_S = life_S == GRAFTING, life_S == FINE_TUNING
+    if layer.training:
+        alpha_S = ramps.advance_all(layer, grafting_S)
+    else:
+        alpha_S = layer.schedules.on_device(grafting_S.device)[:, ALPHA]
+    alpha_S = alpha_S.masked_fill(tuning_S, TUNED_SHARE).to(layer.bank_KH.dtype)
+    return alpha_S, (grafting_S | tuning_S | (life_S == TRAINING)).any()
+
+
+def finish(layer: KasminaLayer, batch: int, found: Figures, active: Tensor) -> None:
+    """What a forward pass leaves of every seed: its figures, an epoch more, and the step on of those that are due."""
+    seeds = layer.seeds
+    record(layer, batch, found, active)
+    grafting_S = seeds.lifecycle_S == GRAFTING
+    seeds.age()
+    due_S = grafting_S & (seeds.epochs_S >= GRAFTING_EPOCHS * layer.config.pace)
+    move(seeds, Life.STABILIZATION, due_S)
 
 
 def blend(layer: KasminaLayer, y_BH: Tensor, alpha_S: Tensor) -> tuple[Tensor, Tiles | None]:
