@@ -208,7 +208,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
         state[3].square_()
     for state in states[::2]:
         state[0].mul_(1e3)
-    width, layers = case["width"], case["layers"]
+    width, layers = _network_of(case)
     weights = normal((weight_count(width, layers),), 0.5, state_dtype)
     # Updates about as long as gradients, as after training; the features of a momentum that longer ones nearly cancel
     # would hold little but rounding.
@@ -231,6 +231,12 @@ def next_inputs(inputs: Inputs, seed: int) -> None:
 
 
 LEVELS = 3
+NETWORKS = ((1, 1), (2, 1), (3, 2), (20, 4))
+"""Width and layers by number, from the smallest to the one that the nested optimizer has."""
+
+
+def _network_of(case: Case) -> tuple[int, int]:
+    return NETWORKS[min(case["network"], len(NETWORKS) - 1)]
 
 
 def _shapes(case: Case) -> list[tuple[int, ...]]:
@@ -245,7 +251,7 @@ def cost(case: Case, dtype: torch.dtype) -> Cost:
     elements = 0 if case["skip"] else sum(math.prod(shape) for shape in _shapes(case))
     state_bytes = max(dtype.itemsize, 4)
     written = dtype.itemsize + state_bytes * (LEVELS + 3 * case["active"])
-    multiply_adds = weight_count(case["width"], case["layers"])
+    multiply_adds = weight_count(*_network_of(case))
     return Cost(
         flops=2.0 * multiply_adds * case["active"] * elements,
         bytes_read=float((written + dtype.itemsize) * elements),
@@ -259,12 +265,12 @@ SPEC = KernelSpec(
     optimized=fused_cms,
     make_inputs=make_inputs,
     cases=(
-        Case("few", edges=0, squares=0, vectors=1, side=17, rows=0, active=1, skip=0, width=2, layers=1),
-        Case("one", edges=0, squares=0, vectors=1, side=1, rows=0, active=1, skip=0, width=1, layers=1),
-        Case("ragged", edges=1, squares=0, vectors=1, side=29, rows=19, active=2, skip=0, width=3, layers=2),
-        Case("levels", edges=0, squares=0, vectors=2, side=33, rows=0, active=3, skip=0, width=2, layers=1),
-        Case("whole", edges=0, squares=0, vectors=0, side=61, rows=8, active=1, skip=0, width=20, layers=4),
-        Case("skipped", edges=0, squares=1, vectors=1, side=23, rows=0, active=2, skip=1, width=2, layers=2),
+        Case("few", edges=0, squares=0, vectors=1, side=17, rows=0, active=1, skip=0, network=1),
+        Case("one", edges=0, squares=0, vectors=1, side=1, rows=0, active=1, skip=0, network=0),
+        Case("ragged", edges=1, squares=0, vectors=1, side=29, rows=19, active=2, skip=0, network=2),
+        Case("levels", edges=0, squares=0, vectors=2, side=33, rows=0, active=3, skip=0, network=1),
+        Case("whole", edges=0, squares=0, vectors=0, side=61, rows=8, active=1, skip=0, network=3),
+        Case("skipped", edges=0, squares=1, vectors=1, side=23, rows=0, active=2, skip=1, network=1),
         Case(
             "matrix", large=True, edges=0, squares=1, vectors=0, side=2048, rows=0, active=1, skip=0, width=20, layers=4
         ),
@@ -308,8 +314,7 @@ SPEC = KernelSpec(
         "rows": Sizes(most=20),
         "active": Sizes(least=1, most=LEVELS),
         "skip": Sizes(most=1),
-        "width": Sizes(least=1, most=3),
-        "layers": Sizes(least=1, most=2),
+        "network": Sizes(most=2),
     },
     values={
         "grads": Values(least=-1e15, most=1e15, nonfinite=True),
