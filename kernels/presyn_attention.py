@@ -16,6 +16,15 @@ Nothing of size (T, T) is made. A kernel streams queries past keys for the sums 
 queries for y. Backward, one streams queries past keys twice, for dk, dv and the state, a second one does dq; nothing
 is added atomically, so that results are the same from run to run.
 
+With a seed release is stochastic, step 8 of the rule: noise on some queries, from Philox streams that the reference
+repeats; only their pairs pay for random numbers. See _presyn_drawn_kernels.
+
+Special functions, of which a multiprocessor does 16 a clock, are counted: of each pair 1.5 over keys (an exponential;
+four pairs share a reciprocal and a logarithm) and 2 over queries; backward 3 and 2 in the two streams over keys and 3
+over queries. At B 4, H 12, T 2048 one a pair is 24 us of an H200 at 1.98 GHz. There, in bfloat16 with D 64, the four
+kernels took 62, 113, 326 and 190 us, of which these are 36, 48, 121 and 72 us: they bind none, and an exponential on
+other units would only add to the 9, 16, 34 and 25 instructions a pair (3 us each) that run beside the products.
+
 Cast order: the product q k^T is rounded to no dtype, weights are rounded to that of v before they mix values; the
 state's arithmetic is float32, and it is rounded to its own dtype when stored.
 
@@ -230,7 +239,9 @@ SPEC = KernelSpec(
     optimized=presyn_attention,
     make_inputs=_presyn_cases.make_inputs,
     cases=_presyn_cases.CASES,
-    tolerance={"float32": Tolerance(), "bfloat16": Tolerance(), "float16": Tolerance()},
+    # In float32 a weight is made of powers of two, of 2 ulp each in one special-function operation, and relative to a
+    # logarithm; gradients of the state are differences of sums of them. Eager's exponential is good to 1 ulp.
+    tolerance={"float32": Tolerance(floor_ulp=16.0), "bfloat16": Tolerance(), "float16": Tolerance()},
     cost=_presyn_cases.cost,
     backward_cost=_presyn_cases.backward_cost,
     sizes={

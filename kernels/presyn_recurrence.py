@@ -225,10 +225,11 @@ SPEC = KernelSpec(
     make_inputs=make_inputs,
     cases=(
         Case("one", batch=1, heads=1, tokens=1, dim=16),
-        Case("ragged", batch=1, heads=2, tokens=21, dim=24),
+        Case("ragged", batch=2, heads=1, tokens=17, dim=24),
         Case("bench", large=True, batch=4, heads=12, tokens=2048, dim=64),
     ),
-    tolerance={"float32": Tolerance(), "bfloat16": Tolerance(), "float16": Tolerance()},
+    # As of presyn_attention: two powers of two of 2 ulp each, where eager's exponential is good to 1 ulp.
+    tolerance={"float32": Tolerance(floor_ulp=16.0), "bfloat16": Tolerance(), "float16": Tolerance()},
     cost=cost,
     sizes={
         "batch": Sizes(most=2),
