@@ -30,7 +30,14 @@ STEP = "kernbench.step#"
 
 
 def trace_steps(
-    built: Built, *, first: int, count: int, device: torch.device, path: Path, details: bool = False
+    built: Built,
+    *,
+    first: int,
+    count: int,
+    device: torch.device,
+    path: Path,
+    details: bool = False,
+    ready: Callable[[], None] | None = None,
 ) -> list[float]:
     """Trace ``count`` steps from ``first`` on into a gzipped Kineto JSON file at ``path``, written atomically.
 
@@ -40,6 +47,7 @@ def trace_steps(
     Args:
         details: record the shapes of operands and the memory in use too, which makes the host slower; the steps are not
             meant to be timed then, and none runs before them.
+        ready: called right before the first step; several ranks wait there for each other.
 
     Returns:
         seconds per step under the profiler. On a GPU the host runs ahead, so each is the mean over all steps, with the
@@ -67,6 +75,8 @@ def trace_steps(
             built.step(first)
         if cuda:
             torch.cuda.synchronize(device)
+        if ready is not None:
+            ready()
         marks.append(time.perf_counter())
         for index in range(first, first + count):
             with ranges.annotation(f"{STEP}{index}"):

@@ -54,7 +54,11 @@ def serve(control_fd: int, modules: Sequence[str]) -> None:
                 os.read(wake, 4096)
                 _report_ended(control)
             if control.fileno() in ready:
-                asked, files, _, _ = socket.recv_fds(control, REQUEST_BYTES, FILES)
+                try:
+                    asked, files, _, _ = socket.recv_fds(control, REQUEST_BYTES, FILES)
+                except ConnectionResetError:
+                    # The parent left before it read that this process is ready.
+                    return
                 if not asked:
                     return
                 for name in asked.decode().split()[1:]:

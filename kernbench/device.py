@@ -67,6 +67,11 @@ def fingerprint(device: torch.device, *, ceilings: record.Ceilings | None = None
     )
 
 
+def name_of(device: torch.device) -> str:
+    """What the device is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else host.cpu_model()
+
+
 def read_clocks(device: torch.device) -> record.Clocks | None:
     """Clocks, power, temperature and throttle reasons now; None on the CPU, or where the driver does not answer."""
     if device.type != "cuda":

@@ -210,7 +210,7 @@ class PhaseParity:
     steps: int
 
     def run(self, tell: Tell) -> None:
-        settings = _settings(self.request)
+        settings = settings_of(self.request)
         rows = phasecheck.check_phase(
             settings.workload,
             asked.plan(settings.workload, self.before),
@@ -240,7 +240,7 @@ class Measure:
     label: str = ""
 
     def run(self, tell: Tell) -> None:
-        settings = _settings(self.request)
+        settings = settings_of(self.request)
         run = Relayed(self.folder, self.result, tell)
         measure.measure(run, run.record, settings, asked.plan(settings.workload, self.phases), label=self.label)
         for doubt in device.WARNINGS:
@@ -257,7 +257,7 @@ class Race:
     candidates: Mapping[str, Phases]
 
     def run(self, tell: Tell) -> race.Race:
-        settings = _settings(self.request)
+        settings = settings_of(self.request)
         return race.run_race(
             settings,
             asked.plan(settings.workload, self.before),
@@ -277,7 +277,7 @@ class Receipt:
     phases: Phases
 
     def run(self, tell: Tell) -> list[record.SiteHit]:
-        settings = _settings(self.request)
+        settings = settings_of(self.request)
         tell.begin("counting replacements")
         return race.receipt_of_steps(settings, asked.plan(settings.workload, self.phases))
 
@@ -297,7 +297,7 @@ class WorkloadTimes:
     failed: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, tell: Tell) -> Poisoned | None:
-        settings = _settings(self.request)
+        settings = settings_of(self.request)
         run = Relayed(self.folder, self.result, tell)
         watch = _Watch(tell, settings.device)
         variants = _variants(settings, self.request.use)
@@ -310,7 +310,8 @@ class WorkloadTimes:
         return None
 
 
-def _settings(request: Request) -> measure.Settings:
+def settings_of(request: Request) -> measure.Settings:
+    """The settings of a request, in the process that measures."""
     assert request.workload is not None
     ranges.enable(request.nvtx)
     return asked.settings(request, request.workload)

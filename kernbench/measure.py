@@ -20,6 +20,7 @@ from kernbench.analysis.phasewhatif import with_phases
 from kernbench.analysis.whatif import with_savings
 from kernbench.analysis.whole import enrich
 from kernbench.errors import KernbenchError, WorkloadFailed
+from kernbench.lockstep import ALONE, Lockstep
 from kernbench.runfolder import Run
 from kernbench.workload import Built, Workload
 
@@ -148,9 +149,18 @@ class Side:
 
 
 def measure(
-    run: Run[Any], result: record.ProfileRecord, settings: Settings, plan: swap.Plan, *, label: str = ""
+    run: Run[Any],
+    result: record.ProfileRecord,
+    settings: Settings,
+    plan: swap.Plan,
+    *,
+    label: str = "",
+    others: Lockstep = ALONE,
 ) -> None:
     """Fill ``result`` stage by stage: clean times first, then what explains them.
+
+    Args:
+        others: the other ranks of the run, which take the same steps.
 
     Raises:
         WorkloadFailed: the workload raised, ran out of memory, or its loss is not finite.
@@ -160,15 +170,16 @@ def measure(
         side = Side(settings, plan)
         result.workload = settings.describe(plan, side.built)
         with plan.applied(side.built), run.progress.stage(f"timing {name}steps", settings.steps) as advance:
-            first = bench.warm_up(side.step, settings.device)
+            first = bench.warm_up(side.step, settings.device, agree=others.agree)
+            others.wait()
             _reset_peak_memory(settings.device)
             seconds = bench.time_steps(side.step, first=first, count=settings.steps, device=settings.device)
             advance(settings.steps)
-        result.steps = record.Steps(
-            seconds=seconds, units_per_step=side.units_per_step, warmup=first, losses=side.check_losses()
-        )
+        result.ranks = others.sides(median(seconds), side.units_per_step)
+        units = sum(one.units_per_step for one in result.ranks.sides) if result.ranks else side.units_per_step
+        result.steps = record.Steps(seconds=seconds, units_per_step=units, warmup=first, losses=side.check_losses())
         result.throughput = _throughput(result.steps)
-        step = side.units_per_step / result.throughput.units_per_second
+        step = units / result.throughput.units_per_second
         result.figures = side.figures(step)
         result.floor = side.floor(step, result.environment.ceilings)
         result.memory_peak_bytes = _peak_memory(settings.device)
@@ -176,7 +187,8 @@ def measure(
     first += settings.steps
     suffix = f".{label}" if label else ""
     with run.stage(f"{name}trace"), run.progress.stage(f"tracing {name}steps"):
-        events, profiled = trace_side(side, first, run.folder / f"trace{suffix}.json.gz")
+        events, profiled = trace_side(side, first, run.folder / f"trace{suffix}.json.gz", others=others)
+        between = others.communication(run.folder)
         if settings.device.type == "cuda" and not events.on_gpu:
             run.warn("the profiler recorded no device work; set KINETO_LOG_LEVEL=0 to see why")
         overhead = record.Overhead(trace_ratio=median(profiled) / median(seconds))
@@ -188,7 +200,7 @@ def measure(
         result.idle = idle.idle(events)
         result.timeline = timeline.timeline(events)
         # Shapes and memory come from a step of their own, so that the timed ones are not slowed down by recording them.
-        detailed, _ = trace_side(side, first + TRACED_STEPS, None, details=True)
+        detailed, _ = trace_side(side, first + TRACED_STEPS, None, details=True, others=others)
     # The traced instance goes before the watched one is built, so that only one of them takes memory.
     del side
     with run.stage(f"{name}lines"), run.progress.stage(f"watching {name}host reads"):
@@ -205,9 +217,11 @@ def measure(
             result.overhead = record.Overhead(
                 trace_ratio=overhead.trace_ratio, lines_ratio=log.step_seconds / median(seconds)
             )
+    if not others.leads:
+        return
     with run.stage(f"{name}what-if"), run.progress.stage(f"replaying {name}steps"):
         ceilings = result.environment.ceilings
-        found = enrich(events, log, ceilings, result.stalls, unprofiled_seconds=median(seconds))
+        found = enrich(events, log, ceilings, result.stalls, ranks=between, unprofiled_seconds=median(seconds))
         _add_details(found, detailed, log, ceilings)
         found.whatif = with_phases(found.whatif, events, log, ceilings, detailed, unprofiled_seconds=median(seconds))
         result.analysis = found
@@ -263,12 +277,15 @@ def _add_details(
         found.views["shape"] = by_shape
 
 
-def trace_side(side: Side, first: int, keep: Path | None, *, details: bool = False) -> tuple[trace.Trace, list[float]]:
+def trace_side(
+    side: Side, first: int, keep: Path | None, *, details: bool = False, others: Lockstep = ALONE
+) -> tuple[trace.Trace, list[float]]:
     """Trace a few steps; returns all of them read, and seconds per step under the profiler.
 
     Args:
         keep: where one traced step is left for the user, if anywhere.
         details: trace one step alone, with shapes and memory.
+        others: the other ranks; a trace that is kept is handed to the one of them that leads.
     """
     settings = side.settings
     with tempfile.TemporaryDirectory(prefix="kernbench-") as scratch:
@@ -283,12 +300,14 @@ def trace_side(side: Side, first: int, keep: Path | None, *, details: bool = Fal
                     device=settings.device,
                     path=full,
                     details=details,
+                    ready=others.wait,
                 )
             finally:
                 if modules is not None:
                     modules.remove()
         if keep is not None:
             capture.trim(full, keep)
+            others.deliver(full)
         return trace.load(full), profiled
 
 

@@ -19,6 +19,7 @@ from kernbench import (
     journal,
     measure,
     ranges,
+    rankruns,
     record,
     registry,
     runfolder,
@@ -42,17 +43,27 @@ from kernbench.runfolder import AnyRecord, Run
 from kernbench.spec import Case, KernelSpec
 
 
-def profile(request: Request, progress: Progress) -> Outcome:
-    """Run steps of a workload, rank hotspots and stalls, and write record, trace and report.
+def profile(request: Request, progress: Progress) -> Outcome | None:
+    """Run steps of a workload, rank hotspots and stalls, and write record, trace and report; on one rank or several.
+
+    Returns:
+        None in a process that a launcher made another rank than 0: that one writes.
 
     Raises:
         KernbenchError: bad input. WorkloadFailed: the workload's own code failed.
     """
-    assert request.workload is not None
+    team = rankruns.team(request)
+    wanted, reference = request, request.workload
+    assert reference is not None
+    if team is not None:
+        request = replace(request, device=team.home)
     workspace = registry.current()
-    settings = asked.settings(request, request.workload)
+    settings = asked.settings(request, reference)
     plan = asked.plan(settings.workload, asked.active(settings.workload, request, workspace))
     ranges.enable(request.nvtx)
+    if team is not None and team.follows:
+        rankruns.follow(request, settings, plan, team)
+        return None
     run = _start(
         record.ProfileRecord, request, "profile", settings.workload.name, settings.device, progress,
         workload=settings.describe(plan),
@@ -61,8 +72,11 @@ def profile(request: Request, progress: Progress) -> Outcome:
         run.warn(
             "a Triton kernel in place runs in the interpreter here: its step times say nothing of its speed on a GPU"
         )
-    supervised.measure_side(run, run.record, request, settings, plan)
-    _remember_profile(workspace, request, settings)
+    if team is None:
+        supervised.measure_side(run, run.record, request, settings, plan)
+    else:
+        rankruns.lead(run, request, settings, plan, team)
+    _remember_profile(workspace, wanted, settings)
     return publish(run, workspace)
 
 

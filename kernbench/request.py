@@ -43,6 +43,7 @@ class Request:
     nvtx: bool = False
     time_limit: float | None = None
     in_process: bool = False
+    ranks: int | None = None
 
 
 def settings(request: Request, reference: str) -> Settings:

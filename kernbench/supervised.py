@@ -59,10 +59,10 @@ def check_declarations(request: Request, progress: Progress) -> None:
         WorkloadFailed: one raises, does not end, or takes the process down.
     """
     try:
-        isolation.run(jobs.Declarations(), _unexpected, _terms(request), progress)
+        isolation.run(jobs.Declarations(), _unexpected, terms_of(request), progress)
     except Died as death:
         raise WorkloadFailed(
-            f"{''.join(death.unit)}, when it is imported, {_as_verb(death.reason)}", death.traceback_text
+            f"{''.join(death.unit)}, when it is imported, {as_verb(death.reason)}", death.traceback_text
         ) from None
 
 
@@ -93,7 +93,9 @@ def check_kernels(
     found: list[list[record.ParityResult]] = [[] for _ in shares]
     shared = _Shared(progress)
     stop = threading.Event()
-    terms = replace(_terms(request), stop=stop, threads=max(1, torch.get_num_threads() // lanes) if lanes > 1 else None)
+    terms = replace(
+        terms_of(request), stop=stop, threads=max(1, torch.get_num_threads() // lanes) if lanes > 1 else None
+    )
 
     def answer(number: int) -> None:
         def take(row: record.ParityResult) -> None:
@@ -168,7 +170,7 @@ def _check(
         except Died as death:
             case, dtype, mode, *example = death.unit or ("", "", OUTSIDE)
             late = (case, dtype, mode) in answered
-            reason = f"after this row was done, the process {_as_verb(death.reason)}" if late else death.reason
+            reason = f"after this row was done, the process {as_verb(death.reason)}" if late else death.reason
             reason = ": ".join([*example, reason])
             answer(
                 record.ParityResult(
@@ -231,7 +233,7 @@ def bench_kernel(
             without=frozenset(failed),
         )
         try:
-            _not_poisoned(isolation.run(job, finish, _terms(request), progress))
+            _not_poisoned(isolation.run(job, finish, terms_of(request), progress))
         except Died as death:
             implementation = "".join(death.unit)
             if implementation and implementation not in failed:
@@ -252,7 +254,7 @@ def check_phase(
     """
     steps = INTERPRETED_STEPS if jobs.interpreted(settings, after) else PARITY_STEPS
     job = jobs.PhaseParity(
-        request=_named(request, settings),
+        request=named(request, settings),
         before=before.implementations,
         after=after.implementations,
         steps=steps,
@@ -260,10 +262,10 @@ def check_phase(
     rows: list[record.ParityResult] = []
     name = phasecheck.phase_name(settings.workload, before, after)
     try:
-        isolation.run(job, rows.append, _terms(request, STAGE_SECONDS), progress)
+        isolation.run(job, rows.append, terms_of(request, STAGE_SECONDS), progress)
     except Died as death:
         if death.unit != (phasecheck.AFTER,):
-            raise WorkloadFailed(f"{name}: the side before {_as_verb(death.reason)}", death.traceback_text) from None
+            raise WorkloadFailed(f"{name}: the side before {as_verb(death.reason)}", death.traceback_text) from None
         rows.append(
             record.ParityResult(
                 kernel=name,
@@ -293,14 +295,14 @@ def measure_side(
         WorkloadFailed: the workload raised, took the process down, or its loss is not finite.
     """
     job = jobs.Measure(
-        request=_named(request, settings),
+        request=named(request, settings),
         phases=plan.implementations,
         folder=run.folder,
         result=result,
         label=label,
     )
     try:
-        _follow(run, result, job, _terms(request, STAGE_SECONDS))
+        follow(run, result, job, terms_of(request, STAGE_SECONDS))
     except Died as death:
         raise _failed(settings, death) from None
 
@@ -318,7 +320,7 @@ def run_race(
         WorkloadFailed: a side raised, took the process down, or its loss is not finite.
     """
     job = jobs.Race(
-        request=_named(request, settings),
+        request=named(request, settings),
         before=before.implementations,
         candidates={name: plan.implementations for name, plan in candidates.items()},
     )
@@ -330,7 +332,7 @@ def receipt_of_steps(
     request: Request, settings: measure.Settings, plan: swap.Plan, progress: Progress
 ) -> list[record.SiteHit]:
     """How often each replacement runs in a step, where no race counts it."""
-    job = jobs.Receipt(request=_named(request, settings), phases=plan.implementations)
+    job = jobs.Receipt(request=named(request, settings), phases=plan.implementations)
     found: list[record.SiteHit] = _or_fail(job, request, progress, settings.workload.name)
     return found
 
@@ -344,10 +346,10 @@ def bench_workload(run: Run[record.BenchRecord], request: Request, settings: mea
     failed: dict[str, str] = {}
     while True:
         job = jobs.WorkloadTimes(
-            request=_named(request, settings), folder=run.folder, result=run.record, failed=failed
+            request=named(request, settings), folder=run.folder, result=run.record, failed=failed
         )  # fmt: skip
         try:
-            _follow(run, run.record, job, _terms(request, STAGE_SECONDS))
+            follow(run, run.record, job, terms_of(request, STAGE_SECONDS))
             return
         except Died as death:
             name = death.unit[-1] if death.unit else race.BASELINE
@@ -360,7 +362,7 @@ def bench_workload(run: Run[record.BenchRecord], request: Request, settings: mea
             _make_sure_it_answers(request, settings.device, run.progress, death)
 
 
-def _follow(run: Run[Any], result: record.Header, job: Job, terms: Terms) -> None:
+def follow(run: Run[Any], result: record.Header, job: Job, terms: Terms) -> None:
     """Keep a record as the job says: its stages, what it fills in, and its warnings."""
     with ExitStack() as stage:
 
@@ -424,7 +426,7 @@ def _unexpected(said: object) -> None:
 
 def _or_fail(job: Job, request: Request, progress: Progress, what: str) -> Any:
     try:
-        return isolation.run(job, _unexpected, _terms(request, STAGE_SECONDS), progress)
+        return isolation.run(job, _unexpected, terms_of(request, STAGE_SECONDS), progress)
     except Died as death:
         raise WorkloadFailed(_sentence(what, death), death.traceback_text) from None
 
@@ -437,18 +439,19 @@ def _sentence(what: str, death: Died) -> str:
     return f"{', '.join([what, *death.unit])}: {death.reason}"
 
 
-def _as_verb(reason: str) -> str:
+def as_verb(reason: str) -> str:
     """A reason that fits behind a subject."""
     return f"was {reason}" if reason.startswith("killed") else reason
 
 
-def _named(request: Request, settings: measure.Settings) -> Request:
+def named(request: Request, settings: measure.Settings) -> Request:
     """The request as a child can repeat it: with the device and the preset that were chosen."""
     reference = request.workload or settings.workload.name
     return replace(request, workload=reference, device=str(settings.device), preset=settings.preset)
 
 
-def _terms(request: Request, seconds: float = UNIT_SECONDS) -> Terms:
+def terms_of(request: Request, seconds: float = UNIT_SECONDS) -> Terms:
+    """How the children of a request are run, ``seconds`` being the limit where the user gives none."""
     return Terms(request.time_limit or seconds, request.in_process)
 
 
@@ -475,7 +478,7 @@ def _make_sure_it_answers(request: Request, device: torch.device, progress: Prog
     except (Died, isolation.ChildBroke) as problem:
         last = (str(problem).splitlines() or [""])[-1]
         raise WorkloadFailed(
-            f"{device} does not answer after a process {_as_verb(after.reason)}: {last}; reset it with "
+            f"{device} does not answer after a process {as_verb(after.reason)}: {last}; reset it with "
             "nvidia-smi --gpu-reset, or restart the machine",
             after.traceback_text,
         ) from None

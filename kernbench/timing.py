@@ -124,11 +124,16 @@ def warm_up(
     first: int = 0,
     least: int = LEAST_WARM_UP_STEPS,
     most: int = MOST_WARM_UP_STEPS,
+    agree: Callable[[float], float] = float,
 ) -> int:
-    """Run steps until the last few take the same time within 5 %, at most ``most``; how many ran."""
+    """Run steps until the last few take the same time within 5 %, at most ``most``; how many ran.
+
+    Args:
+        agree: makes one figure of what a step took on several ranks, which have to run equally many.
+    """
     seconds: list[float] = []
     while len(seconds) < most:
-        seconds.append(timed_block(step, first=first + len(seconds), count=1, device=device))
+        seconds.append(agree(timed_block(step, first=first + len(seconds), count=1, device=device)))
         if len(seconds) >= max(least, PLATEAU_STEPS):
             last = seconds[-PLATEAU_STEPS:]
             if max(last) - min(last) < PLATEAU_SPREAD * median(last):

@@ -3,6 +3,8 @@
 A collective's kernel runs on a rank from when that rank arrives until the data is there, so the rank that arrives last
 has the shortest one, and what another rank's takes longer is that rank's wait. This compares lengths only, so that the
 clocks of the ranks need not agree.
+
+Without a device the collectives are those that gloo's threads run, and operators are what computes.
 """
 
 from __future__ import annotations
@@ -15,17 +17,20 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from kernbench.analysis.families import COMMUNICATION, FAMILIES, of_device
-from kernbench.analysis.intervals import union
+from kernbench.analysis.families import COMMUNICATION, ENGINE, FAMILIES, of_device, of_host
+from kernbench.analysis.intervals import Intervals, union
 from kernbench.analysis.windows import on_main_device, step_windows
-from kernbench.nesting import Bools, Ints
+from kernbench.nesting import ANNOTATION, OP, Bools, Ints
 from kernbench.record import Communication, RankTime
 from kernbench.trace import Trace
+from kernbench.tracesteps import step_at
 
 # Below this share of the step a rank's lag is noise.
 NOTABLE_SHARE = 0.02
 # Here a rank waits for one other, and not for all.
 _POINT_TO_POINT = re.compile(r"send|recv", re.IGNORECASE)
+# What gloo's threads mark while they run a collective.
+_ON_HOST = re.compile(r"gloo:(\w+)$")
 
 _Key = tuple[int, str, int, int]
 
@@ -39,13 +44,25 @@ class _Rank:
     length: dict[_Key, int]
 
 
+@dataclass(frozen=True, eq=False)
+class _Collectives:
+    """The collectives of the counted steps in order of time, and when the rank was in any, or did anything else."""
+
+    name: list[str]
+    group: Ints
+    step: Ints
+    nanoseconds: Ints
+    talking: Intervals
+    working: Intervals
+
+
 def communication(traces: Sequence[Trace]) -> Communication | None:
-    """Collectives of one rank, or of several ranks of one run; None where no device ran any.
+    """Collectives of one rank, or of several ranks of one run; None where there are none.
 
     Waiting needs the traces of several ranks, and the same collectives in them: the n-th of a name in a step is one
     collective on all ranks.
     """
-    found = [_rank(one, number) for one, number in zip(traces, _numbers(traces), strict=True) if one.on_gpu]
+    found = [_rank(one, number) for one, number in zip(traces, _numbers(traces), strict=True)]
     if not any(rank.time.communication_seconds_per_step for rank in found):
         return None
     waits = _waits(found)
@@ -78,21 +95,16 @@ def _numbers(traces: Sequence[Trace]) -> list[int]:
 
 
 def _rank(trace: Trace, number: int) -> _Rank:
-    device, windows = trace.device, step_windows(trace)
-    mine = on_main_device(trace)
-    collective = mine & communicates(trace)
-    talking = union(device.start_ns[collective], device.end_ns[collective])
-    working = union(device.start_ns[mine & ~collective], device.end_ns[mine & ~collective])
+    windows = step_windows(trace)
+    found = _on_device(trace) if trace.on_gpu else _on_host(trace)
     steps = len(windows.start)
     spent, computed, exposed = (
         float(part.covered(windows.start, windows.end).sum()) / steps / 1e9
-        for part in (talking, working, talking.without(working))
+        for part in (found.talking, found.working, found.talking.without(found.working))
     )
-    rows = np.flatnonzero(collective & trace.in_counted(device.step))
-    length = device.end_ns - device.start_ns
     by_name: dict[str, float] = defaultdict(float)
-    for row in rows.tolist():
-        by_name[_name(trace, row)] += int(length[row]) / steps / 1e9
+    for name, length in zip(found.name, found.nanoseconds.tolist(), strict=True):
+        by_name[name] += length / steps / 1e9
     time = RankTime(
         rank=number,
         step_seconds=windows.mean_ns / 1e9,
@@ -100,7 +112,43 @@ def _rank(trace: Trace, number: int) -> _Rank:
         communication_seconds_per_step=spent,
         exposed_seconds_per_step=exposed,
     )
-    return _Rank(time, dict(by_name), _lengths(trace, rows))
+    return _Rank(time, dict(by_name), _lengths(trace, found))
+
+
+def _on_device(trace: Trace) -> _Collectives:
+    device = trace.device
+    mine = on_main_device(trace)
+    collective = mine & communicates(trace)
+    rows = np.flatnonzero(collective & trace.in_counted(device.step))
+    group = np.full(len(device), -1, np.int64)
+    group[trace.collectives.row] = trace.collectives.group
+    return _Collectives(
+        name=[_name(trace, row) for row in rows.tolist()],
+        group=group[rows],
+        step=device.step[rows],
+        nanoseconds=device.end_ns[rows] - device.start_ns[rows],
+        talking=union(device.start_ns[collective], device.end_ns[collective]),
+        working=union(device.start_ns[mine & ~collective], device.end_ns[mine & ~collective]),
+    )
+
+
+def _on_host(trace: Trace) -> _Collectives:
+    """What gloo marks, in the step in which it begins, and operators; the engine's frames may wait in a hook."""
+    host = trace.host
+    collective = (host.kind == ANNOTATION) & trace.named(_ON_HOST)[host.name]
+    idle = [FAMILIES.index(COMMUNICATION), FAMILIES.index(ENGINE)]
+    work = (host.kind == OP) & ~np.isin(of_host(trace), idle)
+    step = np.where(collective, step_at(trace.steps, host.start_ns), -1)
+    rows = np.flatnonzero(collective & trace.in_counted(step))
+    rows = rows[np.argsort(host.start_ns[rows], kind="stable")]
+    return _Collectives(
+        name=[trace.names[index].partition(":")[2] for index in host.name[rows].tolist()],
+        group=np.full(len(rows), -1, np.int64),
+        step=step[rows],
+        nanoseconds=host.end_ns[rows] - host.start_ns[rows],
+        talking=union(host.start_ns[collective], host.end_ns[collective]),
+        working=union(host.start_ns[work], host.end_ns[work]),
+    )
 
 
 def communicates(trace: Trace) -> Bools:
@@ -116,21 +164,18 @@ def _name(trace: Trace, row: int) -> str:
     return trace.names[int(trace.device.name[row])]
 
 
-def _lengths(trace: Trace, rows: Ints) -> dict[_Key, int]:
+def _lengths(trace: Trace, found: _Collectives) -> dict[_Key, int]:
     """Length in ns of each collective by step number, name, ranks in its group, and ordinal among such."""
-    device, steps = trace.device, trace.steps
-    group = np.full(len(device), -1, np.int64)
-    group[trace.collectives.row] = trace.collectives.group
     count: dict[tuple[int, str, int], int] = defaultdict(int)
-    found = {}
-    for row in rows.tolist():
-        name = _name(trace, row)
+    length = {}
+    columns = (found.name, found.group.tolist(), trace.steps.number[found.step].tolist(), found.nanoseconds.tolist())
+    for name, group, step, nanoseconds in zip(*columns, strict=True):
         if _POINT_TO_POINT.search(name):
             continue
-        key = (int(steps.number[device.step[row]]), name, int(group[row]))
-        found[(*key, count[key])] = int(device.end_ns[row] - device.start_ns[row])
+        key = (step, name, group)
+        length[(*key, count[key])] = nanoseconds
         count[key] += 1
-    return found
+    return length
 
 
 def _waits(ranks: Sequence[_Rank]) -> dict[int, float]:

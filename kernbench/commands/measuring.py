@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kernbench import ranks as places
 from kernbench.commands.ending import NEGATIVE, OK, progress, show, typed
 from kernbench.commands.options import (
     Data,
@@ -18,6 +19,7 @@ from kernbench.commands.options import (
     Phases,
     Preset,
     Quiet,
+    Ranks,
     Rounds,
     Seed,
     Steps,
@@ -57,6 +59,7 @@ def profile(
     phases: Phases = None,
     use: Use = "triton",
     nvtx: Nvtx = False,
+    ranks: Ranks = None,
     time_limit: TimeLimit = None,
     in_process: InProcess = False,
     as_json: Json = False,
@@ -67,8 +70,11 @@ def profile(
     request = Request(
         command=typed(), workload=workload, preset=preset, device=device, dtype=dtype, seed=seed, data=data,
         weights=weights, steps=steps, phases=phases, use=use, nvtx=nvtx, time_limit=time_limit, in_process=in_process,
+        ranks=ranks,
     )  # fmt: skip
-    show(pipeline.profile(request, progress(quiet)), as_json)
+    outcome = pipeline.profile(request, progress(quiet))
+    if outcome is not None:
+        show(outcome, as_json)
     return OK
 
 
@@ -95,6 +101,7 @@ def swap(
     """Try a phase: parity first, then interleaved timing, then the verdict; it stays only if that says so."""
     if (phase is not None) + revert + walk != 1:
         raise KernbenchError("say which: --phase N, --all, or --revert")
+    places.refuse("swap")
     pipeline, Request = prepared(device, in_process or revert)
     request = Request(
         command=typed(), workload=workload, preset=preset, device=device, dtype=dtype, seed=seed, data=data,
@@ -130,6 +137,7 @@ def parity(
     quiet: Quiet = False,
 ) -> int:
     """Check kernels against the float64 oracle, or a workload's phases on real steps."""
+    places.refuse("parity")
     pipeline, Request = prepared(device, in_process)
     request = Request(
         command=typed(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, weights=weights,
@@ -177,6 +185,7 @@ def bench(
         raise KernbenchError("--direction chooses what is timed; --compile-only times nothing and builds both")
     if sweep is not None and (case is not None or compile_only):
         raise KernbenchError("--sweep makes its own cases and times them; leave out --case and --compile-only")
+    places.refuse("bench")
     pipeline, Request = prepared(device, in_process)
     request = Request(
         command=typed(), preset=preset, device=device, dtype=dtype, seed=seed, data=data, weights=weights,

@@ -37,3 +37,7 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print the record as JSON on standard output and nothing else there.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Ranks = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Run on N ranks, each in its process: on a GPU each, or with gloo on the CPU."),
+]

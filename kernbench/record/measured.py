@@ -45,6 +45,23 @@ class Floor(Struct, frozen=True, kw_only=True):
     note: str = ""
 
 
+class RankSide(Struct, frozen=True, kw_only=True):
+    """One rank's unprofiled step, the median; ``trace`` is the file of its traced steps beside the record."""
+
+    rank: int
+    device: str
+    step_seconds: Seconds
+    units_per_step: float
+    trace: str = ""
+
+
+class Ranks(Struct, frozen=True, kw_only=True):
+    """The ranks of a run. ``Steps.units_per_step`` and the throughput are then of all ranks together."""
+
+    backend: str
+    sides: list[RankSide]
+
+
 class Part(Struct, frozen=True, kw_only=True):
     """One slice of a step by cause; the parts of a breakdown add up to the step."""
 

@@ -16,6 +16,7 @@ from kernbench.record.measured import (
     Launches,
     Overhead,
     Part,
+    Ranks,
     Span,
     Stall,
     Steps,
@@ -66,6 +67,7 @@ class ProfileRecord(Header, kw_only=True, tag="profile"):
     memory_peak_bytes: int | None = None
     clocks: Clocks | None = None
     analysis: TraceAnalysis | None = None
+    ranks: Ranks | None = None
 
 
 class SwapRecord(Header, kw_only=True, tag="swap"):

@@ -182,6 +182,8 @@ def _profile(record: ProfileRecord) -> list[RenderableType]:
     if (record.figures or record.floor) and record.syncs_per_step is not None:
         facts.insert(2, f"{units.count(record.syncs_per_step)} host reads a step")
     blocks: list[RenderableType] = [terminal.text(", ".join(facts))]
+    if record.ranks is not None:
+        blocks.append(terminal.text(tracewords.sides(record.ranks)))
     own = [(figure.name, units.figure(figure.value, figure.unit)) for figure in record.figures]
     if record.floor is not None:
         own.append(("bandwidth floor", benchwords.floor_in_words(record.floor)))

@@ -369,6 +369,7 @@ def _templates() -> Templates:
         "fusion_name": tracewords.fusion_name,
         "roofline_rates": tracewords.roofline_rates,
         "ranks_sentence": tracewords.ranks,
+        "sides_in_words": tracewords.sides,
         "collective_rows": tracewords.collective_rows,
         "memory_peak": tracewords.memory_peak,
         "trace_facts": tracewords.trace_facts,

@@ -15,6 +15,7 @@ from kernbench.record import (
     LaunchGaps,
     LineMatch,
     MemoryPoint,
+    Ranks,
     RooflinePoint,
     SourceLine,
     TraceAnalysis,
@@ -178,6 +179,13 @@ def ranks(found: Communication) -> str:
     if found.overlap_share is not None:
         parts.append(f"{units.share(found.overlap_share)} of the communication runs beside other work")
     return capitalized_sentence("; ".join(parts))
+
+
+def sides(found: Ranks) -> str:
+    """How many ranks there were, and the step of each without a profiler."""
+    count = len(found.sides)
+    steps = ", ".join(f"rank {one.rank} {units.seconds(one.step_seconds)}" for one in found.sides)
+    return f"{count} rank{'' if count == 1 else 's'} with {found.backend}, throughput of all together; a step: {steps}"
 
 
 def collective_rows(found: Communication) -> list[tuple[str, str]]:
