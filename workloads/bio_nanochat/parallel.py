@@ -22,26 +22,6 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-@torch.no_grad()
-def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """Let every rank have the mean of all ranks' gradients; pieces are sent one behind the other, and none is waited
-    for before all are under way."""
-    ranks = world()[1]
-    if ranks == 1:
-        return
-    under_way = []
-    for bucket in buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        under_way.append((bucket, flat, torch.distributed.all_reduce(flat, async_op=True)))
-    for bucket, flat, work in under_way:
-        assert work is not None
-        work.wait()
-        flat /= ranks
-        parts = torch.split(flat, [gradient.numel() for gradient in bucket])
-        for gradient, part in zip(bucket, parts, strict=True):
-            gradient.copy_(part.view(gradient.shape))
-
-
 def buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
     """Gradients in pieces of one dtype and no more than ``BUCKET_NUMBERS``, the last ones first, as backward ends."""
     found: list[list[Tensor]] = []

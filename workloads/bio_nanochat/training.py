@@ -13,6 +13,7 @@ from torch.nn import functional
 from . import parallel
 from .config import BioConfig
 from .data import Text
+from .gradients import GradientMean
 from .model import build_model
 from .neuroscore import NeuroScore
 from .optimizers import make_optimizers
@@ -35,6 +36,7 @@ class Training:
         self.text = Text(data, batch=config.batch, length=config.length, device=device)
         self.parameters = list(self.model.parameters())
         self.optimizers = make_optimizers(self.model, config, dtype)
+        self.gradient_mean = GradientMean(self.parameters)
         wide = torch.promote_types(dtype, torch.float32)
         self.scores = [
             NeuroScore(config.experts, every=config.log_every, dtype=wide, tag=f"layer {layer}")
@@ -80,12 +82,13 @@ class Training:
         return loss
 
     def differentiate(self, index: int) -> Tensor:
-        """Gradients of the loss of batch ``index``, which is returned detached."""
+        """Gradients of the loss of batch ``index``, averaged over all ranks; this rank's loss is returned detached."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss = self.loss(index)
+        self.gradient_mean.begin()
         loss.backward()  # type: ignore[no-untyped-call]
-        parallel.average_gradients(self.parameters)
+        self.gradient_mean.finish()
         return loss.detach()
 
     def update(self) -> None:
