@@ -171,3 +171,17 @@ def test_the_operator_is_registered_as_it_behaves() -> None:
     inputs = drawn(tokens=5)
     arguments = (*inputs.values(), list(MODULE.Rates()), None, True)
     torch.library.opcheck(torch.ops.kernbench.presyn_attention.default, arguments)
+
+
+@pytest.mark.gpu
+def test_memory_grows_with_tokens_and_not_with_their_square() -> None:
+    peaks = []
+    for tokens in (2048, 16384):
+        inputs = drawn(torch.bfloat16, heads=12, tokens=tokens, dim=64)
+        sources = [leaf for leaf in inputs.values() if isinstance(leaf, Tensor)]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = SPEC.optimized(**inputs)
+        torch.autograd.grad(sum(one.float().sum() for one in results[:7]), sources)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 8.5 * peaks[0]
