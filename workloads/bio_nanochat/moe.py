@@ -79,8 +79,7 @@ class SynapticMoE(nn.Module):
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
         """Output of the chosen experts, and the balance loss (0-dim)."""
         x_NC = x_BTC.flatten(0, 1)
-        genes = self.phenotype()
-        logits_NE = self.score(x_NC, genes)
+        logits_NE, genes = self.route(x_NC)
         top_Nk, index_Nk = logits_NE.topk(self.config.chosen, dim=-1)
         gates_Nk = torch.softmax(top_Nk, dim=-1)
         y_NC = self.dispatch(x_NC, index_Nk, gates_Nk, genes)
@@ -92,6 +91,11 @@ class SynapticMoE(nn.Module):
         self.arrange(mass_E.detach() / tokens)
         self.last = Routed(x_NC.detach(), index_Nk, gates_Nk.detach(), count_E, mass_E.detach())
         return y_NC.view(x_BTC.shape), balance
+
+    def route(self, x_NC: Tensor) -> tuple[Tensor, Phenotype]:
+        """The router's logits [N, E], and the genes that the experts live by."""
+        genes = self.phenotype()
+        return self.score(x_NC, genes), genes
 
     def phenotype(self) -> Phenotype:
         """The genes of every expert, decoded anew each call."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from kernbench.workload import Phase, Swap
 
-from . import fused, metrics, syncfree, topk
+from . import fused, genetics_fused, metrics, structure_fused, syncfree, topk
 from . import predictions as promised
 from .attention import SynapticAttention
 from .moe import SynapticMoE
 from .neuroscore import NeuroScore
 from .postsynaptic_topk import TopKLinear
+from .structure import StructuralController
 from .training import Training
 
 SOME_PRESETS = 1 << 30
@@ -52,6 +53,50 @@ PHASES = (
         swaps=(
             Swap(site=(SynapticMoE, "account"), kernel="router_counts", adapt=metrics.adapt_router_counts),
             Swap(site=(NeuroScore, "step"), kernel="neuroscore_update", adapt=metrics.adapt_neuroscore_update),
+        ),
+    ),
+    Phase(
+        number=3,
+        title="genes in the router",
+        flag="BIO_FUSED_GENETICS",
+        claim=genetics_fused.CLAIM,
+        predicts=genetics_fused.PROMISE,
+        predict=genetics_fused.predict,
+        swaps=(
+            Swap(
+                site=(SynapticMoE, "route"),
+                kernel="router_genetics",
+                adapt=genetics_fused.adapt_router_genetics,
+                every=SOME_PRESETS,
+            ),
+            Swap(
+                site=(SynapticMoE, "metabolise"),
+                kernel="metabolism_update",
+                adapt=genetics_fused.adapt_metabolism_update,
+                every=SOME_PRESETS,
+            ),
+        ),
+    ),
+    Phase(
+        number=4,
+        title="experts move on the device",
+        flag="BIO_FUSED_PLASTICITY",
+        claim=structure_fused.CLAIM,
+        predicts=structure_fused.PROMISE,
+        predict=structure_fused.predict,
+        swaps=(
+            Swap(
+                site=(StructuralController, "decide"),
+                kernel="expert_decisions",
+                adapt=structure_fused.adapt_expert_decisions,
+                every=SOME_PRESETS,
+            ),
+            Swap(
+                site=(StructuralController, "apply"),
+                kernel="expert_moves",
+                adapt=structure_fused.adapt_expert_moves,
+                every=SOME_PRESETS,
+            ),
         ),
     ),
 )
