@@ -272,7 +272,16 @@ SPEC = KernelSpec(
         Case("whole", edges=0, squares=0, vectors=0, side=61, rows=8, active=1, skip=0, network=3),
         Case("skipped", edges=0, squares=1, vectors=1, side=23, rows=0, active=2, skip=1, network=1),
         Case(
-            "matrix", large=True, edges=0, squares=1, vectors=0, side=2048, rows=0, active=1, skip=0, width=20, layers=4
+            "matrix",
+            large=True,
+            edges=0,
+            squares=1,
+            vectors=0,
+            side=2048,
+            rows=0,
+            active=1,
+            skip=0,
+            network=3,
         ),
         Case(
             "seed",
@@ -284,8 +293,7 @@ SPEC = KernelSpec(
             rows=50257,
             active=1,
             skip=0,
-            width=20,
-            layers=4,
+            network=3,
         ),
         Case(
             "hundredth",
@@ -297,8 +305,7 @@ SPEC = KernelSpec(
             rows=50257,
             active=3,
             skip=0,
-            width=20,
-            layers=4,
+            network=3,
         ),
     ),
     tolerance={"float32": Tolerance(), "bfloat16": Tolerance()},
