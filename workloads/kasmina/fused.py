@@ -24,9 +24,7 @@ from .together import BLENDING, GRAFTING_EPOCHS, Figures, Tiles
 BLENDING_BITS = sum(1 << state for state in BLENDING)
 NO_KERNEL = "a layer of kasmina in float64 blends and measures with PyTorch's operators: its kernels take no float64"
 NO_TILES = "a layer of kasmina is measured with PyTorch's operators: it is in float64, has networks, or phase 1 is out"
-NO_RAMPS = (
-    "a layer of kasmina asks its schedules with PyTorch's operators: the kernel knows the linear one"
-)
+NO_RAMPS = "a layer of kasmina asks its schedules with PyTorch's operators: the kernel knows the linear one"
 SET_LIFECYCLE, SET_BLUEPRINT = 1, 2
 Operator = Callable[..., Any]
 
