@@ -228,3 +228,24 @@ def test_muon_takes_matrices_and_makes_them_orthogonal() -> None:
     values = torch.linalg.svdvals(together)
     assert values.min() > 0.5
     assert values.max() < 1.3
+
+
+def test_compiled_training_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer of the baseline, with torch's own back end in the place of a compiler, whose building takes minutes."""
+    (peer,) = registry.workload(WORKLOAD).declaration.peers
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda one, **kwargs: compiler(one, backend="aot_eager", **kwargs))
+    # Without noise: a counted seed moves in place too, and backward draws from the new one; timed noise is torch's own.
+    calm = module("synapses").SynapticConfig(stochastic_train_frac=0.0)
+    sides = [training(small(layers=1, synapses=calm)) for _ in range(2)]
+    peer.prepare(sides[1])
+    # No optimizer's step between: AdamW would make whole steps of gradients that are all rounding.
+    for index in range(2):
+        losses = [float(built.differentiate(index)) for built in sides]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+    for (name, one), other in zip(
+        sides[0].model.state_dict().items(), sides[1].model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12, msg=name)
+    for (name, one), other in zip(sides[0].model.named_parameters(), sides[1].model.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-9, atol=1e-12, msg=name)

@@ -106,7 +106,8 @@ class SynapticAttention(Attention):
         super().__init__(config, device=device, dtype=dtype)
         self.synapses = synapses
         wide = torch.promote_types(dtype, torch.float32)
-        self.register_buffer("mean_release", torch.zeros((), device=device, dtype=wide))
+        # Of one element: torch.compile loses what is written into a 0-dim buffer of the CPU.
+        self.register_buffer("mean_release", torch.zeros(1, device=device, dtype=wide))
         self.mean_release: Tensor
 
     def forward(self, x_BTC: Tensor, state: State | None, noise: Noise | None) -> tuple[Tensor, State]:  # type: ignore[override]
@@ -141,7 +142,7 @@ class TopKAttention(Attention):
         super().__init__(config, device=device, dtype=dtype)
         self.synapses = synapses
         wide = torch.promote_types(dtype, torch.float32)
-        self.register_buffer("mean_release", torch.ones((), device=device, dtype=wide))
+        self.register_buffer("mean_release", torch.ones(1, device=device, dtype=wide))
         self.mean_release: Tensor
 
     def forward(self, x_BTC: Tensor, noise: Noise | None) -> Tensor:  # type: ignore[override]

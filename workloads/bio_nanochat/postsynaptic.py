@@ -20,6 +20,7 @@ Source: specification, section 4.1; by reading only, so that no golden vectors e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -80,6 +81,7 @@ class SynapticLinear(nn.Module):
         self.config = config
         self.experts = experts
         self.limit = limit
+        self.weights: Callable[[Plastic], Tensor] = effective
         wide = torch.promote_types(dtype, torch.float32)
         several = (experts,) if experts else ()
 
@@ -120,7 +122,7 @@ class SynapticLinear(nn.Module):
 
     def call(self, plastic: Plastic, x: Tensor, signals: Signals) -> Tensor:
         """Multiply by one layer's weights, then let it consolidate."""
-        y = x @ effective(plastic).to(x.dtype) + plastic.bias.to(x.dtype)
+        y = x @ self.weights(plastic).to(x.dtype) + plastic.bias.to(x.dtype)
         with torch.no_grad():
             wide = plastic.hebbian.dtype
             mean_I, mean_O = (value.flatten(0, -2).mean(0, dtype=wide) for value in (x, y))
@@ -142,6 +144,16 @@ def effective(plastic: Plastic) -> Tensor:
     """w_fast + m w_slow + H, [I, O]; H and m are copied first, because they change before backward reads them."""
     hebbian, gate = plastic.hebbian.clone(), plastic.gate.clone()
     return plastic.fast + gate.unsqueeze(-1) * plastic.slow + hebbian
+
+
+def effective_compiled(plastic: Plastic) -> Tensor:
+    """:func:`effective` for torch.compile: the copy of m is a product, which its backward pass keeps.
+
+    A plain copy it makes again in backward, of an m that the call has moved in the meantime: wrong gradients of w_slow.
+    """
+    one = torch.ones(1, 1, dtype=plastic.gate.dtype, device=plastic.gate.device)
+    gate = plastic.gate.unsqueeze(-1) @ one
+    return plastic.fast + gate * plastic.slow + plastic.hebbian.clone()
 
 
 def bounded(plastic: Plastic, limit: float) -> Tensor:

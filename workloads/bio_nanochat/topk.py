@@ -61,7 +61,7 @@ def release(
     Args:
         drive_BHQN: logits of the chosen keys, -inf where a query has fewer.
         index_BHQN: the chosen keys, int64.
-        mean: 0-dim buffer, the running mean of what was released; updated in place, in evaluation too.
+        mean: buffer of one element, the running mean of what was released; updated in place, in evaluation too.
         noise: None for deterministic release.
     """
     valid_BHQN = torch.isfinite(drive_BHQN)

@@ -40,6 +40,7 @@ from kernbench.workload import Curves, Peer, Workload
 
 from .config import PRESETS, BioConfig
 from .phases import PHASES
+from .postsynaptic import SynapticLinear, effective_compiled
 from .training import Training
 
 
@@ -55,6 +56,9 @@ def draw_as_kernels_do(built: Training) -> None:
 
 def compile_model(built: Training) -> None:
     """Compile the forward pass, and its backward pass with it; the loop over experts breaks the graph at its reads."""
+    for module in built.model.modules():
+        if isinstance(module, SynapticLinear):
+            module.weights = effective_compiled
     built.model.forward = torch.compile(built.model.forward, dynamic=False)  # type: ignore[method-assign]
 
 
