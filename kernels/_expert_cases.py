@@ -127,6 +127,13 @@ def cost(case: Case, dtype: torch.dtype) -> Cost:
     return Cost(flops=0.0, bytes_read=4 * read, bytes_written=4 * written)
 
 
+def normal(like: Tensor, seeds: Tensor) -> Tensor:
+    """Standard normal numbers of the shape of ``like`` for each seed [M]; number n is word n mod 4 of block n div 4."""
+    block = torch.arange(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    words = torch.stack(philox.randn4x(seeds.unsqueeze(1), block.expand(len(seeds), -1), dtype=like.dtype), 2)
+    return words.flatten(1)[:, : like.numel()].view(-1, *like.shape)
+
+
 @torch.no_grad()
 def by_index(
     tensors: list[Tensor], takes: list[int], becomes: list[int], noises: list[float], moves: Tensor, shares: Tensor
@@ -150,10 +157,7 @@ def by_index(
             rows = torch.where((kind == MERGE.value).view(column), mixed, rows)
             tensor[parents] = rows
         if become in (NOISY.value, TURNED.value):
-            size = rows[0].numel()
-            block = torch.arange(-(-size // 4), dtype=torch.int64, device=rows.device)
-            words = philox.randn4x((seeds + stream).unsqueeze(1), block.expand(len(moves), -1), dtype=rows.dtype)
-            drawn = torch.stack(words, 2).flatten(1)[:, :size].view(rows.shape)
+            drawn = normal(rows[0], seeds + stream)
             stream += 1
             if become == TURNED.value:
                 drawn = drawn - (drawn * rows).sum(1, keepdim=True) * rows

@@ -31,7 +31,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from kernbench import philox
 from kernbench.spec import KernelSpec, Sizes, Tolerance, Values
 
 from . import _expert_cases, _pointer_table, _rows
@@ -69,14 +68,15 @@ def expert_moves_reference(
     """In plain PyTorch, tensor by tensor and move by move, without a read; arguments as in :func:`expert_moves`."""
     stream = 0
     for tensor, take, become, noise in zip(tensors, takes, becomes, noises, strict=True):
-        for move, share in zip(moves, shares, strict=True):
-            _move_reference(tensor, take, become, noise, move, share, stream)
-        stream += become in (NOISY.value, TURNED.value)
+        drawn = None
+        if become in (NOISY.value, TURNED.value):
+            drawn = noise * _expert_cases.normal(tensor[0], moves[:, SEED.value] + stream)
+            stream += 1
+        for at, (move, share) in enumerate(zip(moves, shares, strict=True)):
+            _move_reference(tensor, take, become, move, share, None if drawn is None else drawn[at])
 
 
-def _move_reference(
-    tensor: Tensor, take: int, become: int, noise: float, move: Tensor, share: Tensor, stream: int
-) -> None:
+def _move_reference(tensor: Tensor, take: int, become: int, move: Tensor, share: Tensor, drawn: Tensor | None) -> None:
     kind, parent_at, child_at = move[KIND.value], move[PARENT.value].view(1), move[CHILD.value].view(1)
     parent, child = tensor.index_select(0, parent_at)[0], tensor.index_select(0, child_at)[0]
     if take != KEPT.value:
@@ -85,32 +85,23 @@ def _move_reference(
         mixed = parent * own.to(tensor.dtype) + (1 - own).to(tensor.dtype) * child
         parent = torch.where(kind == MERGE.value, mixed, parent)
         tensor.index_copy_(0, parent_at, parent.unsqueeze(0))
-    made = _child_reference(parent, become, noise, move[SEED.value] + stream)
     if become == ERASED.value:
         tensor.copy_(torch.where(kind > 0, 0, tensor))
     else:
-        tensor.index_copy_(0, child_at, torch.where(kind > 0, made, child).unsqueeze(0))
+        made = torch.where(kind > 0, _child_reference(parent, become, drawn), child)
+        tensor.index_copy_(0, child_at, made.unsqueeze(0))
 
 
-def _child_reference(parent: Tensor, become: int, noise: float, seed: Tensor) -> Tensor:
-    if become == NOISY.value:
-        return parent + noise * normal(parent, seed)
-    if become == TURNED.value:
-        drawn = normal(parent, seed)
-        tangent = drawn - (drawn * parent).sum() * parent
-        return functional.normalize(parent + noise * tangent, dim=0, eps=LEAST_NORM)
+def _child_reference(parent: Tensor, become: int, drawn: Tensor | None) -> Tensor:
+    if drawn is not None and become == NOISY.value:
+        return parent + drawn
+    if drawn is not None:
+        return functional.normalize(parent + drawn - (drawn * parent).sum() * parent, dim=0, eps=LEAST_NORM)
     if become == HALVED.value:
         return parent * 0.5
     if become == COPIED.value:
         return parent
     return torch.full_like(parent, 1.0 if become == RESTED.value else 0.0)
-
-
-def normal(like: Tensor, seed: int | Tensor) -> Tensor:
-    """Standard normal numbers of the shape of ``like``; number n is word n mod 4 of block n div 4."""
-    block = torch.arange(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
-    words = torch.stack(philox.randn4x(seed, block, dtype=like.dtype), 1)
-    return words.flatten()[: like.numel()].view(like.shape)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -36,7 +36,7 @@ def metabolism_update_reference(genome: Tensor, count: Tensor, fatigue: Tensor, 
 @triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _kernel(genome, count, fatigue, energy, tokens, experts, xi, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program handles BLOCK experts of genome [experts, xi], count, fatigue and energy [experts]."""
-    expert = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = expert < experts
     tires, feeds = rates(genome + expert * xi, there)
     used = tl.maximum(tl.load(count + expert, mask=there, other=1), 1).to(tl.float32) / tokens

@@ -29,6 +29,8 @@ def test_phases_have_the_flags_of_the_plan() -> None:
     assert flags[0] == "BIO_SYNC_FREE"
     assert flags[1] == "BIO_FUSED_PRESYN"
     assert flags[2] == "BIO_FUSED_METRICS"
+    assert flags[3] == "BIO_FUSED_GENETICS"
+    assert flags[4] == "BIO_FUSED_PLASTICITY"
 
 
 def test_every_phase_says_what_it_promises() -> None:

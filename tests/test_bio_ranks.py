@@ -16,11 +16,11 @@ from bio_parts import module
 RANKS = 2
 
 
-def run_ranks(folder: Path) -> list[dict[str, Any]]:
+def run_ranks(folder: Path, phases: str) -> list[dict[str, Any]]:
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path]), "OMP_NUM_THREADS": "1"}
     commands = [
-        [sys.executable, str(here / "bio_ranks.py"), str(rank), str(RANKS), str(folder / "meeting")]
+        [sys.executable, str(here / "bio_ranks.py"), str(rank), str(RANKS), str(folder / "meeting"), phases]
         for rank in range(RANKS)
     ]
     started = [
@@ -35,8 +35,9 @@ def run_ranks(folder: Path) -> list[dict[str, Any]]:
     return results
 
 
-def test_two_ranks_agree_on_weights_and_moves_and_keep_their_own_state(tmp_path: Path) -> None:
-    first, second = run_ranks(tmp_path)
+@pytest.mark.parametrize("phases", ["0,2", "0,2,3,4"])
+def test_two_ranks_agree_on_weights_and_moves_and_keep_their_own_state(tmp_path: Path, phases: str) -> None:
+    first, second = run_ranks(tmp_path, phases)
     assert first["parameters"] == second["parameters"]
     assert first["lineage"] == second["lineage"]
     assert first["lineage"]
