@@ -115,3 +115,37 @@ def test_silence_without_collectives(tmp_path: Path, on_gpu: bool) -> None:
         builder.launch("gemm", 10, 20, 90)
     found: Communication | None = communication.communication([load(tmp_path, builder)])
     assert found is None
+
+
+def gloo_rank(tmp_path: Path, rank: int, arrival: float) -> trace.Trace:
+    """A step of 1000 us on the CPU: gloo's thread exchanges from the arrival until 700, for 100 beside an operator."""
+    builder = KinetoBuilder()
+    builder.step(0, 0, 1000)
+    builder.op("aten::mm", 10, 110)
+    builder.op("c10d::allreduce_", arrival - 5, arrival - 1)
+    builder.annotation("gloo:all_reduce", arrival, 700, tid=300)
+    builder.op("aten::mul", 550, 650)
+    # Waiting in a hook: the engine computes nothing meanwhile.
+    builder.op("autograd::engine::evaluate_function: torch::autograd::AccumulateGrad", 660, 900)
+    return load(tmp_path, builder, rank)
+
+
+def test_without_a_device_gloo_communicates_and_operators_compute(tmp_path: Path) -> None:
+    found = communication.communication([gloo_rank(tmp_path, 0, 200), gloo_rank(tmp_path, 1, 500)])
+    assert found is not None
+    assert found.collectives == pytest.approx({"all_reduce": 350 * US})
+    first, second = found.ranks
+    assert first.step_seconds == pytest.approx(1000 * US)
+    assert first.compute_seconds_per_step == pytest.approx(200 * US)
+    assert first.communication_seconds_per_step == pytest.approx(500 * US)
+    assert first.exposed_seconds_per_step == pytest.approx(400 * US)
+    assert (first.wait_seconds_per_step, second.wait_seconds_per_step) == pytest.approx((300 * US, 0))
+    assert found.slowest_rank == 1
+    assert found.lag_seconds_per_step == pytest.approx(300 * US)
+
+
+def test_a_trace_without_collectives_tells_nothing_of_ranks(tmp_path: Path) -> None:
+    builder = KinetoBuilder()
+    builder.step(0, 0, 1000)
+    builder.op("aten::mm", 10, 110)
+    assert communication.communication([load(tmp_path, builder)]) is None

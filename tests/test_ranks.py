@@ -13,7 +13,7 @@ import torch
 from ranked_workload import LATE_SECONDS
 from terminal import run
 
-from kernbench import analyze, device, pipeline, rankruns, ranks, record
+from kernbench import analyze, device, group, pipeline, rankruns, ranks, record
 from kernbench.analysis import communication
 from kernbench.errors import KernbenchError
 from kernbench.request import Request
@@ -214,3 +214,41 @@ def test_under_torchrun_a_rank_that_fails_says_so_and_the_others_end(ranked):
     assert "kernbench: rank 1 of 2: step 4 of ranked failed: ValueError: this rank broke" in done.stderr
     found, _ = record_of(ranked)
     assert found.status in ("failed", "interrupted")
+
+
+def test_bio_nanochat_is_profiled_on_two_ranks(ranked):
+    result = run(
+        "profile", "bio-nanochat", "--preset", "tiny", "--device", "cpu", "--steps", 2, "--ranks", 2, "--quiet"
+    )
+    assert result.exit_code == 0, result.output
+    [path] = ranked.glob("reports/bio-nanochat/*/record.json")
+    found = record.read(path)
+    assert [side.units_per_step for side in found.ranks.sides] == [4 * 64.0, 4 * 64.0]
+    exchange = found.analysis.communication
+    assert [one.rank for one in exchange.ranks] == [0, 1]
+    assert list(exchange.collectives) == ["all_reduce"]
+    assert (path.parent / "trace-rank1.json.gz").is_file()
+
+
+def test_gradients_of_bio_nanochat_are_means_and_are_sent_while_backward_runs():
+    store, port = group.host_store(60)
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path]), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(here / "bio_gradients.py"), str(rank), "2", str(port)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in started:
+        out, error = process.communicate(timeout=200)
+        assert process.returncode == 0, error[-3000:]
+        told = json.loads(out.splitlines()[-1])
+        assert told["off"] < 1e-12 * told["largest"]
+        assert told["own_off"] > 1e-3 * told["largest"]
+        assert told["sent_in_backward"] == told["buckets"] > 3
+    del store
