@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-
+from kernbench.promises import Bound, promise, step_seconds, without_idle, without_waits
 from kernbench.record import Prediction, ProfileRecord
 
 from .config import PRESETS
@@ -14,25 +13,7 @@ SYNC_PROMISE = "No host read is left in a forward pass; the gain is the time the
 
 def predict_no_reads(before: ProfileRecord) -> Prediction:
     """All reads go; the step loses at most the device idle time that has a read as its cause."""
-    ratio_high, basis = None, "no idle times by cause in the profile before, so no time is promised"
-    step = step_seconds(before)
-    waited = before.idle.causes.get("sync") if before.idle else None
-    if step and waited is not None and waited < step:
-        ratio_high = step / (step - waited)
-        basis = f"step {step * 1e3:.3g} ms, of which the device idles {waited * 1e3:.3g} ms because of reads"
-    return Prediction(
-        text=SYNC_PROMISE,
-        claim=SYNC_CLAIM,
-        syncs_per_step=before.syncs_per_step,
-        ratio_low=None if ratio_high is None else 1.0,
-        ratio_high=ratio_high,
-        basis=basis,
-    )
-
-
-def step_seconds(before: ProfileRecord) -> float | None:
-    """Median time of a step."""
-    return statistics.median(before.steps.seconds) if before.steps and before.steps.seconds else None
+    return promise(SYNC_PROMISE, without_waits(before), claim=SYNC_CLAIM, syncs=before.syncs_per_step)
 
 
 BLEND_CLAIM = "15 us latency, 480 GB/s memory bandwidth, above 100 % of the GPU's through caching"
@@ -83,36 +64,20 @@ def predict_kernel(
     # On the CPU hotspots are operators, which call each other: their calls are not launches.
     on_gpu = before.environment.device.type == "cuda"
     fewer = sum(spot.calls_per_step for spot in spots) - launches if spots and on_gpu else None
-    ratio_high, basis = None, "no hotspot of this phase, no step time or no measured copy speed in the profile before"
+    bound = Bound(None, "no hotspot of this phase, no step time or no measured copy speed in the profile before")
     step = step_seconds(before)
     ceilings = before.environment.ceilings
     speed = ceilings.copy_bytes_per_second if ceilings else None
     if spots and step and speed and moved is not None:
         now = sum(spot.self_seconds_per_step for spot in spots)
         least = moved / speed
-        ratio_high = step / (step - max(now - least, 0.0)) if now - least < step else None
-        basis = f"{now * 1e6:.3g} us now; {moved:.3g} bytes at {speed / 1e9:.3g} GB/s take {least * 1e6:.3g} us"
-    return Prediction(
-        text=text,
-        claim=claim,
-        launches_per_step=fewer,
-        ratio_low=None if ratio_high is None else 1.0,
-        ratio_high=ratio_high,
-        basis=basis,
-    )
+        bound = Bound(
+            step / (step - max(now - least, 0.0)) if now - least < step else None,
+            f"{now * 1e6:.3g} us now; {moved:.3g} bytes at {speed / 1e9:.3g} GB/s take {least * 1e6:.3g} us",
+        )
+    return promise(text, bound, claim=claim, launches=fewer)
 
 
 def predict_graph(before: ProfileRecord) -> Prediction:
     """All idle time of the device goes, at best."""
-    step, ratio_high, basis = step_seconds(before), None, "no busy time of a device in the profile before"
-    busy = before.idle.busy_seconds_per_step if before.idle else 0.0
-    if step and 0.0 < busy < step:
-        ratio_high = step / busy
-        basis = f"step {step * 1e3:.3g} ms, of which the device is busy {busy * 1e3:.3g} ms"
-    return Prediction(
-        text=GRAPH_PROMISE,
-        claim=GRAPH_CLAIM,
-        ratio_low=None if ratio_high is None else 1.0,
-        ratio_high=ratio_high,
-        basis=basis,
-    )
+    return promise(GRAPH_PROMISE, without_idle(before), claim=GRAPH_CLAIM)

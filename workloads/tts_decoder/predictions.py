@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-
+from kernbench.promises import Bound, promise, step_seconds, without_idle, without_waits
 from kernbench.record import Prediction, ProfileRecord
 
 from .config import PRESETS, TtsConfig
@@ -32,20 +31,15 @@ CASTS = 2
 
 def predict_no_syncs(before: ProfileRecord) -> Prediction:
     """All syncs go; the frame loses at most the device idle time that has a sync as its cause."""
-    ratio_high, basis = None, "no idle times by cause in the profile before, so no time is promised"
-    step = _step_seconds(before)
-    waited = before.idle.causes.get("sync") if before.idle else None
-    if step and waited is not None and waited < step:
-        ratio_high = step / (step - waited)
-        basis = f"frame {step * 1e3:.3g} ms, of which the device idles {waited * 1e3:.3g} ms because of syncs"
-    return _prediction(SYNC_PROMISE, SYNC_CLAIM, ratio_high, basis, syncs=before.syncs_per_step)
+    return promise(SYNC_PROMISE, without_waits(before), claim=SYNC_CLAIM, syncs=before.syncs_per_step)
 
 
 def predict_fused_norm(before: ProfileRecord) -> Prediction:
     """Both norms and sums of a layer become two launches, the final norm is one of them."""
     config = PRESETS.get(before.workload.preset)
     if config is None:
-        return _prediction(NORM_PROMISE, NORM_CLAIM, None, "a preset of other sizes, so no launches are promised")
+        bound = Bound(None, "a preset of other sizes, so no launches are promised")
+        return promise(NORM_PROMISE, bound, claim=NORM_CLAIM)
     norm = NORM_LAUNCHES + (CASTS if before.workload.dtype in ("bfloat16", "float16") else 0)
     layers, passes = layer_passes(config), config.groups
     saved = layers * (2 * norm + 2) + passes * norm - (2 * layers + passes)
@@ -64,25 +58,20 @@ def predict_fused_rope(before: ProfileRecord) -> Prediction:
 
 def predict_graph(before: ProfileRecord) -> Prediction:
     """All idle time goes, at best."""
-    step, ratio_high, basis = _step_seconds(before), None, "no busy time of a device in the profile before"
-    busy = before.idle.busy_seconds_per_step if before.idle else 0.0
-    if step and 0.0 < busy < step:
-        ratio_high = step / busy
-        basis = f"frame {step * 1e3:.3g} ms, of which the device is busy {busy * 1e3:.3g} ms"
-    return _prediction(GRAPH_PROMISE, "", ratio_high, basis)
+    return promise(GRAPH_PROMISE, without_idle(before))
 
 
 def predict_one_row(before: ProfileRecord) -> Prediction:
     """What is left is the time that the frame's bytes take, at best."""
-    step, ratio_high, basis = _step_seconds(before), None, "no measured copy speed, or one that does not bind"
+    step, bound = step_seconds(before), Bound(None, "no measured copy speed, or one that does not bind")
     floor = before.floor.seconds if before.floor else None
     if step and floor and before.floor and before.floor.share is not None and floor < step:
-        ratio_high = step / floor
-        basis = (
+        bound = Bound(
+            step / floor,
             f"frame {step * 1e3:.3g} ms; its {before.floor.bytes_per_step / 1e9:.3g} GB take {floor * 1e3:.3g} ms at "
-            "the measured copy speed"
+            "the measured copy speed",
         )
-    return _prediction(ONE_ROW_PROMISE, "", ratio_high, basis)
+    return promise(ONE_ROW_PROMISE, bound)
 
 
 def layer_passes(config: TtsConfig) -> int:
@@ -102,32 +91,11 @@ def _saved_at_site(before: ProfileRecord, number: int) -> float | None:
 
 def _launches(before: ProfileRecord, saved: float | None, text: str, claim: str) -> Prediction:
     """A frame that is bound by launches gets shorter by the average launch for each one saved."""
-    step, total = _step_seconds(before), before.launches_per_step
+    step, total = step_seconds(before), before.launches_per_step
     if saved is None or not step or not total or not 0 < saved < total:
-        return _prediction(text, claim, None, "launches at this site are counted on a GPU only", launches=saved)
-    basis = f"{saved:.0f} of {total:.0f} launches, in a frame of {step * 1e3:.3g} ms"
-    return _prediction(text, claim, total / (total - saved), basis, launches=saved)
-
-
-def _prediction(
-    text: str,
-    claim: str,
-    ratio_high: float | None,
-    basis: str,
-    *,
-    syncs: float | None = None,
-    launches: float | None = None,
-) -> Prediction:
-    return Prediction(
-        text=text,
-        claim=claim,
-        syncs_per_step=syncs,
-        launches_per_step=launches,
-        ratio_low=None if ratio_high is None else 1.0,
-        ratio_high=ratio_high,
-        basis=basis,
-    )
-
-
-def _step_seconds(before: ProfileRecord) -> float | None:
-    return statistics.median(before.steps.seconds) if before.steps and before.steps.seconds else None
+        bound = Bound(None, "launches at this site are counted on a GPU only")
+    else:
+        bound = Bound(
+            total / (total - saved), f"{saved:.0f} of {total:.0f} launches, in a frame of {step * 1e3:.3g} ms"
+        )
+    return promise(text, bound, claim=claim, launches=saved)

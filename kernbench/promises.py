@@ -1,0 +1,61 @@
+"""What the ``predict`` of a phase is made of: bounds that follow from the profile of the side before."""
+
+from __future__ import annotations
+
+import statistics
+from typing import NamedTuple
+
+from kernbench.record import Prediction, ProfileRecord
+
+
+class Bound(NamedTuple):
+    """How many times as fast a step is at best, None where nothing says it; and what that rests on, in words."""
+
+    ratio_high: float | None
+    basis: str
+
+
+def step_seconds(before: ProfileRecord) -> float | None:
+    """Median time of an unprofiled step."""
+    return statistics.median(before.steps.seconds) if before.steps and before.steps.seconds else None
+
+
+def without_waits(before: ProfileRecord) -> Bound:
+    """No host read is left: the step loses at most the idle time of the device that has one as its cause."""
+    step = step_seconds(before)
+    waited = before.idle.causes.get("sync") if before.idle else None
+    if not step or waited is None or waited >= step:
+        return Bound(None, "no idle times by cause in the profile before, so no time is promised")
+    basis = f"step {step * 1e3:.3g} ms, of which the device idles {waited * 1e3:.3g} ms because of host reads"
+    return Bound(step / (step - waited), basis)
+
+
+def without_idle(before: ProfileRecord) -> Bound:
+    """The device never idles, as in a graph at best."""
+    step = step_seconds(before)
+    busy = before.idle.busy_seconds_per_step if before.idle else 0.0
+    if not step or not 0.0 < busy < step:
+        return Bound(None, "no busy time of a device in the profile before")
+    return Bound(step / busy, f"step {step * 1e3:.3g} ms, of which the device is busy {busy * 1e3:.3g} ms")
+
+
+def promise(
+    text: str, bound: Bound, *, claim: str = "", syncs: float | None = None, launches: float | None = None
+) -> Prediction:
+    """A prediction with that bound; a phase never promises to be slower.
+
+    Args:
+        text: the promise in words.
+        claim: what the source document says of it.
+        syncs: host reads that go, per step.
+        launches: launches that go, per step.
+    """
+    return Prediction(
+        text=text,
+        claim=claim,
+        syncs_per_step=syncs,
+        launches_per_step=launches,
+        ratio_low=None if bound.ratio_high is None else 1.0,
+        ratio_high=bound.ratio_high,
+        basis=bound.basis,
+    )
