@@ -4,8 +4,10 @@ With P the weights, A = F a and E = F eps of a key, e = exp(L) relative to the q
 
     P = e (A sigma + E),  dA = sum e d sigma,  dL = e d (A (sigma + sigma') + E) + sigma dS1 [|L| <= 20] + sigma' dS2
 
-dS1 and dS2 of a key are known only when dA is, the sum over its queries. So a program with keys streams the queries
-twice: for dv, dA and the first part of dk, then for the rest of dk. dq follows in a kernel of its own, without atomics.
+dS1 and dS2 of a key are known only when dA is, the sum over its queries. So a program with keys either streams the
+queries twice, for dv, dA and the first part of dk, then for the rest of dk; or once, with sums of sigma(L) q and
+sigma'(L) q beside the others, which dS1 and dS2 multiply at the end. dq follows in a kernel of its own, without
+atomics.
 """
 
 from __future__ import annotations

@@ -13,17 +13,18 @@ factors below one, so its clip never acts and its sum is f Rr S2; of the barrier
 softmax.
 
 Nothing of size (T, T) is made. A kernel streams queries past keys for the sums and the state, a second one keys past
-queries for y. Backward, one streams queries past keys twice, for dk, dv and the state, a second one does dq; nothing
-is added atomically, so that results are the same from run to run.
+queries for y. Backward, one streams queries past keys, for dk, dv and the state, a second one does dq; nothing is added
+atomically, so that results are the same from run to run.
 
 With a seed release is stochastic, step 8 of the rule: noise on some queries, from Philox streams that the reference
 repeats; only their pairs pay for random numbers. See _presyn_drawn_kernels.
 
 Special functions, of which a multiprocessor does 16 a clock, are counted: of each pair 1.5 over keys (an exponential;
-four pairs share a reciprocal and a logarithm) and 2 over queries; backward 3 and 2 in the two streams over keys and 3
-over queries. At B 4, H 12, T 2048 one a pair is 24 us of an H200 at 1.98 GHz. There, in bfloat16 with D 64, the four
-kernels took 62, 113, 326 and 190 us, of which these are 36, 48, 121 and 72 us: they bind none, and an exponential on
-other units would only add to the 9, 16, 34 and 25 instructions a pair (3 us each) that run beside the products.
+four pairs share a reciprocal and a logarithm) and 2 over queries; backward 3 over keys and 3 over queries. At B 4,
+H 12, T 2048 one a pair is 24 us of an H200 at 1.98 GHz. There, in bfloat16 with D 64, the four kernels took 62, 113,
+296 and 190 us (each alone; the third by the difference it made to a backward pass), of which these are 36, 48, 72 and
+72 us: they bind none, and an exponential on other units would only add to the 9, 16, 28 and 25 instructions a pair
+(3 us each) that run beside the products.
 
 Cast order: the product q k^T is rounded to no dtype, weights are rounded to that of v before they mix values; the
 state's arithmetic is float32, and it is rounded to its own dtype when stored.
@@ -261,8 +262,8 @@ SPEC = KernelSpec(
         **{name: Values(least=0, most=1) for name in ("buffer", "pool", "reserve", "primed", "clamp")},
     },
     allowed={
-        "spills": "the backward pass over keys holds four tiles; those without a spill are slower (0.391 ms for 32 "
-        "queries at once against 0.326 ms for 64 with some bytes spilled, B 4, H 12, T 2048, D 64, on an H200)"
+        "spills": "of the backward pass over keys, which holds up to six tiles, the stochastic and the float32 variant "
+        "spill some bytes; tiles half as wide would take twice as many products of half the size"
     },
     differentiable=True,
     peers={"flex_attention, given our step": _presyn_cases.flex_attention},
