@@ -39,6 +39,39 @@ def without_idle(before: ProfileRecord) -> Bound:
     return Bound(step / busy, f"step {step * 1e3:.3g} ms, of which the device is busy {busy * 1e3:.3g} ms")
 
 
+class Work(NamedTuple):
+    """The least that a phase's kernels must do: seconds of it at a measured ceiling, and the same in words."""
+
+    seconds: float
+    words: str
+
+
+def down_to(before: ProfileRecord, phase: int, work: Work | None) -> Bound:
+    """The time of the phase's hotspots falls to that of ``work``; None where no ceiling was measured."""
+    spots = [spot for spot in before.hotspots if spot.phase == phase]
+    step = step_seconds(before)
+    if not spots or not step or work is None:
+        return Bound(None, "no hotspot of this phase, no step time or no measured ceiling in the profile before")
+    now = sum(spot.self_seconds_per_step for spot in spots)
+    basis = f"{now * 1e3:.3g} ms now; {work.words} take {work.seconds * 1e3:.3g} ms"
+    return Bound(step / (step - max(now - work.seconds, 0.0)) if now - work.seconds < step else None, basis)
+
+
+def launches_saved(before: ProfileRecord, phase: int, kept: int) -> float | None:
+    """Launches per step inside the phase's sites but for ``kept``; None without a GPU, as operators are no launches."""
+    spots = [spot for spot in before.hotspots if spot.phase == phase]
+    if not spots or before.environment.device.type != "cuda":
+        return None
+    return sum(spot.calls_per_step for spot in spots) - kept
+
+
+def copying(before: ProfileRecord, size: float, words: str) -> Work | None:
+    """``size`` bytes, named by ``words``, at the speed of a copy that was measured on the device."""
+    ceilings = before.environment.ceilings
+    speed = ceilings.copy_bytes_per_second if ceilings else None
+    return Work(size / speed, f"{words} at {speed / 1e9:.3g} GB/s") if speed else None
+
+
 def promise(
     text: str, bound: Bound, *, claim: str = "", syncs: float | None = None, launches: float | None = None
 ) -> Prediction:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernbench.promises import Bound, promise, step_seconds, without_idle, without_waits
+from kernbench.promises import copying, down_to, launches_saved, promise, without_idle, without_waits
 from kernbench.record import Prediction, ProfileRecord
 
 from .config import PRESETS
@@ -60,22 +60,9 @@ def predict_kernel(
     before: ProfileRecord, *, phase: int, launches: int, moved: float | None, text: str, claim: str
 ) -> Prediction:
     """All but ``launches`` launches a step of the phase's hotspots go; their time falls to that of ``moved`` bytes."""
-    spots = [spot for spot in before.hotspots if spot.phase == phase]
-    # On the CPU hotspots are operators, which call each other: their calls are not launches.
-    on_gpu = before.environment.device.type == "cuda"
-    fewer = sum(spot.calls_per_step for spot in spots) - launches if spots and on_gpu else None
-    bound = Bound(None, "no hotspot of this phase, no step time or no measured copy speed in the profile before")
-    step = step_seconds(before)
-    ceilings = before.environment.ceilings
-    speed = ceilings.copy_bytes_per_second if ceilings else None
-    if spots and step and speed and moved is not None:
-        now = sum(spot.self_seconds_per_step for spot in spots)
-        least = moved / speed
-        bound = Bound(
-            step / (step - max(now - least, 0.0)) if now - least < step else None,
-            f"{now * 1e6:.3g} us now; {moved:.3g} bytes at {speed / 1e9:.3g} GB/s take {least * 1e6:.3g} us",
-        )
-    return promise(text, bound, claim=claim, launches=fewer)
+    work = None if moved is None else copying(before, moved, f"{moved:.3g} bytes")
+    fewer = launches_saved(before, phase, launches)
+    return promise(text, down_to(before, phase, work), claim=claim, launches=fewer)
 
 
 def predict_graph(before: ProfileRecord) -> Prediction:
