@@ -264,10 +264,10 @@ def test_figures_have_both_conventions() -> None:
 
 def test_text_by_default_and_from_a_file(tmp_path: Path) -> None:
     text = module("text")
-    assert len(text.read_text(None)) > 10_000
+    assert len(text.text_to_speak(None)) > 10_000
     file = tmp_path / "words.txt"
     file.write_text("Hello")
-    ids = text.tokenize(text.read_text(str(file)), None, vocabulary=512, most=3)
+    ids = text.tokenize(text.text_to_speak(str(file)), None, vocabulary=512, most=3)
     assert ids.ids == [72, 101, 108]
     assert "stand-in" in ids.tokenizer
     assert stepped(decoder(data=str(file)), 3) != stepped(decoder(), 3)

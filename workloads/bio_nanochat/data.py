@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from kernbench.errors import KernbenchError
-
-
-def read_text(path: str | None) -> bytes:
-    """The bytes to train on.
-
-    Raises:
-        KernbenchError: the file cannot be read.
-    """
-    if path is None:
-        from pydoc_data.topics import topics
-
-        return "\n\n".join(topics[name] for name in sorted(topics)).encode()
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise KernbenchError(f"cannot read {path}: {error.strerror or error}; --data takes a file of text") from None
+from kernbench.text import read_text
 
 
 class Text:

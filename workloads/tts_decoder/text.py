@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kernbench.errors import KernbenchError
+from kernbench.text import read_text
 
 BYTES = "bytes (a stand-in: there is no tokenizer.json beside the weights)"
 
@@ -17,20 +18,13 @@ class TextIds(NamedTuple):
     tokenizer: str
 
 
-def read_text(path: str | None) -> bytes:
-    """What is spoken: the file of ``--data``, or Python's documentation topics.
+def text_to_speak(path: str | None) -> bytes:
+    """The file of ``--data``, or Python's documentation topics.
 
     Raises:
         KernbenchError: the file cannot be read, or is empty.
     """
-    if path is None:
-        from pydoc_data.topics import topics
-
-        return "\n\n".join(topics[name] for name in sorted(topics)).encode()
-    try:
-        text = Path(path).read_bytes()
-    except OSError as error:
-        raise KernbenchError(f"cannot read {path}: {error.strerror or error}; --data takes a file of text") from None
+    text = read_text(path)
     if not text:
         raise KernbenchError(f"{path} is empty; --data takes a file with the text to speak")
     return text

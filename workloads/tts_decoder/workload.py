@@ -35,7 +35,7 @@ from .decoder import Decoder
 from .fused import adapt_add_rms_norm, adapt_qk_norm_rope_cache, adapt_swiglu
 from .model import MLP, Attention, Place, Stack
 from .speech import SpeechModel, randomize
-from .text import BYTES, read_text, tokenize
+from .text import BYTES, text_to_speak, tokenize
 
 AT_THE_END = 10**9
 """Codes are read when an utterance is done, which no race of steps reaches."""
@@ -60,7 +60,7 @@ def build(
     """
     place = Place(device, dtype)
     folder = None if weights is None else Path(weights)
-    text = tokenize(read_text(data), folder, vocabulary=preset.text_vocabulary, most=preset.positions)
+    text = tokenize(text_to_speak(data), folder, vocabulary=preset.text_vocabulary, most=preset.positions)
     model = SpeechModel(preset, place)
     if folder is None:
         randomize(model, seed=seed)
