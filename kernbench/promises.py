@@ -46,6 +46,10 @@ class Work(NamedTuple):
     words: str
 
 
+NOTHING = Work(0.0, "")
+"""Where nothing says how little is left: the bound is what there is."""
+
+
 def down_to(before: ProfileRecord, phase: int, work: Work | None) -> Bound:
     """The time of the phase's hotspots falls to that of ``work``; None where no ceiling was measured."""
     spots = [spot for spot in before.hotspots if spot.phase == phase]
@@ -53,7 +57,9 @@ def down_to(before: ProfileRecord, phase: int, work: Work | None) -> Bound:
     if not spots or not step or work is None:
         return Bound(None, "no hotspot of this phase, no step time or no measured ceiling in the profile before")
     now = sum(spot.self_seconds_per_step for spot in spots)
-    basis = f"{now * 1e3:.3g} ms now; {work.words} take {work.seconds * 1e3:.3g} ms"
+    basis = f"{now * 1e3:.3g} ms of a step of {step * 1e3:.3g} ms now"
+    if work.seconds:
+        basis += f"; {work.words} take {work.seconds * 1e3:.3g} ms"
     return Bound(step / (step - max(now - work.seconds, 0.0)) if now - work.seconds < step else None, basis)
 
 
