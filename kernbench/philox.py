@@ -131,7 +131,7 @@ def _signed(word: Tensor) -> Tensor:
 def _uniform(drawn: Tensor) -> Tensor:
     """int32 as float32 in [0, 1): negative ones are mirrored by their complement."""
     positive = torch.where(drawn < 0, ~drawn, drawn).to(torch.float32)
-    return positive * torch.tensor(UNIFORM_SCALE, dtype=torch.float32, device=drawn.device)
+    return positive * torch.full((), UNIFORM_SCALE, dtype=torch.float32, device=drawn.device)
 
 
 def _box_muller(u1: Tensor, u2: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
