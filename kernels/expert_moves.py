@@ -153,6 +153,8 @@ def _move(  # type: ignore[no-untyped-def]
                     tl.store(tl.multiple_of(first + expert * row, ALIGN) + offsets, value, mask=mask)
             else:
                 tl.store(child + offsets, value, mask=mask)
+            # A later move may start from what this one left, and another thread may be the one to load it.
+            tl.debug_barrier()
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -169,7 +171,6 @@ def _turn(tensor, row, stream, noise, moves, count, LEAST: tl.constexpr, SIZE: t
             norm = tl.sqrt_rn(tl.sum(turned * turned, 0))
             made = turned / tl.maximum(norm, LEAST)
             tl.store(tensor + tl.load(move + CHILD) * row + offsets, made, mask=mask)
-            # Threads hold copies of the few elements, and a later move may start from what one of them stored.
             tl.debug_barrier()
 
 
