@@ -38,6 +38,10 @@ LEAST_NORM = tl.constexpr(1e-12)
 FATIGUE_SPAN, ENERGY_SPAN = tl.constexpr(0.02), tl.constexpr(0.01)
 """What the first two rates are of a sigmoid."""
 WARPS = 4
+MOST_ROWS = 32
+"""Tokens of a program; with 64, and 64 experts, registers spill on sm_80."""
+SUMMED = 4096
+"""Sums over tokens that are loaded at once."""
 
 
 def router_genetics_reference(
@@ -141,13 +145,17 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["parts"])  # type: ignore[untyped-decorator]
-def _genome_kernel(sums, genome, dgenome, parts, experts, xi, E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _genome_kernel(  # type: ignore[no-untyped-def]
+    sums, genome, dgenome, parts, experts, xi, E: tl.constexpr, PARTS: tl.constexpr
+):
     """One program adds sums [parts, experts] in order and fills dgenome [experts, xi] by the rule of genome."""
     expert = tl.arange(0, E)
     there = expert < experts
     total = tl.zeros([E], tl.float32)
-    for part in range(parts):
-        total += tl.load(sums + part * experts + expert, mask=there, other=0.0)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        mask = (part < parts)[:, None] & there[None, :]
+        total += tl.sum(tl.load(sums + part[:, None] * experts + expert[None, :], mask=mask, other=0.0), 0)
     row = genome + expert * xi
     fatigue = tl.sigmoid(tl.load(row, mask=there, other=0.0))
     energy = tl.sigmoid(tl.load(row + 1, mask=there, other=0.0))
@@ -218,7 +226,7 @@ def _check(
 def _tile(experts: int, features: int) -> tuple[int, int, int]:
     """Experts and features as powers of two, and tokens of a program: as many as keep its products in registers."""
     e, z = (max(16, triton.next_power_of_2(size)) for size in (experts, features))
-    return e, z, max(16, min(64, 4096 // max(e, z)))
+    return e, z, max(16, min(MOST_ROWS, 4096 // max(e, z)))
 
 
 def _forward(
@@ -257,7 +265,7 @@ def _backward(
                 dlogits.contiguous(), probe.contiguous(), place, drouter, dmean, dprobe, sums, tokens, width, experts,
                 features, e, z, rows, num_warps=WARPS,
             )  # fmt: skip
-        _genome_kernel[(1,)](sums, genome.contiguous(), dgenome, parts, experts, xi, e, num_warps=WARPS)
+        _genome_kernel[(1,)](sums, genome.contiguous(), dgenome, parts, experts, xi, e, SUMMED // e, num_warps=WARPS)
     return drouter, dmean, dprobe, dgenome
 
 
@@ -347,7 +355,7 @@ SPEC = KernelSpec(
     cost=_router_cases.cost,
     backward_cost=_router_cases.backward_cost,
     sizes={
-        "tokens": Sizes(most=150, block=64),
+        "tokens": Sizes(most=150, block=MOST_ROWS),
         "width": Sizes(least=1, most=150, block=128),
         "experts": Sizes(least=1, most=40),
         "features": Sizes(least=1, most=40),
