@@ -4,8 +4,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +115,22 @@ def test_a_rank_that_fails_ends_the_run(ranked, monkeypatch, kind, rank):
     [stage] = found.stages
     assert (stage.name, stage.status) == ("time", found.status)
     assert stage.message == ("" if code == 130 else last.removeprefix("kernbench: "))
+    assert children() == []
+
+
+def test_ctrl_c_leaves_no_rank_behind(ranked, monkeypatch):
+    monkeypatch.setenv("RANKED_FAULT", "hang:1")
+
+    def interrupt():
+        while len(children()) < 2:
+            time.sleep(0.05)
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    result = profile("--ranks", 2, "--time-limit", 60)
+    assert result.exit_code == 130, result.output
+    assert "interrupted; the stages finished so far are on disk" in result.stderr
     assert children() == []
 
 
