@@ -136,6 +136,22 @@ def test_a_saved_run_goes_on_with_its_next_move() -> None:
     assert_same(other, one)
 
 
+def test_moves_are_counted_on_when_the_phase_is_taken_out_and_put_back() -> None:
+    expected, lineage = moved(controlled("P", "adamw", torch.float64, **SETTINGS))
+    built = controlled("P", "adamw", torch.float64, **SETTINGS)
+    controller, step = built.controller, (built.model.mixtures(), built.optimizers)
+    with plan(4).applied(built):
+        controller.apply(0, step[0][0], step[1], 2)
+    controller.apply(1, step[0][1], step[1], 2)
+    with plan(4).applied(built):
+        controller.apply(0, step[0][0], step[1], 4)
+        controller.apply(1, step[0][1], step[1], 4)
+        controller.settle()
+    assert controller.lineage == lineage
+    controller.last_step = 4
+    assert_same(compare.leaves(compare.clone(built.state_dict()), ""), expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("metabolic", [True, False])
 def test_genes_in_the_router_are_the_same(metabolic: bool) -> None:
     synapses = module("synapses").TopKConfig(attn_topk=7, enable_metabolism=metabolic)

@@ -84,6 +84,9 @@ class StructuralController:
     @torch.no_grad()
     def apply(self, layer: int, mixture: SynapticMoE, optimizers: list[torch.optim.Optimizer], step: int) -> None:
         """Merge, split and reset the experts of one layer."""
+        # After a phase was taken out, moves are counted on the host again.
+        self.settle()
+        self.made = None
         for move in self.agreed(self.decide(mixture), mixture.energy.device):
             if move.kind == "merge":
                 absorb(mixture, move.parent, move.child, move.share)
