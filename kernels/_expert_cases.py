@@ -50,23 +50,20 @@ class Kind(NamedTuple):
 
 def kinds(case: Case) -> list[Kind]:
     """Weights, fast state, router, embedding and metabolism, and two optimizer states of the weights."""
-    matrix, rows, columns = (case["inputs"], case["outputs"]), (case["inputs"],), (case["outputs"],)
+    matrix, rows = (case["inputs"], case["outputs"]), (case["inputs"],)
     states = COPIED if case["inherit"] else EMPTIED
     found = [
         Kind(matrix, SHARED.value, NOISY.value, NOISE),
         Kind(matrix, KEPT.value, states.value),
-        Kind(matrix, SHARED.value, EMPTIED.value),
-        Kind(columns, SHARED.value, EMPTIED.value),
         Kind(rows, SHARED.value, HALVED.value),
         Kind((1,), ENZYME.value, COPIED.value),
-        Kind(rows, AVERAGED.value, NOISY.value, NOISE),
+        Kind(rows, AVERAGED.value, COPIED.value),
         Kind(rows, KEPT.value, COPIED.value if case["inherit"] else ERASED.value),
         Kind((EMBEDDED,), KEPT.value, TURNED.value, EMBEDDING_NOISE),
-        Kind((), KEPT.value, EMPTIED.value),
         Kind((), KEPT.value, RESTED.value),
     ]
     # In a measurement the matrices are what they are in a mixture: two weights with two states each, and H.
-    return [*found, found[0], *[found[1]] * 3] if case.large else found
+    return [*found, found[0], *[found[1]] * 3, Kind(matrix, SHARED.value, EMPTIED.value)] if case.large else found
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
