@@ -239,4 +239,4 @@ def _tiles(rows: int, count: int, inner: int, dtype: torch.dtype) -> Tiles | Non
     """None where the library's product is the faster one."""
     if dtype == torch.float32 or rows * count * inner > TINY:
         return None
-    return Tiles(32, 32, 64, 8, 4, 1) if _SMALL else Tiles(64, 64, 64, 8, 4, 3)
+    return Tiles(32, 32, 64, 8, 4, 1) if _SMALL else Tiles(64, 64, 64, 8, 8, 3)

@@ -290,16 +290,15 @@ SHIPPED = sorted(path.stem for path in (registry.builtin().root / "kernels").glo
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_kernel_that_ships_passes_for_all_architectures(name: str) -> None:
+def test_a_kernel_that_ships_builds_for_all_architectures(name: str) -> None:
+    """Its first case, in the first and last dtype; ``kernbench bench --compile-only`` has the whole matrix."""
     declaration = spec(name)
-    rows = list(builds.compile_kernel(declaration))
+    dtypes, case = sorted({min(declaration.tolerance), max(declaration.tolerance)}), declaration.cases[0].name
+    rows = list(builds.compile_kernel(declaration, cases=[case], dtypes=dtypes))
     assert {row.kernel for row in rows} == {name}
     assert [row for row in rows if not row.passed] == []
-    served = {(row.arch, row.dtype, case) for row in rows for case in row.cases}
-    assert served == {
-        (arch, dtype, case.name)
-        for arch in builds.ARCHS for dtype in declaration.tolerance for case in declaration.cases
-    }  # fmt: skip
+    served = {(row.arch, row.dtype, served) for row in rows for served in row.cases}
+    assert served == {(arch, dtype, case) for arch in builds.ARCHS for dtype in dtypes}
 
 
 def test_the_exemplars_pass_too(monkeypatch: pytest.MonkeyPatch) -> None:
