@@ -89,10 +89,12 @@ def test_a_workload_is_swept_by_its_kernels_and_the_cpu_says_what_it_does_not_me
     result = run("bench", "kasmina", "--sweep", "seeds=100,1000", "--json", "--device", "cpu", "--quiet")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
-    assert [one["kernel"] for one in found["sweeps"]] == ["seed_blend", "seed_state_update", "seed_telemetry"]
+    assert [one["kernel"] for one in found["sweeps"]] == [
+        "seed_blend", "seed_state_update", "seed_telemetry", "seed_alpha", "seed_record",
+    ]  # fmt: skip
     assert [(row["case"], row["dtype"], row["seconds"]) for row in found["results"]] == [
         ("seeds=100", "float32", None), ("seeds=1000", "float32", None),
-    ] * 3  # fmt: skip
+    ] * 5  # fmt: skip
     assert all("meant for a GPU" in row["note"] for row in found["results"])
 
 
