@@ -31,9 +31,9 @@ def analyze(paths: Sequence[Path], command: str, progress: Progress, *, page: bo
     Raises:
         KernbenchError: a file is absent, damaged or no trace; two are of one rank; the workspace cannot be written.
     """
+    workspace = registry.current()
     with progress.stage("reading"):
         files, traces = load(paths)
-    workspace = registry.current()
     run_id = runfolder.new_run_id(GROUP)
     result = AnalyzeRecord(
         run_id=run_id,

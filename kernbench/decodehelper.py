@@ -1,96 +1,70 @@
-"""A second process that decodes every other piece of a large trace, so that reading uses two cores."""
+"""A second process that decodes the latter part of a large trace, so that reading uses two cores."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-import msgspec
-
-from kernbench import kinetopiece
 from kernbench.kinetopiece import Piece
 
-_LENGTH_BYTES = 8
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What lies from byte ``start`` of a file's text to its end: the events' pieces, and metadata as JSON text."""
+
+    start: int
+    pieces: list[Piece]
+    devices: bytes
+    distributed: bytes
+
+
 class Helper:
-    """One helper process, which takes one piece at a time; :meth:`close` ends it.
+    """A process that runs :func:`kernbench.tracefile.latter_part` with these arguments; :meth:`close` ends it."""
 
-    A process that cannot start, or dies, helps no more: its caller then decodes everything itself.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, path: Path, split: int, closing: bytes) -> None:
         code = f"import sys; sys.path.insert(0, {str(_PACKAGE)!r}); from kernbench import decodehelper as d; d.serve()"
+        command = [sys.executable, "-c", code, str(path), str(split), closing.decode()]
         try:
             self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )
         except OSError:
             self._process = None
 
-    def send(self, text: bytes | memoryview) -> bool:
-        """Hand over the text of some whole events; False if nobody took it."""
-        if self._process is None or self._process.stdin is None:
-            return False
-        try:
-            _write(self._process.stdin, text)
-        except OSError:
-            self.close()
-            return False
-        return True
+    def part(self) -> Part | None:
+        """Wait for the part; None if the process could not start, died, or found the text damaged.
 
-    def receive(self) -> Piece | None:
-        """The decoded piece; None if its text was no list of events, or the helper is gone."""
+        Its caller then decodes everything itself, and says what is wrong with the text.
+        """
         if self._process is None or self._process.stdout is None:
             return None
         try:
-            piece: Piece | None = pickle.loads(_read(self._process.stdout))  # noqa: S301 (written by our own code)
-        except (OSError, EOFError):
-            self.close()
+            part: Part = pickle.load(self._process.stdout)  # noqa: S301 (written by our own code)
+        except (OSError, EOFError, pickle.UnpicklingError):
             return None
-        return piece
+        return part
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
         if self._process is not None:
             self._process.kill()
-            with contextlib.suppress(OSError):  # unsent text of a process that died
+            with contextlib.suppress(OSError):
                 self._process.communicate()
             self._process = None
 
 
 def serve() -> None:
-    """What the helper process does: decode the pieces that come in, until there are no more."""
+    """What the helper process does. If it fails, it ends without a part."""
+    from kernbench import tracefile
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    incoming, outgoing = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    while True:
-        try:
-            text = _read(incoming)
-        except EOFError:
-            return
-        try:
-            piece = kinetopiece.of_events(kinetopiece.decoded(b"".join((b"[", text, b"]")), list[kinetopiece.Event]))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            piece = None
-        _write(outgoing, pickle.dumps(piece, protocol=5))
-
-
-def _write(file: IO[bytes], data: bytes | memoryview) -> None:
-    file.write(len(data).to_bytes(_LENGTH_BYTES, "little"))
-    file.write(data)
-    file.flush()
-
-
-def _read(file: IO[bytes]) -> bytes:
-    size = file.read(_LENGTH_BYTES)
-    data = file.read(int.from_bytes(size, "little"))
-    if len(size) < _LENGTH_BYTES or len(data) < int.from_bytes(size, "little"):
-        raise EOFError("the other process has gone")
-    return data
+    path, split, closing = sys.argv[1:]
+    part = tracefile.latter_part(Path(path), int(split), closing.encode())
+    pickle.dump(part, sys.stdout.buffer, protocol=5)

@@ -8,7 +8,6 @@ from typing import Any
 
 from kernbench import record
 from kernbench.registry import Workspace
-from kernbench.report import html
 from kernbench.runfolder import Run
 
 
@@ -45,6 +44,9 @@ def publish(run: Run[Any], workspace: Workspace) -> Outcome:
 
 def render(result: record.Record, path: Path) -> None:
     """Render a record's report to ``path``, atomically; the traces beside it can be opened from the page."""
+    # Here and below: what renders pages takes a tenth of a second to load, which measuring need not wait for.
+    from kernbench.report import html
+
     traces = sorted(
         found.name for found in path.parent.glob("*.json*") if found.name not in ("record.json", "lines.json")
     )
@@ -53,6 +55,8 @@ def render(result: record.Record, path: Path) -> None:
 
 def index(workspace: Workspace) -> Path:
     """Render ``reports/index.html`` over all runs; a damaged record is listed as damaged."""
+    from kernbench.report import html
+
     entries = []
     for path in workspace.records():
         link = path.parent.relative_to(workspace.reports).as_posix() + "/report.html"

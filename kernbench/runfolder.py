@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ def now_utc() -> datetime:
 
 def new_run_id(what: str) -> str:
     """A sortable, unique id: ``20261121-142530-swap-phase0-3fa9``."""
-    return f"{now_utc():%Y%m%d-%H%M%S}-{what}-{secrets.token_hex(2)}"
+    return f"{now_utc():%Y%m%d-%H%M%S}-{what}-{os.urandom(2).hex()}"
 
 
 def make_folder(workspace: Workspace, group: str, run_id: str) -> Path:

@@ -15,9 +15,9 @@ import msgspec
 from msgspec import Raw, Struct, field
 
 from kernbench import kinetopiece
-from kernbench.decodehelper import Helper
+from kernbench.decodehelper import Helper, Part
 from kernbench.errors import KernbenchError
-from kernbench.kinetopiece import Event, decoded
+from kernbench.kinetopiece import Event, Piece, decoded
 
 WINDOW = 1 << 20
 """Bytes that are decoded at once: few enough to stay in the caches, and for the allocator to reuse their memory."""
@@ -28,8 +28,8 @@ _BETWEEN = re.compile(rb'\}\s*,\s*(?=\{\s*"(?:ph|cat|name|pid|tid|ts|dur|args|id
 _BYTE = re.compile(r" \(byte \d+\)")
 _GZIP = b"\x1f\x8b"
 _COMPRESSED_READ = 1 << 20
-# From these sizes of file on (some 200,000 events) a helper process saves more than it costs.
-_HELPED, _HELPED_GZIP = 64 << 20, 4 << 20
+# What is decoded while a helper process starts.
+_HEAD_START = 20 << 20
 
 
 class Metadata(Struct, kw_only=True):
@@ -43,18 +43,18 @@ class Metadata(Struct, kw_only=True):
 def read(path: Path, take: Callable[[T], None], decode: Callable[[list[Event]], T]) -> Metadata:
     """Give all events to ``take``, piece by piece in file order, each as what ``decode`` makes of it.
 
-    A helper process decodes half of a large file if ``decode`` is the ordinary one, :func:`kinetopiece.of_events`.
-    The metadata that is returned has no events.
+    A helper process decodes the latter part of a large file if ``decode`` is the ordinary one,
+    :func:`kinetopiece.of_events`. The metadata that is returned has no events.
 
     Raises:
         KernbenchError: the file is absent, damaged, truncated, or no Kineto trace.
     """
-    helper = None
+    pieces = None
     try:
         with ThreadPoolExecutor(1) as ahead, path.open("rb") as file:
-            if decode is kinetopiece.of_events and _worth_a_helper(file):
-                helper = Helper()
-            return _Pieces(_read_ahead(_windows(file), ahead), take, decode, helper).run(path)
+            split = _split(file) if decode is kinetopiece.of_events else None
+            pieces = _Pieces(_read_ahead(_windows(file), ahead), take, decode)
+            return pieces.run(path, split)
     except (EOFError, zlib.error) as error:
         raise KernbenchError(f"{path} is cut off or damaged ({error}); record or copy the trace again") from None
     except OSError as error:
@@ -67,8 +67,24 @@ def read(path: Path, take: Callable[[T], None], decode: Callable[[list[Event]], 
         reason = _BYTE.sub("", str(error))
         raise KernbenchError(f"{path} is cut off or no JSON ({reason}); record or copy the trace again") from None
     finally:
-        if helper is not None:
-            helper.close()
+        if pieces is not None:
+            pieces.close()
+
+
+def latter_part(path: Path, split: int, closing: bytes) -> Part:
+    """Decode what follows the first boundary between two events from byte ``split`` of the text on.
+
+    Args:
+        closing: what the text lacks at its end to be one JSON object.
+
+    Raises:
+        EOFError, OSError, zlib.error, msgspec.MsgspecError: no such part can be read.
+    """
+    decoded_pieces: list[Piece] = []
+    with ThreadPoolExecutor(1) as ahead, path.open("rb") as file:
+        windows = _read_ahead(_windows(file, split), ahead)
+        start, metadata = _Pieces(windows, decoded_pieces.append, kinetopiece.of_events).run_latter(closing)
+    return Part(split + start, decoded_pieces, bytes(metadata.devices), bytes(metadata.distributed))
 
 
 class _Pieces(Generic[T]):
@@ -78,94 +94,117 @@ class _Pieces(Generic[T]):
     boundary between two events, but was none), all that is left is decoded at once.
     """
 
-    def __init__(
-        self,
-        windows: Iterator[bytes],
-        take: Callable[[T], None],
-        decode: Callable[[list[Event]], T],
-        helper: Helper | None,
-    ) -> None:
+    def __init__(self, windows: Iterator[bytes], take: Callable[[T], None], decode: Callable[[list[Event]], T]) -> None:
         self._windows = windows
         self._take = take
         self._decode = decode
-        self._helper = helper
+        self._helper: Helper | None = None
+        self._split = 0
         self._text = b""
-        self._helped = b""  # what the helper is decoding, up to the next event
+        self._came = 0
         self._ended = False
 
-    def run(self, path: Path) -> Metadata:
+    def run(self, path: Path, split: int | None) -> Metadata:
+        """Decode the whole file; from byte ``split`` of its text on, if given, in a helper process."""
         self._more()
         while not self._text.strip():
             if self._ended:
                 raise KernbenchError(f"{path} is empty; name a Kineto trace (.json or .json.gz)")
             self._more()
         if self._text.lstrip()[:1] == b"[":
+            before, closing = Metadata(events=[]), b"}"
             self._text = self._text.lstrip()[1:]
-            self._pieces()
-            return self._rest(Metadata(events=[]), b'{"traceEvents": [', b"}")
-        while (start := _EVENTS.search(self._text)) is None and not self._ended:
-            self._more()
-        if start is None:
-            return self._rest(Metadata(events=[]))
-        try:
-            before = decoded(self._text[: start.end()] + b"]}", Metadata)
-        except msgspec.DecodeError:
-            return self._rest(Metadata(events=[]))
-        self._text = self._text[start.end() :]
-        self._pieces()
-        return self._rest(before, b'{"traceEvents": [')
-
-    def _pieces(self) -> None:
-        """Decode pieces as long as there is more in the file than is in memory."""
-        while not self._ended:
-            cut = _last_boundary(self._text)
-            if cut is None:
-                self._more()
-            elif self._helper is not None and not self._helped:
-                if self._helper.send(memoryview(self._text)[: cut[0]]):
-                    self._advance(cut[1], helped=True)
-                else:
-                    self._helper = None
-            else:
-                try:
-                    events = decoded(b"".join((b"[", memoryview(self._text)[: cut[0]], b"]")), list[Event])
-                except msgspec.DecodeError:
-                    break
-                piece = self._decode(events)
-                # Their memory is free again before the next piece needs as much.
-                del events
-                if not self._fetch_helped():
-                    return
-                self._take(piece)
-                self._advance(cut[1])
-        self._fetch_helped()
-
-    def _advance(self, to: int, *, helped: bool = False) -> None:
-        """Go on with the event at position ``to``; what lies before it is taken, or given to the helper."""
-        self._helped = self._text[:to] if helped else b""
-        self._text = self._text[to:]
-        self._more()
-
-    def _fetch_helped(self) -> bool:
-        """Take what the helper decoded. False: it could not, and the text is put back before the rest."""
-        if self._helper is None or not self._helped:
-            return True
-        piece = self._helper.receive()
-        if piece is None:
-            self._text = self._helped + self._text
         else:
-            self._take(cast(T, piece))
-        self._helped = b""
-        return piece is not None
+            while (start := _EVENTS.search(self._text)) is None and not self._ended:
+                self._more()
+            if start is None:
+                return self._rest()
+            try:
+                before, closing = decoded(self._text[: start.end()] + b"]}", Metadata), b""
+            except msgspec.DecodeError:
+                return self._rest()
+            self._text = self._text[start.end() :]
+        if split is not None:
+            self._helper, self._split = Helper(path, split, closing), split
+        after = self._events(closing)
+        return Metadata(
+            events=[],
+            devices=after.devices if bytes(after.devices) else before.devices,
+            distributed=after.distributed if bytes(after.distributed) else before.distributed,
+        )
 
-    def _rest(self, before: Metadata, opening: bytes = b"", closing: bytes = b"") -> Metadata:
+    def run_latter(self, closing: bytes) -> tuple[int, Metadata]:
+        """Decode from the first boundary between two events on; also returns the byte at which the second begins."""
+        boundary = self._boundary(0)
+        if boundary is None:
+            raise EOFError("no two events are left")
+        self._text = self._text[boundary[1] :]
+        return boundary[1], self._events(closing)
+
+    def close(self) -> None:
+        """End the helper process, whatever it is doing."""
+        if self._helper is not None:
+            self._helper.close()
+
+    def _events(self, closing: bytes) -> Metadata:
+        """Decode all events that are left; what the file says after them."""
+        if self._helper is not None:
+            self._pieces(self._split)
+            if (metadata := self._helped()) is not None:
+                return metadata
+        self._pieces()
+        return self._rest(b'{"traceEvents": [', closing)
+
+    def _pieces(self, until: int | None = None) -> None:
+        """Decode pieces as long as there is more in the file, or before byte ``until``, than is in memory."""
+        while not self._ended and (until is None or self._came < until):
+            cut = _last_boundary(self._text)
+            if cut is not None and not self._decode_to(cut):
+                return
+            self._more()
+
+    def _helped(self) -> Metadata | None:
+        """Decode up to where the helper began and take what it decoded; None if there is nothing to take."""
+        assert self._helper is not None
+        cut = self._boundary(max(self._split - self._position, 0))
+        if cut is None or not self._decode_to(cut):
+            return None
+        part = self._helper.part()
+        if part is None or part.start != self._position:
+            return None
+        for piece in part.pieces:
+            self._take(cast(T, piece))
+        return Metadata(events=[], devices=Raw(part.devices), distributed=Raw(part.distributed))
+
+    @property
+    def _position(self) -> int:
+        """The byte of the file's text at which what is in memory begins."""
+        return self._came - len(self._text)
+
+    def _boundary(self, start: int) -> tuple[int, int] | None:
+        """The first boundary between two events from position ``start`` of the text on, reading until there is one."""
+        while (found := _BETWEEN.search(self._text, start)) is None:
+            if self._ended:
+                return None
+            self._more()
+        return found.start() + 1, found.end()
+
+    def _decode_to(self, cut: tuple[int, int]) -> bool:
+        """Take the events before the boundary ``cut`` out of the text, unless that is no list of events."""
+        try:
+            events = decoded(b"".join((b"[", memoryview(self._text)[: cut[0]], b"]")), list[Event])
+        except msgspec.DecodeError:
+            return False
+        self._take(self._decode(events))
+        self._text = self._text[cut[1] :]
+        return True
+
+    def _rest(self, opening: bytes = b"", closing: bytes = b"") -> Metadata:
         parts = [opening, self._text, *self._windows, closing]
         self._text = b""
         after = decoded(b"".join(parts), Metadata)
         self._take(self._decode(after.events))
-        devices = after.devices if bytes(after.devices) else before.devices
-        distributed = after.distributed if bytes(after.distributed) else before.distributed
-        return Metadata(events=[], devices=Raw(bytes(devices)), distributed=Raw(bytes(distributed)))
+        return Metadata(events=[], devices=Raw(bytes(after.devices)), distributed=Raw(bytes(after.distributed)))
 
     def _more(self) -> None:
         """Append the next window. A text without any boundary grows by doubling, so that the scans stay linear."""
@@ -175,14 +214,20 @@ class _Pieces(Generic[T]):
             self._ended = not window
             size += len(window)
             parts.append(window)
+        self._came += size
         self._text = b"".join(parts)
 
 
-def _worth_a_helper(file: BinaryIO) -> bool:
-    """Whether decoding takes much longer than starting a process, and there is a core for it."""
+def _split(file: BinaryIO) -> int | None:
+    """Where in the text of a large file a helper process begins, so that both end at about the same time."""
     size, head = os.fstat(file.fileno()).st_size, file.read(2)
+    if head == _GZIP and size > _COMPRESSED_READ:
+        # The last member's size modulo 2^32, which is the text's in nearly all files; else the halves are unequal.
+        file.seek(-4, os.SEEK_END)
+        size = max(int.from_bytes(file.read(4), "little"), size)
     file.seek(0)
-    return size > (_HELPED_GZIP if head == _GZIP else _HELPED) and (os.cpu_count() or 1) > 1 and bool(sys.executable)
+    split = size // 2 + _HEAD_START
+    return split if split < size and (os.cpu_count() or 1) > 1 and sys.executable else None
 
 
 def _last_boundary(text: bytes) -> tuple[int, int] | None:
@@ -195,15 +240,18 @@ def _last_boundary(text: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _windows(file: BinaryIO) -> Iterator[bytes]:
-    """The file's text in windows, inflated where it is compressed."""
-    head = file.read(_COMPRESSED_READ)
-    if head[:2] == _GZIP:
-        yield from _inflated(head, lambda: file.read(_COMPRESSED_READ))
-    elif head:
-        yield head + file.read(max(WINDOW - len(head), 0))
+def _windows(file: BinaryIO, skip: int = 0) -> Iterator[bytes]:
+    """The file's text from byte ``skip`` on in windows, inflated where it is compressed."""
+    compressed = file.read(2) == _GZIP
+    file.seek(0 if compressed else skip)
+    if not compressed:
         while window := file.read(WINDOW):
             yield window
+        return
+    for window in _inflated(file.read(_COMPRESSED_READ), lambda: file.read(_COMPRESSED_READ)):
+        if skip < len(window):
+            yield window[skip:]
+        skip = max(skip - len(window), 0)
 
 
 def _inflated(data: bytes, more: Callable[[], bytes]) -> Iterator[bytes]:

@@ -117,15 +117,45 @@ def test_text_that_fills_the_window_exactly_is_no_cut_off_file(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_a_helper_process_decodes_half_of_a_large_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: kineto.Tables, compress: bool
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_helper_process_decodes_the_latter_part_of_a_large_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: kineto.Tables, compress: bool, bare: bool
 ) -> None:
     path = tmp_path / "large.json"
-    text = json.dumps(document()).encode()
+    found = document()
+    text = json.dumps(found["traceEvents"] if bare else found).encode()
     path.write_bytes(gzip.compress(text) if compress else text)
     helped = use_helper(monkeypatch)
-    assert same(kineto.read(path), whole)
-    assert len(helped) > 3 and sum(helped) > 100, "events that came from the helper"
+    tables = kineto.read(path)
+    assert tables.events == 451
+    assert tables.names == whole.names
+    assert bare or same(tables, whole)
+    assert len(helped) == 1 and 100 < helped[0] < 351, "events that came from the helper"
+
+
+def test_the_helper_may_begin_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: kineto.Tables) -> None:
+    path = tmp_path / "large.json"
+    path.write_text(json.dumps(document()))
+    helped = use_helper(monkeypatch)
+    size = path.stat().st_size
+    for split in (1, 60, size // 3, size - 2000, size - 1, 2 * size):
+        monkeypatch.setattr(tracefile, "_split", lambda _, at=split: at)
+        assert same(kineto.read(path), whole), split
+    assert len(helped) >= 1
+
+
+def test_a_helper_that_took_something_else_for_an_event_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = [{"ph": "X", "cat": "cpu_op", "name": "no event", "ts": number} for number in range(40)]
+    events = [
+        {"ph": "X", "cat": "cpu_op", "name": f"op{number}", "ts": number, "dur": 1, "args": {"inner": inner}}
+        for number in range(40)
+    ]
+    path = tmp_path / "large.json"
+    path.write_text(json.dumps({"traceEvents": events}))
+    use_helper(monkeypatch)
+    assert kineto.read(path).names == [f"op{number}" for number in range(40)]
 
 
 def test_a_helper_that_dies_is_not_missed(
@@ -133,22 +163,18 @@ def test_a_helper_that_dies_is_not_missed(
 ) -> None:
     path = tmp_path / "large.json"
     path.write_text(json.dumps(document()))
-    use_helper(monkeypatch)
-    receive = decodehelper.Helper.receive
-    sent = 0
+    helped = use_helper(monkeypatch)
+    part = decodehelper.Helper.part
 
-    def killed(self: decodehelper.Helper) -> object:
-        nonlocal sent
-        sent += 1
-        if sent == 3:
-            assert self._process is not None
-            os.kill(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        return receive(self)
+    def killed(self: decodehelper.Helper) -> decodehelper.Part | None:
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        return part(self)
 
-    monkeypatch.setattr(decodehelper.Helper, "receive", killed)
+    monkeypatch.setattr(decodehelper.Helper, "part", killed)
     assert same(kineto.read(path), whole)
-    assert sent >= 3
+    assert helped == []
 
 
 def test_a_helper_that_cannot_start_is_not_missed(
@@ -162,7 +188,7 @@ def test_a_helper_that_cannot_start_is_not_missed(
     assert helped == []
 
 
-def test_damage_in_the_helpers_half_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_in_the_helpers_part_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = json.dumps(document())
     path = tmp_path / "large.json"
     use_helper(monkeypatch)
@@ -173,22 +199,21 @@ def test_damage_in_the_helpers_half_is_one_sentence(tmp_path: Path, monkeypatch:
 
 
 def use_helper(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Small pieces, and a helper whatever the file's size; returns the sizes of the pieces it decoded."""
+    """Small pieces, and a helper whatever the file's size; returns how many events came from it, one number a file."""
     monkeypatch.setattr(tracefile, "WINDOW", 3000)
     monkeypatch.setattr(tracefile, "_COMPRESSED_READ", 500)
-    monkeypatch.setattr(tracefile, "_HELPED", 0)
-    monkeypatch.setattr(tracefile, "_HELPED_GZIP", 0)
+    monkeypatch.setattr(tracefile, "_HEAD_START", 0)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     received: list[int] = []
-    receive = decodehelper.Helper.receive
+    part = decodehelper.Helper.part
 
-    def counted(self: decodehelper.Helper) -> object:
-        piece = receive(self)
-        if piece is not None:
-            received.append(piece.events)
-        return piece
+    def counted(self: decodehelper.Helper) -> decodehelper.Part | None:
+        found = part(self)
+        if found is not None:
+            received.append(sum(piece.events for piece in found.pieces))
+        return found
 
-    monkeypatch.setattr(decodehelper.Helper, "receive", counted)
+    monkeypatch.setattr(decodehelper.Helper, "part", counted)
     return received
 
 
