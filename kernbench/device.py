@@ -21,7 +21,16 @@ from kernbench.probes import capabilities as capabilities
 GIT_TIMEOUT_SECONDS = 30
 
 WARNINGS: list[str] = []
-"""Why the device could not be asked something, each reason once; a record's ``warnings`` take them over."""
+"""What a reader of results must know: which question the device did not answer, which fallback ran; each once.
+
+A record's ``warnings`` take them over.
+"""
+
+
+def warn_once(reason: str) -> None:
+    """Add ``reason`` to the warnings, unless it is among them."""
+    if reason not in WARNINGS:
+        WARNINGS.append(reason)
 
 
 def resolve(name: str) -> torch.device:
@@ -80,7 +89,7 @@ def read_clocks(device: torch.device) -> record.Clocks | None:
     try:
         return nvml.read(_uuid(index), index)
     except nvml.UnavailableError as error:
-        _warn_once(f"clocks and throttling are not recorded: {error}")
+        warn_once(f"clocks and throttling are not recorded: {error}")
         return None
 
 
@@ -115,7 +124,7 @@ def _cuda(device: torch.device) -> record.Device:
     try:
         driver = nvml.driver_version()
     except nvml.UnavailableError as error:
-        _warn_once(f"the driver's version is not recorded: {error}")
+        warn_once(f"the driver's version is not recorded: {error}")
         driver = ""
     return record.Device(
         type="cuda",
@@ -139,8 +148,3 @@ def _cpu() -> record.Device:
 @functools.cache
 def _uuid(index: int) -> str:
     return str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
-
-
-def _warn_once(reason: str) -> None:
-    if reason not in WARNINGS:
-        WARNINGS.append(reason)

@@ -12,20 +12,18 @@ product is summed in float32 and rounded once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernbench.spec import Tolerance
 
-from . import _shared
+from . import _rows, _shared
+from ._rows import INTERPRETED
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {str(dtype).removeprefix("torch."): Tolerance() for dtype in DTYPES}
 PLAIN, LATE, EARLY = 0, 1, 2
@@ -239,21 +237,10 @@ def launch(kernel: Any, plan: Plan, device: torch.device, *tensors: Any) -> None
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, plan, torch.device("cuda", torch.cuda.current_device()), *tensors)
-    elif plan.overlap and overlaps():
-        kernel[(plan.programs,)](*tensors, *plan.compiled_in, plan.overlap, num_warps=plan.warps, launch_pdl=True)
     else:
-        kernel[(plan.programs,)](*tensors, *plan.compiled_in, PLAIN, num_warps=plan.warps)
-
-
-def overlaps() -> bool:
-    """Whether a kernel can start here before the one in front has ended: on an H100 and later, not interpreted."""
-    return not INTERPRETED.value and _dependent_launch(triton.runtime.driver.active.get_current_device())
-
-
-@cache
-def _dependent_launch(_device: int) -> bool:
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and int(target.arch) >= 90
+        overlap = plan.overlap if _rows.overlaps() else PLAIN
+        options = _rows.overlapping(overlap != PLAIN)
+        kernel[(plan.programs,)](*tensors, *plan.compiled_in, overlap, num_warps=plan.warps, **options)
 
 
 def check(kernel: str, first: Tensor, shapes: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> None:
@@ -272,13 +259,6 @@ def check(kernel: str, first: Tensor, shapes: Mapping[str, tuple[Tensor, tuple[i
         )
     if dtype not in DTYPES or not all(tensor.numel() for tensor, _ in shapes.values()):
         raise ValueError(f"{kernel} takes float32, bfloat16 and float16, at least one number of each; it got {dtype}")
-
-
-def watched() -> bool:
-    """Whether someone has to see an operator; else its function is called without the dispatcher, which saves time."""
-    return (
-        torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
-    )
 
 
 _LIBRARY = torch.library.Library("kernbench", "FRAGMENT")  # type: ignore[no-untyped-call]

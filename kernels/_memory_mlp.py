@@ -15,9 +15,9 @@ import triton
 from torch import Tensor
 from torch.nn import functional
 
-from . import _decode, _rows
 from . import _memory_mlp_kernels as kernels
 from . import _memory_mlp_state_kernels as state_kernels
+from . import _rows
 from ._memory_mlp_plans import Method, Plan, Tiles
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -118,11 +118,11 @@ def check_gates(kernel: str, weights: Sequence[Tensor], **gates: Tensor) -> None
 
 
 def _launch(kernel: Any, programs: int, arguments: Sequence[Any], tiles: Tiles | None = None, **constants: Any) -> None:
-    options = {} if tiles is None else {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    if _decode.overlaps():
-        kernel[(programs,)](*arguments, **constants, OVERLAP=True, launch_pdl=True, **options)
-    else:
-        kernel[(programs,)](*arguments, **constants, OVERLAP=False, **options)
+    overlap = _rows.overlaps()
+    options = _rows.overlapping(overlap)
+    if tiles is not None:
+        options |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    kernel[(programs,)](*arguments, **constants, OVERLAP=overlap, **options)
 
 
 def _block(weights: int) -> int:

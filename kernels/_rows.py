@@ -99,3 +99,19 @@ def _multiprocessors(device: int) -> int:
 def resident(on_each: int) -> int:
     """How many programs run at once, if so many do on each multiprocessor; few in the interpreter."""
     return INTERPRETED_PROGRAMS if INTERPRETED.value else on_each * multiprocessors()
+
+
+def overlaps() -> bool:
+    """Whether a kernel can start here before the one in front has ended: on an H100 and later, not interpreted."""
+    return not INTERPRETED.value and _dependent_launch(triton.runtime.driver.active.get_current_device())
+
+
+@cache
+def _dependent_launch(_device: int) -> bool:
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and int(target.arch) >= 90
+
+
+def overlapping(early: bool) -> dict[str, Any]:
+    """Options of a launch that may start early. They are left out where it may not, as not every backend knows them."""
+    return {"launch_pdl": True} if early else {}

@@ -22,8 +22,8 @@ GRAFTING_TO_FINE_TUNING = 0b1111000
 """Lifecycles 3 to 6, a bit each: those in which a seed blends its blueprint in, as upstream's kernels have it."""
 NEAR_ZERO = 1e-6
 """Smaller numbers count as zeros in the telemetry, as in upstream's PyTorch layer."""
-LIFECYCLE, EPOCHS, PARENT = tl.constexpr(0), tl.constexpr(2), tl.constexpr(4)
-"""Columns of a seed's state [S, 8]."""
+LIFECYCLE, BLUEPRINT, EPOCHS, STRATEGY, PARENT = (tl.constexpr(column) for column in range(5))
+"""Columns of a seed's state [S, 8]; updates of it have values for the first four."""
 TRAINING, GRAFTING, STABILIZATION, FINE_TUNING = (tl.constexpr(life) for life in (2, 3, 4, 6))
 """Those of a seed's eleven lifecycles that its bookkeeping tells apart."""
 MOST_WIDTH = 64

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Values
 
-from . import _attend, _decode
+from . import _attend, _decode, _rows
 
 LARGEST_DIM = 256
 COMBINE_WARPS = 4
@@ -225,7 +225,7 @@ def decode_attention(
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
-    call = _OPERATOR if _decode.watched() else _launch
+    call = _OPERATOR if _rows.watched() else _launch
     y: Tensor = call(qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, eps, shares)
     return y
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Values
 
-from . import _decode
+from . import _decode, _rows
 from ._decode import Tiles
 
 TABLE = {
@@ -72,7 +72,7 @@ def decode_norm_linear(
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
-    call = _OPERATOR if _decode.watched() else _launch
+    call = _OPERATOR if _rows.watched() else _launch
     y: Tensor = call(x, norm_weight, weight, eps, tiles)
     return y
 

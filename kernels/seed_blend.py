@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from kernbench.spec import KernelSpec, Sizes, Tolerance, Values
 
-from . import _decode, _rows, _seed_cases, _seed_gradients, _seeds
+from . import _rows, _seed_cases, _seed_gradients, _seeds
 from ._rows import narrow
 from ._seeds import GRAFTING_TO_FINE_TUNING, NEAR_ZERO, TABLES
 
@@ -199,7 +199,7 @@ def _forward(
                 batch, features, grid.blocks, tiles.granules, chunk // tiles.width, bank.shape[0], near_zero,
                 x_stride, bank_stride, lifecycle.stride(0), blueprint.stride(0), operator.stride(0), alpha.stride(0),
                 table == "simple", active_states, tiles.rows, grid.granules, tiles.width, grid.even,
-                grid.streams, _decode.overlaps(), num_warps=grid.warps,
+                grid.streams, _rows.overlaps(), num_warps=grid.warps,
             )  # fmt: skip
     return y, means, squares, zeros, choices
 

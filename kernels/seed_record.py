@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Sweep, Tolerance, Values
 
-from . import _decode, _rows, _seeds
+from . import _rows, _seeds
 
 SPARSE_SHARE = 0.1
 BLOCK = 128
@@ -134,9 +134,10 @@ def _launch(
     tensors = (mean, variance, sparsity, active, state, history, pointer, figures, moments, sums)
     seeds, length = _check(tensors)
     with _rows.on_device(state):
+        overlap = _rows.overlaps()
         _kernel[(triton.cdiv(seeds, BLOCK),)](
             *tensors, seeds, length, batch, features, chunk, least_epochs, SPARSE_SHARE, BLOCK,
-            _decode.overlaps(), num_warps=4, **({"launch_pdl": True} if _decode.overlaps() else {}),
+            overlap, num_warps=4, **_rows.overlapping(overlap),
         )  # fmt: skip
     torch.autograd.graph.increment_version([state, history, pointer, figures, moments, sums])
 

@@ -23,9 +23,8 @@ from torch import Tensor
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Sweep, Tolerance
 
 from . import _rows
+from ._seeds import BLUEPRINT, EPOCHS, LIFECYCLE, PARENT, STRATEGY
 
-LIFECYCLE, BLUEPRINT, EPOCHS, STRATEGY, PARENT = (tl.constexpr(column) for column in range(5))
-"""Columns of the state [S, 8]; values have the first four."""
 SET_LIFECYCLE, SET_BLUEPRINT, SET_EPOCHS, SET_STRATEGY = (tl.constexpr(1 << bit) for bit in range(4))
 COLUMNS = tl.constexpr(8)
 

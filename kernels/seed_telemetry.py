@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Sweep, Tolerance, Values
 
-from . import _decode, _rows, _seeds
+from . import _rows, _seeds
 
 
 def seed_telemetry_reference(
@@ -168,10 +168,11 @@ def _launch(
     mean, variance, sparsity = means.new_empty(seeds), means.new_empty(seeds), means.new_empty(seeds)
     means, squares, zeros = means.contiguous(), squares.contiguous(), zeros.contiguous()
     with _rows.on_device(means):
+        overlap = _rows.overlaps()
         _kernel[(triton.cdiv(seeds, at_once),)](
             means, squares, zeros, mean, variance, sparsity, batch, features, tiles.parts, tiles.granules, seeds,
-            chunk // tiles.width, tiles.rows, tiles.width, parts, at_once, granules, _decode.overlaps(),
-            num_warps=WARPS, **({"launch_pdl": True} if _decode.overlaps() else {}),
+            chunk // tiles.width, tiles.rows, tiles.width, parts, at_once, granules, overlap,
+            num_warps=WARPS, **_rows.overlapping(overlap),
         )  # fmt: skip
     return mean, variance, sparsity
 

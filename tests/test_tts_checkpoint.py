@@ -223,7 +223,6 @@ def test_a_broken_tokenizer_is_one_sentence(folder: Path) -> None:
 
 def test_bytes_for_a_checkpoint_are_said_aloud(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "WARNINGS", [])
-    monkeypatch.setattr(module("workload"), "WARNINGS", device.WARNINGS)
     loaded(folder)
     assert len(device.WARNINGS) == 1
     assert "a stand-in: there is no tokenizer.json" in device.WARNINGS[0]

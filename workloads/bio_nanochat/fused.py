@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from kernbench.device import warn_once
+
 from .attention import SynapticAttention
 from .noise import Noise
 from .presynaptic import State
-from .saying import say
 
 PresynAttention = Callable[..., tuple[Tensor, ...]]
 Attend = Callable[[SynapticAttention, Tensor, Tensor, Tensor, State, Noise | None], tuple[Tensor, State, Tensor]]
@@ -31,7 +32,7 @@ def adapt_presyn_attention(op: PresynAttention) -> Attend:
         self: SynapticAttention, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, state: State, noise: Noise | None
     ) -> tuple[Tensor, State, Tensor]:
         if self.config.dock != "qk":
-            say(TRANSPOSED)
+            warn_once(TRANSPOSED)
             return plain(self, q_BHTD, k_BHTD, v_BHTD, state, noise)
         seed = None if noise is None else noise.seed
         rates = [float(getattr(self.synapses, name)) for name in RATES]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .saying import say
+from kernbench.device import warn_once
 
 PADDED = "experts are multiplied with padding to all tokens each: grouped products take bfloat16 on a GPU"
 
@@ -100,7 +100,7 @@ def grouped_product(x_MI: Tensor, w_EIO: Tensor, groups: Groups) -> Tensor:
         product: Tensor = torch._grouped_mm(x_MI, w_EIO, offs=groups.ends)
         return product
     if x_MI.is_cuda:
-        say(PADDED)
+        warn_once(PADDED)
     first_E = groups.ends - groups.count
     place_M = torch.arange(len(x_MI), device=x_MI.device) - first_E[groups.expert]
     tokens = len(x_MI) // groups.chosen

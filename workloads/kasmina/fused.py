@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernbench.device import warn_once
+
 from . import together
 from .blueprints import TABLE
 from .layer import SPARSE_BELOW, TUNED_SHARE, KasminaLayer
-from .saying import say
 from .schedules import LINEAR
 from .state import SeedState
 from .together import BLENDING, GRAFTING_EPOCHS, Figures, Tiles
@@ -36,7 +37,7 @@ def fits(y_BH: Tensor) -> bool:
     """Whether kernels take a layer of this dtype; says so if not."""
     if y_BH.dtype != torch.float64:
         return True
-    say(NO_KERNEL)
+    warn_once(NO_KERNEL)
     return False
 
 
@@ -93,7 +94,7 @@ def adapt_measure(op: Operator) -> Callable[..., Figures]:
     @torch.no_grad()
     def measure(layer: KasminaLayer, y_BH: Tensor, tiles: Tiles | None) -> Figures:
         if tiles is None:
-            say(NO_TILES)
+            warn_once(NO_TILES)
             return _measure(layer, y_BH, tiles)
         batch, width = y_BH.shape
         return Figures(*op(*tiles, batch, width, layer.config.seeds, layer.config.chunk))
@@ -111,7 +112,7 @@ def adapt_alphas(op: Operator) -> Callable[[KasminaLayer], tuple[Tensor, Tensor]
             return _alphas(layer)
         if set(config.schedules) != {LINEAR} or not layer.training:
             if layer.training:
-                say(NO_RAMPS)
+                warn_once(NO_RAMPS)
             return _alphas(layer)
         rows_SK = layer.schedules.on_device(seeds.state_S8.device)
         alpha_S, active = op(

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernbench.device import warn_once
 from kernbench.errors import KernbenchError
 
 from . import together
 from .layer import KasminaLayer
-from .saying import say
 from .training import Training
 
 EAGER_STEPS = 3
@@ -56,7 +56,7 @@ def run_batch(self: Training, images_BF: Tensor, classes_B: Tensor) -> Tensor | 
             "phase 4 of kasmina captures a step without host reads: keep phase 0 first, or type --phases 0,4"
         )
     if images_BF.device.type != "cuda":
-        say(UNCAPTURED)
+        warn_once(UNCAPTURED)
         return _run_batch(self, images_BF, classes_B)
     captured = self.captured.setdefault(_in_place(self, images_BF.device), Captured())
     if captured.eager_steps < EAGER_STEPS:

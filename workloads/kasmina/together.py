@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernbench.device import warn_once
+
 from . import networks, ramps
 from .blueprints import MULTIPLY, SCALE, NetworkBlueprint
 from .config import BLUEPRINTS
@@ -21,7 +23,6 @@ from .controller import Tamiyo
 from .layer import SPARSE_BELOW, TUNED_SHARE, KasminaLayer
 from .lifecycle import LEAST_EPOCHS, Context, Life, guards
 from .ramps import keep
-from .saying import say
 from .schedules import ALPHA
 from .state import BLUEPRINT, ERRORS, HISTORY, LIFECYCLE, PARENT, SCORE, STABILITY, SeedState
 
@@ -45,7 +46,7 @@ class Figures(NamedTuple):
 def forward(self: KasminaLayer, x_BI: Tensor) -> Tensor:
     """``KasminaLayer.forward`` without a read. Networks of another form run seed by seed, and it says so."""
     if not all(isinstance(network, NetworkBlueprint) for network in self.networks.values()):
-        say(UNBATCHED)
+        warn_once(UNBATCHED)
         return self.forward_seed_by_seed(x_BI)
     y_BH: Tensor = self.linear(x_BI)
     alpha_S, active = alphas(self)

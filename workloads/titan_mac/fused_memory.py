@@ -7,16 +7,17 @@ computes the forward pass again, which is less work than autograd's graph costs.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from kernbench import promises
+from kernbench.device import warn_once
+from kernbench.promises import Bound
 from kernbench.record import Prediction, ProfileRecord
 
 from .memory import Commit, NeuralMemory
-from .saying import say
 
 UPDATE_CLAIM = "2-3x for the memory update, 20-30 % of the step"
 UPDATE_PROMISE = "The memory's gradient, clip, momentum and write become six launches; at best they take no time."
@@ -45,7 +46,7 @@ def adapt_memory_update(op: MemoryUpdate) -> Learn:
     ) -> None:
         hooked = has_hooks(self.weights())
         if hooked:
-            say(HOOKED)
+            warn_once(HOOKED)
         gradient_P = self.gradient(loss) if hooked or taken_gradient(loss) is not None else None
         with torch.no_grad():
             forget, decay = self.gates(x_BTD)
@@ -97,11 +98,11 @@ def predict_memory_loss(before: ProfileRecord) -> Prediction:
     return _predicted(before, 3, LOSS_PROMISE, LOSS_CLAIM)
 
 
-def _predicted(before: ProfileRecord, number: int, promise: str, claim: str) -> Prediction:
+def _predicted(before: ProfileRecord, number: int, text: str, claim: str) -> Prediction:
     """At best a site takes no time: of the device, or, where the host is what a step waits for, of its launches."""
     spots = [spot for spot in before.hotspots if spot.phase == number]
-    step = statistics.median(before.steps.seconds) if before.steps and before.steps.seconds else None
-    ratio_high, basis = None, "no hotspot of this phase or no step time in the profile before"
+    step = promises.step_seconds(before)
+    bound = Bound(None, "no hotspot of this phase or no step time in the profile before")
     if spots and step:
         busy = sum(spot.self_seconds_per_step for spot in spots)
         gain, basis = busy, f"{busy * 1e3:.3g} ms of a step of {step * 1e3:.3g} ms on the device"
@@ -109,7 +110,5 @@ def _predicted(before: ProfileRecord, number: int, promise: str, claim: str) -> 
             calls = sum(spot.calls_per_step for spot in spots)
             gain = max(busy, step * calls / before.launches_per_step)
             basis += f", {calls:.4g} of {before.launches_per_step:.4g} launches"
-        ratio_high = step / (step - gain) if gain < step else None
-    return Prediction(
-        text=promise, claim=claim, ratio_low=None if ratio_high is None else 1.0, ratio_high=ratio_high, basis=basis
-    )
+        bound = Bound(step / (step - gain) if gain < step else None, basis)
+    return promises.promise(text, bound, claim=claim)

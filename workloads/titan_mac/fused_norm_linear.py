@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 
 from torch import Tensor
 
+from kernbench import promises
+from kernbench.promises import Bound
 from kernbench.record import Prediction, ProfileRecord
 
 from .model import NORM_EPS, Block
@@ -43,16 +44,10 @@ def adapt_hidden(op: RmsNormLinear) -> Callable[[Block, Tensor], Tensor]:
 def predict_fused_norm_linear(before: ProfileRecord) -> Prediction:
     """What the sites take besides their matrix products goes, at best."""
     spots = [spot for spot in before.hotspots if spot.phase == 4 and spot.op not in PRODUCTS]
-    step = statistics.median(before.steps.seconds) if before.steps and before.steps.seconds else None
-    ratio_high, basis = None, "no hotspot of this phase or no step time in the profile before"
+    step = promises.step_seconds(before)
+    bound = Bound(None, "no hotspot of this phase or no step time in the profile before")
     if spots and step:
         besides = sum(spot.self_seconds_per_step for spot in spots)
-        ratio_high = step / (step - besides) if besides < step else None
         basis = f"norms and GELU {besides * 1e3:.3g} ms of a step of {step * 1e3:.3g} ms, matrix products left out"
-    return Prediction(
-        text=NORM_LINEAR_PROMISE,
-        claim=NORM_LINEAR_CLAIM,
-        ratio_low=None if ratio_high is None else 1.0,
-        ratio_high=ratio_high,
-        basis=basis,
-    )
+        bound = Bound(step / (step - besides) if besides < step else None, basis)
+    return promises.promise(NORM_LINEAR_PROMISE, bound, claim=NORM_LINEAR_CLAIM)

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernbench.device import warn_once
 from kernbench.errors import KernbenchError
 
 from .adamw import DeviceState
 from .cms import TRAIN_EVERY, active_levels
 from .optimizer import DeepNestedOptimizer
 from .phases import step_on_device, step_optimizer
-from .saying import say
 from .training import Training
 
 NUMBER = 6
@@ -81,12 +81,12 @@ def fixed_batch(self: Training, index: int) -> Tensor:
 def advance(self: Training, tokens_BT: Tensor) -> Tensor:
     """``Training.advance`` by a replay, or where there is no GPU by the same code as it stands."""
     if tokens_BT.device.type != "cuda":
-        say(UNCAPTURED)
+        warn_once(UNCAPTURED)
         return _advance(self, tokens_BT)
     graphs: Graphs = self.kept[KEY]
     self.optimizer.count_call()
     if _has_hooks(self.model):
-        say(HOOKED)
+        warn_once(HOOKED)
         return _launch(self, tokens_BT)
     if graphs.state is not self.optimizer.device_state:
         graphs.captured.clear()

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernbench.device import warn_once
+
 from .cms import Momenta, gradient_of
 from .memory import NeuralMemory
 from .optimizer import DeepNestedOptimizer, LearningRateController
-from .saying import say
 from .training import LOG_FREQ, LOSSES_KEPT, Training
 
 FusedAdamW = Callable[..., None]
@@ -169,7 +170,7 @@ def adapt_fused_cms(op: FusedCms) -> Callable[[Momenta, Any, Any, int], None]:
 def move_parameters(self: DeepNestedOptimizer, lr: list[float] | Tensor, ok: bool | Tensor) -> None:
     """``DeepNestedOptimizer.move_parameters``, which says so where there is nothing for phase 5 to replace."""
     if self.momenta is None:
-        say(NOT_CMS)
+        warn_once(NOT_CMS)
     _move_parameters(self, lr, ok)
 
 

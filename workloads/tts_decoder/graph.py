@@ -6,7 +6,6 @@ for the end token.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernbench import device
+from kernbench.device import warn_once
 from kernbench.errors import KernbenchError
 
 from . import onerow
@@ -83,7 +82,7 @@ def replayed_frame(self: Decoder) -> None:
         if self.place.device.type == "cuda":
             _captured_frame(self, kept)
         else:
-            _say_uncaptured()
+            warn_once(UNCAPTURED)
             _frame(self)
     self.position += 1
     kept.counted = self.position
@@ -112,11 +111,6 @@ def _check_phases() -> None:
             "phase 4 of tts-decoder captures a frame without host reads and with a cache that stays where it is: "
             "keep phases 0 and 3 first, or type --phases 0,3,4"
         )
-
-
-@functools.cache
-def _say_uncaptured() -> None:
-    device.WARNINGS.append(UNCAPTURED)
 
 
 def _counting(decoder: Decoder) -> Counting:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from kernbench.device import WARNINGS
+from kernbench.device import warn_once
 from kernbench.workload import Peer, Phase, Swap, Workload
 
 from . import checkpoint, checks, graph, onerow, peers, predictions, syncfree
@@ -66,8 +66,8 @@ def build(
         randomize(model, seed=seed)
     else:
         checkpoint.load(model, folder)
-        if text.tokenizer == BYTES and BYTES_SPOKEN not in WARNINGS:
-            WARNINGS.append(BYTES_SPOKEN)
+        if text.tokenizer == BYTES:
+            warn_once(BYTES_SPOKEN)
     for weight in model.parameters():
         weight.requires_grad_(False)
     return Decoder(model, preset, place, seed=seed, text_ids=text.ids)
