@@ -87,7 +87,9 @@ def write(path: Path, events: int) -> None:
     head = {key: value for key, value in document.items() if key != "traceEvents"}
     with path.open("w") as file:
         file.write(json.dumps(head)[:-1] + ',\n  "traceEvents": [\n')
-        file.write(",\n".join(json.dumps(event) for event in repeated(document, events)))
+        # Piece by piece, as Linux counts in a process's peak what its parent held when it started.
+        for number, event in enumerate(repeated(document, events)):
+            file.write((",\n" if number else "") + json.dumps(event))
         file.write("\n  ]\n}\n")
 
 

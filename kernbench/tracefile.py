@@ -19,7 +19,7 @@ from kernbench.decodehelper import Helper, Part
 from kernbench.errors import KernbenchError
 from kernbench.kinetopiece import Event, Piece, decoded
 
-WINDOW = 1 << 20
+WINDOW = 1 << 19
 """Bytes that are decoded at once: few enough to stay in the caches, and for the allocator to reuse their memory."""
 T = TypeVar("T")
 

@@ -261,6 +261,29 @@ def check(kernel: str, first: Tensor, shapes: Mapping[str, tuple[Tensor, tuple[i
         raise ValueError(f"{kernel} takes float32, bfloat16 and float16, at least one number of each; it got {dtype}")
 
 
+def check_tables(
+    kernel: str, device: torch.device, tables: Mapping[str, Tensor], position: Tensor, column: int
+) -> None:
+    """Contiguous int64 tables of one shape [M, G] with this column, and a position [1] int64, all on the device.
+
+    Raises:
+        ValueError: one is not.
+    """
+    shape = next(iter(tables.values())).shape
+    for name, (tensor, wanted) in {
+        **{name: (table, shape) for name, table in tables.items()},
+        "position": (position, (1,)),
+    }.items():
+        fits = tensor.shape == wanted and tensor.dtype == torch.int64 and tensor.device == device
+        if not fits or not tensor.is_contiguous():
+            raise ValueError(
+                f"{kernel} takes {name} contiguous, {list(wanted)}, int64, on {device}; it is {list(tensor.shape)} "
+                f"with strides {list(tensor.stride())}, {tensor.dtype}, on {tensor.device}"
+            )
+    if len(shape) != 2 or not shape[0] or not 0 <= column < shape[1]:
+        raise ValueError(f"{kernel} takes tables [positions, codes] with a column {column}; they are {list(shape)}")
+
+
 _LIBRARY = torch.library.Library("kernbench", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
