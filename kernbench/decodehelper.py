@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +26,17 @@ class Part:
     distributed: bytes
 
 
-class Helper:
-    """A process that runs :func:`kernbench.tracefile.latter_part` with these arguments; :meth:`close` ends it."""
+Decode = Callable[[Path, int, bytes], Part]
 
-    def __init__(self, path: Path, split: int, closing: bytes) -> None:
-        code = f"import sys; sys.path.insert(0, {str(_PACKAGE)!r}); from kernbench import decodehelper as d; d.serve()"
+
+class Helper:
+    """A process that calls ``decode``, a function of a module, with these arguments; :meth:`close` ends it."""
+
+    def __init__(self, decode: Decode, path: Path, split: int, closing: bytes) -> None:
+        code = (
+            f"import sys; sys.path.insert(0, {str(_PACKAGE)!r}); from {decode.__module__} import {decode.__name__}; "
+            f"from {__name__} import serve; serve({decode.__name__})"
+        )
         command = [sys.executable, "-c", code, str(path), str(split), closing.decode()]
         try:
             self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
@@ -60,11 +67,8 @@ class Helper:
             self._process = None
 
 
-def serve() -> None:
+def serve(decode: Decode) -> None:
     """What the helper process does. If it fails, it ends without a part."""
-    from kernbench import tracefile
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     path, split, closing = sys.argv[1:]
-    part = tracefile.latter_part(Path(path), int(split), closing.encode())
-    pickle.dump(part, sys.stdout.buffer, protocol=5)
+    pickle.dump(decode(Path(path), int(split), closing.encode()), sys.stdout.buffer, protocol=5)

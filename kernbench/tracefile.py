@@ -125,7 +125,7 @@ class _Pieces(Generic[T]):
                 return self._rest()
             self._text = self._text[start.end() :]
         if split is not None:
-            self._helper, self._split = Helper(path, split, closing), split
+            self._helper, self._split = Helper(latter_part, path, split, closing), split
         after = self._events(closing)
         return Metadata(
             events=[],
