@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,13 +18,13 @@ from torch.nn import functional
 from . import _memory_mlp_kernels as kernels
 from . import _memory_mlp_state_kernels as state_kernels
 from . import _rows
-from ._memory_mlp_plans import Method, Plan, Tiles
+from ._memory_mlp_operands import Operands
+from ._memory_mlp_plans import Method, Tiles, launch
 
 DTYPES = (torch.float32, torch.bfloat16)
 _SMALL = _rows.INTERPRETED.value
 BLOCK = 512 if _SMALL else 1024
 SUM_ROWS, SUM_COLUMNS = (4, 16) if _SMALL else (32, 32)
-TURN_BLOCK = 32 if _SMALL else 64
 MOST_SQUARES = 16 if _SMALL else 4096
 """So many sums of squares every program of the write adds up itself; of more it would read too much."""
 LOSS_BLOCK = 16 if _SMALL else 1024
@@ -33,12 +33,14 @@ LOSS_BLOCK = 16 if _SMALL else 1024
 class Saved(NamedTuple):
     """What the forward pass leaves: z1 and silu(z1) [N, H], y - v [N, M], sums of its columns, and parts of the loss.
 
-    ``hidden_turned`` [H, N] and ``error_turned`` [M, N] hold the same where the plan wants that, else nothing.
+    ``error_ready`` [N, M] holds the same as products take it, where that is in TF32, ``hidden_turned`` [H, N] and
+    ``error_turned`` [M, N] where the plan wants them; else these hold nothing. silu(z1) is wanted by products alone.
     """
 
     before: Tensor
     hidden: Tensor
     error: Tensor
+    error_ready: Tensor
     error_sums: Tensor
     hidden_turned: Tensor
     error_turned: Tensor
@@ -117,14 +119,6 @@ def check_gates(kernel: str, weights: Sequence[Tensor], **gates: Tensor) -> None
             )
 
 
-def _launch(kernel: Any, programs: int, arguments: Sequence[Any], tiles: Tiles | None = None, **constants: Any) -> None:
-    overlap = _rows.overlaps()
-    options = _rows.overlapping(overlap)
-    if tiles is not None:
-        options |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    kernel[(programs,)](*arguments, **constants, OVERLAP=overlap, **options)
-
-
 def _block(weights: int) -> int:
     """Elements of one program where every weight is one; the interpreter has few programs for many weights."""
     return BLOCK if not _SMALL or weights < 2**13 else 2**15
@@ -134,65 +128,67 @@ def _sizes(tiles: Tiles) -> dict[str, int]:
     return {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "INNER": tiles.inner}
 
 
-def forward(key: Tensor, value: Tensor, weights: Sequence[Tensor], method: Method) -> Saved:
-    """Two launches: z1 with its SiLU, and what is missing to the values."""
-    plan = method.plan
-    hidden_width, value_width = weights[0].shape[0], value.shape[1]
-    before, hidden, hidden_turned, error_turned = empty_saved(key, value, hidden_width, plan)
-    error = torch.empty_like(value)
-    error_sums = empty_sums(value, plan)
-    programs = error_sums.shape[0] * triton.cdiv(value_width, plan.error.columns)
-    losses = key.new_empty(programs, dtype=torch.float32)
-    _hidden(method, key, weights, before, hidden, hidden_turned)
-    _error(method, hidden, weights, value, error, error_turned, losses, error_sums)
-    return Saved(before, hidden, error, error_sums, hidden_turned, error_turned, losses)
+def forward(value: Tensor, weights: Sequence[Tensor], operands: Operands, method: Method, *, keep_error: bool) -> Saved:
+    """Two launches: z1 with its SiLU, and what is missing to the values, which need not be kept but for products."""
+    key, inner, outer = operands.forward
+    saved = empty_saved(key, value, inner.shape[0], method)
+    if not keep_error and saved.error_ready.numel():
+        saved = saved._replace(error=saved.error_ready)
+    _hidden(method, key, inner, weights[1], saved)
+    _error(method, outer, weights[3], value, saved, keep=saved.error is not saved.error_ready)
+    return saved
 
 
-def _hidden(
-    method: Method, key: Tensor, weights: Sequence[Tensor], before: Tensor, hidden: Tensor, turned: Tensor
-) -> None:
-    tiles, (rows, width), columns = method.plan.hidden, key.shape, before.shape[1]
+def _hidden(method: Method, key: Tensor, weight: Tensor, bias: Tensor, saved: Saved) -> None:
+    tiles, (rows, width), columns = method.plan.hidden, key.shape, saved.before.shape[1]
     across = triton.cdiv(columns, tiles.columns)
-    _launch(
+    launch(
         kernels.hidden_kernel,
         triton.cdiv(rows, tiles.rows) * across,
-        (key, weights[0], weights[1], before, hidden, turned, rows, width, columns, across),
+        (key, weight, bias, saved.before, saved.hidden, saved.hidden_turned, rows, width, columns, across),
         tiles,
         EVEN=width % tiles.inner == 0, TURNED=method.plan.turned, PRECISION=method.precision, **_sizes(tiles),
     )  # fmt: skip
 
 
-def _error(
-    method: Method, hidden: Tensor, weights: Sequence[Tensor], value: Tensor, error: Tensor, turned: Tensor,
-    losses: Tensor, sums: Tensor,
-) -> None:  # fmt: skip
-    tiles, (rows, width), columns = method.plan.error, hidden.shape, value.shape[1]
+def _error(method: Method, weight: Tensor, bias: Tensor, value: Tensor, saved: Saved, *, keep: bool) -> None:
+    tiles, (rows, width), columns = method.plan.error, saved.hidden.shape, value.shape[1]
     across = triton.cdiv(columns, tiles.columns)
-    _launch(
+    launch(
         kernels.error_kernel,
-        losses.numel(),
-        (hidden, weights[2], weights[3], value, error, turned, losses, sums, rows, width, columns, across),
+        saved.losses.numel(),
+        (
+            saved.hidden, weight, bias, value, saved.error, saved.error_ready, saved.error_turned, saved.losses,
+            saved.error_sums, rows, width, columns, across,
+        ),
         tiles,
-        EVEN=width % tiles.inner == 0, TURNED=method.plan.turned, PRECISION=method.precision, **_sizes(tiles),
+        EVEN=width % tiles.inner == 0, TURNED=method.plan.turned, KEEP=keep, PRECISION=method.precision,
+        **_sizes(tiles),
     )  # fmt: skip
 
 
-def empty_saved(key: Tensor, value: Tensor, hidden_width: int, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For z1 and h, and for h and y - v turned, which hold nothing where the plan does not want them."""
-    before = key.new_empty(key.shape[0], hidden_width)
-    turned = [key.new_empty((one.shape[1], one.shape[0]) if plan.turned else 0) for one in (before, value)]
-    return before, torch.empty_like(before), turned[0], turned[1]
-
-
-def empty_sums(value: Tensor, plan: Plan) -> Tensor:
-    """For the sums over the rows of each tile of the error."""
-    return value.new_empty(triton.cdiv(value.shape[0], plan.error.rows), value.shape[1], dtype=torch.float32)
+def empty_saved(key: Tensor, value: Tensor, hidden_width: int, method: Method) -> Saved:
+    """Memory for all of it."""
+    plan, rows = method.plan, key.shape[0]
+    before = key.new_empty(rows, hidden_width)
+    down = triton.cdiv(rows, plan.error.rows)
+    hidden_turned, error_turned = (key.new_empty((one.shape[1], rows) if plan.turned else 0) for one in (before, value))
+    return Saved(
+        before,
+        torch.empty_like(before),
+        torch.empty_like(value),
+        torch.empty_like(value) if method.precision == "tf32" else value.new_empty(0),
+        value.new_empty(down, value.shape[1], dtype=torch.float32),
+        hidden_turned,
+        error_turned,
+        value.new_empty(down * triton.cdiv(value.shape[1], plan.error.columns), dtype=torch.float32),
+    )
 
 
 def loss_of(saved: Saved) -> Tensor:
     """The mean square of the error, 0-dim, in one launch."""
     loss = saved.error.new_empty(())
-    _launch(
+    launch(
         state_kernels.loss_kernel,
         1,
         (saved.losses, loss, float(saved.error.numel()), saved.losses.numel()),
@@ -202,9 +198,10 @@ def loss_of(saved: Saved) -> Tensor:
 
 
 def gradients(
-    key: Tensor, weights: Sequence[Tensor], saved: Saved, gradient: Tensor, method: Method, *, with_key: bool
+    key: Tensor, weights: Sequence[Tensor], operands: Operands, saved: Saved, gradient: Tensor, method: Method, *,
+    with_key: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Three launches or four: fills gradient [P], float32; sums of squares of its blocks, and the keys' gradient.
+    """Three launches: fills gradient [P], float32; sums of squares of its blocks, and the keys' gradient.
 
     That one holds nothing unless it is wanted.
     """
@@ -219,13 +216,12 @@ def gradients(
     through = torch.empty_like(saved.hidden) if with_key or not plan.turned else nothing
     through_turned = torch.empty_like(saved.hidden_turned)
     key_gradient = torch.empty_like(key) if with_key else nothing
-    inner, outer, right, hidden = weights[0], weights[2], key, saved.hidden
-    if plan.turned:
-        right, outer, inner = _turn(key, outer, inner, method.precision, with_inner=with_key)
-        hidden = saved.hidden_turned
+    right, inner, outer = operands.backward
+    error = saved.error_ready if saved.error_ready.numel() else saved.error
+    hidden = saved.hidden_turned if plan.turned else saved.hidden
     shape = (rows, value_width, hidden_width)
     _backward(
-        plan.outer, method, shape, saved.error, saved.error_turned, outer, hidden, saved.before, through,
+        plan.outer, method, shape, error, saved.error_turned, outer, hidden, saved.before, through,
         through_turned, hidden_sums, outer_partials, scale, slope=True,
     )  # fmt: skip
     shape = (rows, hidden_width, key.shape[1])
@@ -240,7 +236,7 @@ def gradients(
     ]
     *ends, programs = accumulate(counts)
     squares = key.new_empty(programs, dtype=torch.float32)
-    _launch(
+    launch(
         state_kernels.gather_kernel,
         programs,
         (
@@ -250,29 +246,6 @@ def gradients(
         SPLITS=splits, BLOCK=block, SUM_ROWS=SUM_ROWS, SUM_COLUMNS=SUM_COLUMNS,
     )  # fmt: skip
     return squares, key_gradient
-
-
-def _turn(
-    key: Tensor, outer: Tensor, inner: Tensor, precision: str, *, with_inner: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One launch: key [N, D] and W2 [M, H] turned, and W1 [H, D] where it is wanted."""
-    (rows, width), (value_width, hidden_width) = key.shape, outer.shape
-    key_turned, outer_turned = key.new_empty(width, rows), key.new_empty(hidden_width, value_width)
-    inner_turned = key.new_empty((width, hidden_width) if with_inner else 0)
-    down, across, hidden_across, value_down = (
-        triton.cdiv(size, TURN_BLOCK) for size in (rows, width, hidden_width, value_width)
-    )
-    inner_programs = hidden_across * across if with_inner else 0
-    _launch(
-        kernels.turn_kernel,
-        down * across + inner_programs + value_down * hidden_across,
-        (
-            key, key_turned, outer, outer_turned, inner, inner_turned, rows, width, hidden_width, value_width,
-            down * across, inner_programs, across, hidden_across,
-        ),
-        BLOCK=TURN_BLOCK, PRECISION=precision,
-    )  # fmt: skip
-    return key_turned, outer_turned, inner_turned
 
 
 def _backward(
@@ -286,7 +259,7 @@ def _backward(
     across, down = triton.cdiv(columns, tiles.columns), triton.cdiv(inner, tiles.rows)
     weight_programs = down * across * partials.shape[0]
     row_programs = triton.cdiv(rows, tiles.rows) * across if slope or out.numel() else 0
-    _launch(
+    launch(
         kernels.backward_kernel,
         weight_programs + row_programs,
         (
@@ -310,7 +283,7 @@ def write(
     block = _block(momentum.numel())
     *ends, programs = accumulate(triton.cdiv(size, block) for size in sizes)
     count = squares.numel()
-    _launch(
+    launch(
         state_kernels.write_kernel,
         programs,
         (*weights, momentum, gradient, squares, forget, decay, step_size, clip, *sizes, *ends, count),
@@ -323,7 +296,7 @@ def squares_of(gradient: Tensor) -> Tensor:
     block = _block(gradient.numel())
     programs = triton.cdiv(gradient.numel(), block)
     squares = gradient.new_empty(programs)
-    _launch(state_kernels.squares_kernel, programs, (gradient, squares, gradient.numel()), BLOCK=block)
+    launch(state_kernels.squares_kernel, programs, (gradient, squares, gradient.numel()), BLOCK=block)
     return squares
 
 
@@ -333,7 +306,7 @@ def scaled(upstream: Tensor, key_gradient: Tensor, error: Tensor, gradient: Tens
     sizes = [one.numel() for one in out]
     block = _block(gradient.numel())
     *ends, programs = accumulate(triton.cdiv(size, block) for size in (*sizes[2:], *sizes[:2]))
-    _launch(
+    launch(
         state_kernels.scale_kernel,
         programs,
         (upstream, key_gradient, error, gradient, *out, 2.0 / error.numel(), *sizes, *ends),

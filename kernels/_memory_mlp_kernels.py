@@ -37,9 +37,9 @@ def _product(  # type: ignore[no-untyped-def]
             a = tl.load(left, mask=there[None, :], other=0.0)
             b = tl.load(right, mask=there[:, None], other=0.0)
         if INTERPRETED:
-            # The interpreter multiplies the bits of bfloat16 numbers.
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
+            # The interpreter multiplies the bits of bfloat16 numbers, and all bits of float32 ones.
+            a = _as_multiplied(a.to(tl.float32), PRECISION)
+            b = _as_multiplied(b.to(tl.float32), PRECISION)
         total = tl.dot(a, b, total, input_precision=PRECISION)
         left += INNER * left_inner
         right += INNER * right_inner
@@ -47,8 +47,21 @@ def _product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _ready(x, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x, float32, as it goes into a product: the nearest number in TF32, where hardware would cut off the bits."""
+def _as_multiplied(x, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x, float32, as tensor cores see it in TF32: without its last 13 bits, which are cut off and not rounded."""
+    if PRECISION == "tf32":
+        x = (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def ready(x, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x, float32, as it goes into a product: in TF32 the nearest number there is, even on ties.
+
+    Neither tl.dot nor the tensor cores round. What they cut off has the sign of x, so that every product is too small
+    and errors of a sum add up, where those of rounding cancel. Operands are rounded where they are written, since on a
+    Hopper GPU the right one goes from memory to the tensor cores without passing a register.
+    """
     if PRECISION == "tf32":
         bits = x.to(tl.uint32, bitcast=True)
         nearest = ((bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000).to(tl.float32, bitcast=True)
@@ -57,42 +70,58 @@ def _ready(x, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def turn_kernel(  # type: ignore[no-untyped-def]
-    key, key_turned, outer, outer_turned, inner, inner_turned, rows, width, hidden_width, value_width, key_programs,
-    inner_programs, key_across, hidden_across, BLOCK: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+def operand_kernel(  # type: ignore[no-untyped-def]
+    key, key_ready, key_turned, inner, inner_ready, inner_turned, outer, outer_ready, outer_turned,
+    rows, width, hidden_width, value_width, key_programs, inner_programs, key_across, hidden_across,
+    BLOCK: tl.constexpr, STRAIGHT: tl.constexpr, TURNED: tl.constexpr, INNER_TURNED: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program turns a tile of key [N, D], of inner [H, D] or of outer [M, H]; so many programs for each in turn."""
+    """One program copies a tile of key [N, D], of inner [H, D] or of outer [M, H]; so many programs for each in turn.
+
+    STRAIGHT asks for copies of the same shape, TURNED for turned ones, of inner only with INNER_TURNED.
+    """
     program = tl.program_id(0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if program < key_programs:
-        _turned(key, key_turned, program, rows, width, key_across, BLOCK, PRECISION)
+        _copied(key, key_ready, key_turned, program, rows, width, key_across, BLOCK, STRAIGHT, TURNED, PRECISION)
     elif program < key_programs + inner_programs:
-        _turned(inner, inner_turned, program - key_programs, hidden_width, width, key_across, BLOCK, PRECISION)
+        program -= key_programs
+        _copied(
+            inner, inner_ready, inner_turned, program, hidden_width, width, key_across,
+            BLOCK, STRAIGHT, INNER_TURNED, PRECISION,
+        )  # fmt: skip
     else:
         program -= key_programs + inner_programs
-        _turned(outer, outer_turned, program, value_width, hidden_width, hidden_across, BLOCK, PRECISION)
+        _copied(
+            outer, outer_ready, outer_turned, program, value_width, hidden_width, hidden_across,
+            BLOCK, STRAIGHT, TURNED, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _turned(  # type: ignore[no-untyped-def]
-    source, target, program, rows, columns, across, BLOCK: tl.constexpr, PRECISION: tl.constexpr
-):
-    """A tile of source [rows, columns], to its place in target [columns, rows]."""
+def _copied(  # type: ignore[no-untyped-def]
+    source, straight, turned, program, rows, columns, across,
+    BLOCK: tl.constexpr, STRAIGHT: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of source [rows, columns], to its place in straight [rows, columns] and turned [columns, rows]."""
     row = program // across * BLOCK + tl.arange(0, BLOCK)
     column = program % across * BLOCK + tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
-    found = tl.load(source + row[:, None].to(tl.int64) * columns + column[None, :], mask=mask, other=0.0)
-    tl.store(target + column[None, :].to(tl.int64) * rows + row[:, None], _ready(found, PRECISION), mask=mask)
+    place = row[:, None].to(tl.int64) * columns + column[None, :]
+    found = ready(tl.load(source + place, mask=mask, other=0.0), PRECISION)
+    if STRAIGHT:
+        tl.store(straight + place, found, mask=mask)
+    if TURNED:
+        tl.store(turned + column[None, :].to(tl.int64) * rows + row[:, None], found, mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def hidden_kernel(  # type: ignore[no-untyped-def]
     key, weight, bias, before, hidden, turned, rows, width, columns, across,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program handles a tile of before and hidden [N, H] = silu(before), of key [N, D] and weight [H, D].
 
@@ -114,24 +143,22 @@ def hidden_kernel(  # type: ignore[no-untyped-def]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(before + place, z, mask=mask)
     z = z.to(tl.float32)
-    silu = z / (1.0 + tl.exp(-z))
+    silu = ready(z / (1.0 + tl.exp(-z)), PRECISION)
     if TURNED:
-        silu = _ready(silu, PRECISION)
         tl.store(turned + column[None, :].to(tl.int64) * rows + row[:, None], silu, mask=mask)
     tl.store(hidden + place, narrow(silu, DTYPE), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def error_kernel(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, value, error, turned, losses, sums, rows, width, columns, across,
+    hidden, weight, bias, value, error, error_ready, turned, losses, sums, rows, width, columns, across,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program handles a tile of error [N, M] = hidden [N, H] times weight [M, H], plus bias, minus value [N, M].
 
-    With TURNED it goes to turned [M, N] too. losses [programs] gets the sum of its squares, sums [tiles of N, M] those
-    of its columns.
+    As operand it goes to error_ready [N, M] in TF32, where without KEEP it goes nowhere else, and with TURNED to turned
+    [M, N]. losses [programs] gets the sum of its squares, sums [tiles of N, M] those of its columns.
     """
     down = tl.program_id(0) // across
     row = down * ROWS + tl.arange(0, ROWS)
@@ -149,10 +176,14 @@ def error_kernel(  # type: ignore[no-untyped-def]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     target = tl.load(value + place, mask=mask, other=0.0).to(tl.float32)
     missed = narrow(narrow(total, DTYPE).to(tl.float32) - target, DTYPE)
-    tl.store(error + place, missed, mask=mask)
+    if KEEP:
+        tl.store(error + place, missed, mask=mask)
     missed = tl.where(mask, missed.to(tl.float32), 0.0)
+    operand = ready(missed, PRECISION)
+    if PRECISION == "tf32":
+        tl.store(error_ready + place, operand, mask=mask)
     if TURNED:
-        tl.store(turned + column[None, :].to(tl.int64) * rows + row[:, None], _ready(missed, PRECISION), mask=mask)
+        tl.store(turned + column[None, :].to(tl.int64) * rows + row[:, None], operand, mask=mask)
     tl.store(losses + tl.program_id(0), tl.sum(missed * missed))
     tl.store(sums + down.to(tl.int64) * columns + column, tl.sum(missed, 0), mask=column < columns)
 
@@ -215,8 +246,8 @@ def backward_kernel(  # type: ignore[no-untyped-def]
             result = narrow(total, DTYPE)
             kept = tl.where(mask, result.to(tl.float32), 0.0)
             tl.store(sums + (program // across).to(tl.int64) * columns + column, tl.sum(kept, 0), mask=column < columns)
+            result = ready(result, PRECISION)
             if TURNED:
-                result = _ready(result, PRECISION)
                 tl.store(out_turned + column[None, :].to(tl.int64) * rows + row[:, None], result, mask=mask)
         else:
             result = narrow(total * scale, DTYPE)

@@ -5,8 +5,9 @@ Shapes: N rows, D width of keys, H hidden width, M width of values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -95,20 +96,34 @@ _INTERPRETED_WHOLE = Plan(_LARGEST, _LARGEST, _LARGEST, _LARGEST, 512)
 _INTERPRETED_MOST = 80
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How float32 numbers are multiplied: as torch's setting for CUDA says, in either of its interfaces."""
+def launch(kernel: Any, programs: int, arguments: Sequence[Any], tiles: Tiles | None = None, **constants: Any) -> None:
+    """``programs`` of a kernel, which starts before the one in front has ended where the GPU can do that."""
+    overlap = _rows.overlaps()
+    options = _rows.overlapping(overlap)
+    if tiles is not None:
+        options |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    kernel[(programs,)](*arguments, **constants, OVERLAP=overlap, **options)
+
+
+def precision(dtype: torch.dtype, *, allowed: bool | None = None) -> str:
+    """How float32 numbers are multiplied: in TF32 where that is ``allowed``, if not said otherwise by torch's setting.
+
+    That is the one for CUDA, in either of its interfaces.
+    """
     if dtype != torch.float32:
         return "ieee"
-    chosen = torch.backends.cuda.matmul.fp32_precision
-    if chosen == "none":
-        chosen = torch.backends.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if chosen == "tf32" else "tf32x3"
+    if allowed is None:
+        chosen = torch.backends.cuda.matmul.fp32_precision
+        if chosen == "none":
+            chosen = torch.backends.fp32_precision  # type: ignore[attr-defined]
+        allowed = chosen == "tf32"
+    return "tf32" if allowed else "tf32x3"
 
 
-def method_for(key: Tensor, value: Tensor, hidden_width: int) -> Method:
-    """The method for keys [N, D] and values [N, M]."""
+def method_for(key: Tensor, value: Tensor, hidden_width: int, chosen: str | None = None) -> Method:
+    """The method for keys [N, D] and values [N, M], in the ``chosen`` precision or in that of torch's setting."""
     widths = (key.shape[1], hidden_width, value.shape[1])
-    return _method(key.shape[0], widths, key.dtype, precision(key.dtype), _shared_bytes())
+    return _method(key.shape[0], widths, key.dtype, chosen or precision(key.dtype), _shared_bytes())
 
 
 @lru_cache(maxsize=256)

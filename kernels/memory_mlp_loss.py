@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance, Values
 
-from . import _memory_mlp, _memory_mlp_plans, _rows
+from . import _memory_mlp, _memory_mlp_operands, _memory_mlp_plans, _rows
 from ._memory_mlp import Saved
 
 
@@ -79,25 +79,33 @@ def memory_mlp_loss(
 def _forward(key: Tensor, value: Tensor, weights: tuple[Tensor, ...], gradient: Tensor | None) -> tuple[Tensor, ...]:
     """The loss, and all but the last of :class:`Saved`; with ``gradient`` the gradient of the keys too."""
     method = _memory_mlp_plans.method_for(key, value, weights[0].shape[0])
+    taken = gradient is not None
     with _rows.on_device(key):
-        saved = _memory_mlp.forward(key, value, weights, method)
+        operands = _memory_mlp_operands.operands(key, weights, method, forward=True, backward=taken, with_key=taken)
+        saved = _memory_mlp.forward(value, weights, operands, method, keep_error=True)
         loss = _memory_mlp.loss_of(saved)
         found = [loss, *saved[:-1]]
         if gradient is not None:
-            found.append(_memory_mlp.gradients(key, weights, saved, gradient, method, with_key=True)[1])
+            found.append(_memory_mlp.gradients(key, weights, operands, saved, gradient, method, with_key=True)[1])
     return tuple(found)
 
 
 def _backward(
     dloss: Tensor, key: Tensor, inner_weight: Tensor, inner_bias: Tensor, outer_weight: Tensor, outer_bias: Tensor,
-    before: Tensor, hidden: Tensor, error: Tensor, error_sums: Tensor, hidden_turned: Tensor, error_turned: Tensor,
+    before: Tensor, hidden: Tensor, error: Tensor, error_ready: Tensor, error_sums: Tensor, hidden_turned: Tensor,
+    error_turned: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     weights = (inner_weight, inner_bias, outer_weight, outer_bias)
-    method = _memory_mlp_plans.method_for(key, error, hidden.shape[1])
+    # As in the forward pass, whatever torch's setting has become: what that left is laid out for it.
+    chosen = _memory_mlp_plans.precision(key.dtype, allowed=error_ready.numel() > 0)
+    method = _memory_mlp_plans.method_for(key, error, hidden.shape[1], chosen)
     gradient = key.new_empty(sum(weight.numel() for weight in weights), dtype=torch.float32)
-    saved = Saved(before, hidden, error, error_sums, hidden_turned, error_turned, losses=error_sums)
+    saved = Saved(
+        before, hidden, error, error_ready, error_sums, hidden_turned, error_turned, losses=error_sums
+    )  # fmt: skip
     with _rows.on_device(key):
-        _, dkey = _memory_mlp.gradients(key, weights, saved, gradient, method, with_key=True)
+        operands = _memory_mlp_operands.operands(key, weights, method, forward=False, backward=True, with_key=True)
+        _, dkey = _memory_mlp.gradients(key, weights, operands, saved, gradient, method, with_key=True)
         return _memory_mlp.scaled(dloss, dkey, error, gradient)
 
 
@@ -158,12 +166,12 @@ def _operator_fake(
     key: Tensor, value: Tensor, inner_weight: Tensor, inner_bias: Tensor, outer_weight: Tensor, outer_bias: Tensor,
     taken: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    plan = _memory_mlp_plans.method_for(key, value, inner_weight.shape[0]).plan
-    before, hidden, *turned = _memory_mlp.empty_saved(key, value, inner_weight.shape[0], plan)
+    method = _memory_mlp_plans.method_for(key, value, inner_weight.shape[0])
+    saved = _memory_mlp.empty_saved(key, value, inner_weight.shape[0], method)
     weights = (inner_weight, inner_bias, outer_weight, outer_bias)
     size = sum(weight.numel() for weight in weights) if taken else 0
     return (
-        key.new_empty(()), before, hidden, torch.empty_like(value), _memory_mlp.empty_sums(value, plan), *turned,
+        key.new_empty(()), *saved[:-1],
         torch.empty_like(key) if taken else key.new_empty(0), key.new_empty(size, dtype=torch.float32),
     )  # fmt: skip
 
@@ -185,13 +193,13 @@ for _name, _schema, _implementation in (
     (
         "memory_mlp_loss",
         f"(Tensor key, Tensor value, {_WEIGHTS}, bool taken) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         _operator,
     ),
     (
         "memory_mlp_loss_backward",
         f"(Tensor dloss, Tensor key, {_WEIGHTS}, Tensor before, Tensor hidden, Tensor error, "
-        "Tensor error_sums, Tensor hidden_turned, Tensor error_turned) -> " + _SIX,
+        "Tensor error_ready, Tensor error_sums, Tensor hidden_turned, Tensor error_turned) -> " + _SIX,
         _backward,
     ),
     ("memory_mlp_loss_scaled", "(Tensor dloss, Tensor dkey, Tensor error, Tensor gradient) -> " + _SIX, _scaled),

@@ -6,11 +6,13 @@
 
 Six launches: z1 and h; y - v; the gradient of W2 beside that of z1; the gradient of W1; their norm; the write. A
 weight's gradient is a product over all rows: programs add up some rows each, and a later launch adds up the programs,
-always in one order. Nothing is read by the host, and nothing is written where g is not finite.
+always in one order. In TF32 a seventh launch, the first, copies what products are given. Nothing is read by the host,
+and nothing is written where g is not finite.
 
 Cast order: z1, h, y, y - v and the gradient of z1 are rounded to the dtype, products are summed in float32; g and S
 are float32, and W is rounded once. How float32 numbers are multiplied follows torch.backends.cuda.matmul: in TF32 where
-that is allowed, else as three products in TF32 of their halves, whose error is that of float32 products.
+that is allowed, each operand rounded to the nearest number of that format as in torch's products, else as three
+products in TF32 of their halves, whose error is that of float32 products.
 
 Source: Behrouz, Zhong and Mirrokni, Titans: Learning to Memorize at Test Time, 2024, equations 8 to 14.
 Shapes: N rows, D width of keys, H hidden width, M width of values, P memory weights.
@@ -24,7 +26,7 @@ from torch.nn import functional
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance, Values
 
-from . import _memory_mlp, _memory_mlp_plans, _rows
+from . import _memory_mlp, _memory_mlp_operands, _memory_mlp_plans, _rows
 
 
 @torch.no_grad()
@@ -89,9 +91,10 @@ def _launch(
         if gradient is None:
             key, value = key.contiguous(), value.contiguous()
             method = _memory_mlp_plans.method_for(key, value, inner_weight.shape[0])
-            saved = _memory_mlp.forward(key, value, weights, method)
+            operands = _memory_mlp_operands.operands(key, weights, method, forward=True, backward=True, with_key=False)
+            saved = _memory_mlp.forward(value, weights, operands, method, keep_error=False)
             gradient = torch.empty_like(momentum)
-            squares, _ = _memory_mlp.gradients(key, weights, saved, gradient, method, with_key=False)
+            squares, _ = _memory_mlp.gradients(key, weights, operands, saved, gradient, method, with_key=False)
         else:
             squares = _memory_mlp.squares_of(gradient)
         _memory_mlp.write(weights, momentum, gradient, squares, forget, decay, step_size, clip)
