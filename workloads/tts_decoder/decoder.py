@@ -54,6 +54,8 @@ class Decoder:
         self.kept: dict[str, Any] = {}
         self.logits_1V = torch.zeros(1, config.codec_vocabulary, dtype=wide, device=device)
         self.acoustic_logits: list[Tensor] = []
+        # The codes of the frame under way, [1] each.
+        self.chosen: list[Tensor] = []
         with torch.no_grad():
             self.text_MH = self.text_table(text_ids)
             self.begin(text_ids)
@@ -110,17 +112,16 @@ class Decoder:
 
     def frame(self) -> None:
         """All of a frame that the device computes, and what the host has to do with it."""
-        codes, x_11H = self.predict()
-        self.put(self.codes_MG, torch.stack(codes, dim=-1))
+        x_11H = self.predict()
         self.speak(self.model.talker.decode_one(x_11H + self.here(self.text_MH)[None], self.talker_cache))
 
-    def predict(self) -> tuple[list[Tensor], Tensor]:
-        """The codes of this frame, [1] each, and the sum of their embeddings, [1, 1, H]."""
+    def predict(self) -> Tensor:
+        """Choose the codes of this frame, and add up their embeddings, [1, 1, H]."""
         model, cache = self.model, self.predictor_cache
         cache.reset()
         self.acoustic_logits = []
-        codes = [self.here(self.codes_MG)[:, 0]]
-        embedded_11H = model.codec_embedding(codes[0])[None]
+        self.chosen = [self.here(self.codes_MG)[:, 0]]
+        embedded_11H: Tensor = model.codec_embedding(self.chosen[0])[None]
         sum_11H = embedded_11H
         hidden_11H = self.here(self.hidden_MH)[None]
         project = model.into_predictor
@@ -131,16 +132,29 @@ class Decoder:
             else:
                 logits_1V = model.predictor.logits_after_one(x_11P, cache, head)
             self.acoustic_logits.append(logits_1V)
-            codes.append(self.followed(self.acoustic_code(logits_1V, group), group, ahead=0))
-            embedded_11H = model.acoustic_embeddings[group - 1](codes[-1])[None]
-            sum_11H = sum_11H + embedded_11H
-        return codes, sum_11H
+            embedded_11H, sum_11H = self.add_code(logits_1V, group, sum_11H)
+        self.keep_codes()
+        return sum_11H
+
+    def add_code(self, logits_1V: Tensor, group: int, sum_11H: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose the code of an acoustic group; its embedding, and the sum with it, [1, 1, H] each."""
+        self.chosen.append(self.followed(self.acoustic_code(logits_1V, group), group, ahead=0))
+        embedded_11H: Tensor = self.model.acoustic_embeddings[group - 1](self.chosen[-1])[None]
+        return embedded_11H, sum_11H + embedded_11H
+
+    def keep_codes(self) -> None:
+        """Put the chosen codes of this frame into the table."""
+        self.put(self.codes_MG, torch.stack(self.chosen, dim=-1))
 
     def speak(self, hidden_11H: Tensor) -> None:
         """Choose the semantic token of the next frame from the talker's hidden state."""
         self.put(self.hidden_MH, hidden_11H[0], ahead=1)
         self.logits_1V = self.model.codec_head(hidden_11H)[:, 0].to(self.logits_dtype)
-        token_1 = self.followed(self.semantic_code(self.logits_1V), 0, ahead=1)
+        self.add_token(self.logits_1V)
+
+    def add_token(self, logits_1V: Tensor) -> None:
+        """Choose the semantic token of the next frame, and put it into the table of codes."""
+        token_1 = self.followed(self.semantic_code(logits_1V), 0, ahead=1)
         self.put(self.codes_MG[:, 0], token_1, ahead=1)
 
     def acoustic_code(self, logits_1V: Tensor, group: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from kernbench.device import warn_once
 from kernbench.errors import KernbenchError
 
-from . import onerow
+from . import choices, onerow
 from .decoder import Decoder
 from .model import MLP, Attention, Mixed, Stack
 from .speech import SpeechModel
@@ -32,6 +32,8 @@ UNCAPTURED = "phase 4 of tts-decoder runs uncaptured here: a CUDA graph needs a 
 SITES: tuple[tuple[Any, str], ...] = (
     (Decoder, "acoustic_code"),
     (Decoder, "semantic_code"),
+    (Decoder, "add_code"),
+    (Decoder, "keep_codes"),
     (Stack, "forward"),
     (Stack, "decode_one"),
     (Stack, "logits_after_one"),
@@ -41,6 +43,7 @@ SITES: tuple[tuple[Any, str], ...] = (
     (Attention, "rotate_and_store"),
     (Attention, "attend"),
     *((onerow, name) for name in ("norm_row", "norm_linear", "attention", "linear_add", "gate_up")),
+    (choices, "code_embedding"),
 )
 """What a captured frame consists of; with something else in place, it is captured anew."""
 

@@ -23,10 +23,17 @@ ROPE_PROMISE = (
 )
 GRAPH_PROMISE = "One launch a frame: the device no longer waits for the host; at best its busy time is left."
 ONE_ROW_PROMISE = "Five operators a layer read the weights once at copy speed; at best the bandwidth floor is left."
+CHOICES_PROMISE = (
+    "One launch chooses an acoustic code, writes it down, looks its embedding up and adds it; each launch saved is "
+    "worth an average one."
+)
 
 # Of RMSNorm.forward: square, mean, eps, root, two products, and where the dtype is short two casts.
 NORM_LAUNCHES = 6
 CASTS = 2
+# Of an acoustic code: argmax, embedding and sum become one. Of a frame: its codes are not put together and written.
+SAVED_PER_CODE = 2
+SAVED_BY_KEEPING = 2
 
 
 def predict_no_syncs(before: ProfileRecord) -> Prediction:
@@ -72,6 +79,13 @@ def predict_one_row(before: ProfileRecord) -> Prediction:
             "the measured copy speed",
         )
     return promise(ONE_ROW_PROMISE, bound)
+
+
+def predict_choices(before: ProfileRecord) -> Prediction:
+    """What is left of choosing a code, and of keeping those of a frame, is a launch a code."""
+    config = PRESETS.get(before.workload.preset)
+    saved = None if config is None else (config.groups - 1) * SAVED_PER_CODE + SAVED_BY_KEEPING
+    return _launches(before, saved, CHOICES_PROMISE, "")
 
 
 def layer_passes(config: TtsConfig) -> int:

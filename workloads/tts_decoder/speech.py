@@ -78,6 +78,10 @@ class SpeechModel(nn.Module):
         """The acoustic heads, as what they are."""
         return cast(list[nn.Linear], list(self.acoustic_heads))
 
+    def embeddings_in_order(self) -> list[nn.Embedding]:
+        """The acoustic embeddings, as what they are."""
+        return cast(list[nn.Embedding], list(self.acoustic_embeddings))
+
     def frame_weight_bytes(self) -> int:
         """Bytes of weights that one frame has to read: the predictor's once for each of its passes, no embeddings."""
         talker = _bytes(self.talker) + _bytes(self.codec_head)

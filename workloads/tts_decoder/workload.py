@@ -29,7 +29,7 @@ import torch
 from kernbench.device import warn_once
 from kernbench.workload import Peer, Phase, Swap, Workload
 
-from . import checkpoint, checks, graph, onerow, peers, predictions, syncfree
+from . import checkpoint, checks, choices, graph, onerow, peers, predictions, syncfree
 from .config import PRESETS, TtsConfig
 from .decoder import Decoder
 from .fused import adapt_add_rms_norm, adapt_qk_norm_rope_cache, adapt_swiglu
@@ -150,6 +150,18 @@ WORKLOAD = Workload(
                 Swap(site=(onerow, "attention"), kernel="decode_attention"),
                 Swap(site=(onerow, "linear_add"), kernel="decode_linear_add"),
                 Swap(site=(onerow, "gate_up"), kernel="decode_gate_up"),
+            ),
+        ),
+        Phase(
+            number=6,
+            title="one launch to choose a code",
+            flag="TTS_CHOICES",
+            predicts=predictions.CHOICES_PROMISE,
+            predict=predictions.predict_choices,
+            swaps=(
+                Swap(site=(Decoder, "add_code"), use=choices.add_code),
+                Swap(site=(Decoder, "keep_codes"), use=choices.keep_codes),
+                Swap(site=(choices, "code_embedding"), kernel="decode_code_embedding"),
             ),
         ),
     ),
