@@ -21,7 +21,7 @@ LARGEST_DIM = 128
 MOST_BARRIER = 50.0
 """Of the barrier over a whole sequence; weights are products with exp(-barrier), which float32 holds up to here."""
 STATE = ("calcium", "buffer", "pool", "reserve", "primed", "clamp", "energy")
-_SMALL = _rows.INTERPRETED.value
+_INTERPRETED = _rows.INTERPRETED.value
 
 
 class Tile(NamedTuple):
@@ -47,12 +47,25 @@ class Tiles(NamedTuple):
     drawn: Tile
 
 
-@lru_cache(maxsize=64)
-def tiles_for(columns: int, itemsize: int) -> Tiles:
-    """By rows of so many columns, of numbers of so many bytes."""
-    if _SMALL:
+def tiles_for(columns: int, itemsize: int, tokens: int) -> Tiles:
+    """By rows of so many columns, of numbers of so many bytes, in sequences of so many tokens."""
+    if _INTERPRETED:
+        size = interpreted_rows(tokens)
         # So that both ways of the backward pass are taken somewhere.
-        return Tiles(*(Tile(16, 16, 4, 1, columns <= 32) for _ in range(5)))
+        return Tiles(*(Tile(size, size, 4, 1, columns <= 32) for _ in range(5)))
+    return _compiled_tiles(columns, itemsize)
+
+
+def interpreted_rows(tokens: int) -> int:
+    """Rows of a tile where it is interpreted: few, so that few tokens make several blocks, unless there are more.
+
+    What is interpreted takes the same time for a tile of any size; a step of the workload has 64 tokens.
+    """
+    return 16 if tokens <= 32 else 64
+
+
+@lru_cache(maxsize=64)
+def _compiled_tiles(columns: int, itemsize: int) -> Tiles:
     if itemsize == 4:
         # Products of float32 are taken one by one, and larger tiles of them take minutes to build.
         return Tiles(*(Tile(32, 32, 4, 1) for _ in range(5)))
@@ -88,7 +101,7 @@ def forward(
         return y, *after, used, rest, sums, factors, normalizers, drawn
     columns = max(16, triton.next_power_of_2(dim))
     scale = math.log2(math.e) * dim**-0.5
-    tiles = tiles or tiles_for(columns, q.itemsize)
+    tiles = tiles or tiles_for(columns, q.itemsize, tokens)
     tile = tiles.forward_queries
     with _rows.on_device(q):
         if seed is not None:
@@ -121,8 +134,9 @@ def left_behind(used: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor, Tens
 def draw(seed: Tensor, drawn: Tensor, rates: Sequence[float]) -> None:
     """Lists the drawn queries of each head."""
     batch, heads, places = drawn.shape
+    block = interpreted_rows(places - 1) if _INTERPRETED else 1024
     drawn_kernels.draw_kernel[(batch * heads,)](
-        seed, drawn, places - 1, Rates(*rates).stochastic_train_frac, 16 if _SMALL else 1024, num_warps=4
+        seed, drawn, places - 1, Rates(*rates).stochastic_train_frac, block, num_warps=4
     )
 
 
@@ -161,10 +175,10 @@ def backward(
     columns = max(16, triton.next_power_of_2(dim))
     root = dim**-0.5
     scale = math.log2(math.e) * root
-    tiles = tiles or tiles_for(columns, q.itemsize)
+    tiles = tiles or tiles_for(columns, q.itemsize, tokens)
     strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dy.stride()[:3]]
     with _rows.on_device(q):
-        rows = 16 if _SMALL else 64
+        rows = interpreted_rows(tokens) if _INTERPRETED else 64
         backward_kernels.deltas_kernel[(batch * heads * triton.cdiv(tokens, rows),)](
             y,
             _none_if_empty(rest),

@@ -108,7 +108,7 @@ def flex_attention(
     sums, factors, _, drawn = _presyn.left_behind(used, None)
     tokens = q.shape[2]
     with _rows.on_device(q):
-        tile = _presyn.tiles_for(q.shape[3], q.itemsize).forward_keys
+        tile = _presyn.tiles_for(q.shape[3], q.itemsize, tokens).forward_keys
         _presyn.step(q, k, ordered, after, used, sums, factors, drawn, None, rates, tile)
     # What is known of a key is its a, the factor's ratio to that of epsilon.
     slope = factors[0] / factors[1] * rates.epsilon

@@ -161,7 +161,7 @@ def _launch(
         columns = max(16, triton.next_power_of_2(dim))
         scale, constants = math.log2(math.e) * dim**-0.5, constants_of(tuple(rates))
         multiplier = _presyn.multiplier(q.dtype, rates)
-        tiles = _presyn.tiles_for(columns, q.itemsize)
+        tiles = _presyn.tiles_for(columns, q.itemsize, tokens)
         with _rows.on_device(q):
             sums, mix = tiles.forward_keys, tiles.forward_queries
             kernels.sums_kernel[(batch * heads * triton.cdiv(tokens, sums.keys),)](
