@@ -51,6 +51,50 @@ def rows(cache, token, limit, column, mask, DIM: tl.constexpr):  # type: ignore[
     return tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def combine_when_last(  # type: ignore[no-untyped-def]
+    arrived, partial, y, head, HEADS: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, SHARES: tl.constexpr
+):
+    """As :func:`combine`, in the last program of a head's shares to come here."""
+    if is_last(arrived + head, SHARES):
+        combine(partial, y, head, HEADS, DIM, COLUMNS, SHARES)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def combine(  # type: ignore[no-untyped-def]
+    partial, y, head, HEADS: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, SHARES: tl.constexpr
+):
+    """Row head of y [HEADS, DIM] from partial: mixed values, weights and largest scores [HEADS, SHARES, ...].
+
+    Shares are taken in their order, whichever was there first.
+    """
+    share = head * SHARES + tl.arange(0, SHARES)
+    column = tl.arange(0, COLUMNS)
+    mask = column < DIM
+    rows = partial + share[:, None] * DIM + column[None, :]
+    # From the L2 cache: other programs may have written them a moment ago.
+    mixed = tl.load(rows, mask=mask[None, :], other=0.0, cache_modifier=".cg")
+    weights = tl.load(partial + HEADS * SHARES * DIM + share, cache_modifier=".cg")
+    largest = tl.load(partial + HEADS * SHARES * (DIM + 1) + share, cache_modifier=".cg")
+    _, weights, mixed = met(largest, weights, mixed)
+    DTYPE: tl.constexpr = y.dtype.element_ty
+    tl.store(y + head * DIM + column, _decode.round_to(mixed / weights, DTYPE).to(DTYPE), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def is_last(counter, EXPECTED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether EXPECTED programs have come here, this one the last of them, which then sees what all of them wrote.
+
+    The last one puts the counter, int32, back to zero; the next launch that counts with it has to wait for this one.
+    """
+    # One thread counts for the program, after the others have written.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == EXPECTED - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
 @triton.jit
 def met(largest, weights, mixed):  # type: ignore[no-untyped-def]
     """Largest score, sum of weights and mixed values [D] of all slots; zeros if none has seen a token."""

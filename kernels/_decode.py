@@ -284,6 +284,20 @@ def check_tables(
         raise ValueError(f"{kernel} takes tables [positions, codes] with a column {column}; they are {list(shape)}")
 
 
+def check_counters(kernel: str, device: torch.device, counters: Tensor, count: int) -> None:
+    """At least ``count`` counters, int32, contiguous and on the device.
+
+    Raises:
+        ValueError: they are not.
+    """
+    fits = counters.dim() == 1 and counters.numel() >= count and counters.dtype == torch.int32
+    if not fits or counters.device != device or not counters.is_contiguous():
+        raise ValueError(
+            f"{kernel} takes counters [{count} or more], int32, contiguous, on {device}; they are "
+            f"{list(counters.shape)} with strides {list(counters.stride())}, {counters.dtype}, on {counters.device}"
+        )
+
+
 _LIBRARY = torch.library.Library("kernbench", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 

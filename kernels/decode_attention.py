@@ -1,12 +1,13 @@
-"""Attention of one new token over a cache: head norms, rotation, cache write and grouped queries in one launch or two.
+"""Attention of one new token over a cache: head norms, rotation, cache write and grouped queries in one launch.
 
     q' = rotate(q / rms(q) * q_weight),  k' = rotate(k / rms(k) * k_weight)
     y = softmax(q' K^T / sqrt(D)) V over the cache, with k' and v written to its row ``position``
 
 A program handles one query head and a share of the positions so far; the shares follow the position, which is read on
 the device, so that one CUDA graph serves all positions. Slots of a tile keep a maximum each, and meet once at the end.
-With more shares than one a second launch combines them, in order. The cache is not read before the wait, but asked into
-the L2 cache, where nothing can be out of date.
+More shares than one of a head are combined, in order, by the program of them that arrives last at the head's counter,
+or without counters by a second launch. The cache is not read before the wait, but asked into the L2 cache, where
+nothing can be out of date.
 
 Cast order, that of an unfused model: the norm's two roundings, those of the rotation if the tables have the dtype of
 the row, and one of the result; scores and weights stay float32.
@@ -41,7 +42,7 @@ class Shares(NamedTuple):
     """How the attention of one token is cut into programs; numbers only, so that an operator can take it.
 
     Attributes:
-        shares: of the positions so far, at most; a power of two. More than one take a second launch.
+        shares: of the positions so far, at most; a power of two.
         tokens: that a program handles at once, and the least that a share has; a power of two.
         warps: of a program.
         overlap: of :mod:`_decode`, ``PLAIN``, ``LATE`` or ``EARLY``.
@@ -54,7 +55,7 @@ class Shares(NamedTuple):
 
 
 ONE_SHARE = 128
-"""Rows of a cache up to which a second launch costs more than it saves."""
+"""Rows of a cache up to which combining shares costs more than they save."""
 CONFIGURATIONS = tuple(
     Shares(shares, tokens, warps) for shares in (1, 2, 4, 8, 16) for tokens in (16, 32, 64) for warps in (2, 4, 8)
 )
@@ -71,9 +72,9 @@ def shares_for(length: int) -> Shares:
 
 def decode_attention_reference(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor,
-    position: Tensor, eps: float,
+    position: Tensor, eps: float, arrived: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """In plain PyTorch; arguments as in :func:`decode_attention`."""
+    """In plain PyTorch; arguments as in :func:`decode_attention`, of which it counts nothing in ``arrived``."""
     kv_heads, length, dim = key_cache.shape
     rows = qkv.view(-1, 1, dim)
     q, k, v = torch.split(rows, [rows.shape[0] - 2 * kv_heads, kv_heads, kv_heads])
@@ -96,14 +97,15 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]
-    qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, y, partial, scale, eps, length,
+    qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, arrived, y, partial, scale, eps, length,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
-    SHARES: tl.constexpr, TOKENS: tl.constexpr, OVERLAP: tl.constexpr,
+    SHARES: tl.constexpr, TOKENS: tl.constexpr, COUNTED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program handles one share of one of HEADS query heads; grid is HEADS * SHARES.
 
     qkv has HEADS + 2 * HEADS / GROUP rows of DIM, the caches are [HEADS / GROUP, length, DIM]. The result goes to y
     [HEADS, DIM], or of more shares than one to partial: mixed values, weights and largest scores [HEADS, SHARES, ...].
+    Where shares are COUNTED in arrived [HEADS], the last of a head combines them.
     """
     _decode.started(OVERLAP)
     head = tl.program_id(0).to(tl.int64) // SHARES
@@ -183,6 +185,8 @@ def _kernel(  # type: ignore[no-untyped-def]
         tl.store(partial + share * DIM + column, mixed, mask=mask)
         tl.store(partial + HEADS * SHARES * DIM + share, weights)
         tl.store(partial + HEADS * SHARES * (DIM + 1) + share, larger)
+        if COUNTED:
+            _attend.combine_when_last(arrived, partial, y, head, HEADS, DIM, COLUMNS, SHARES)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -193,21 +197,13 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     """One program combines the shares of one head; grid is HEADS. Arguments as of the kernel in front."""
     _decode.started(OVERLAP)
     head = tl.program_id(0).to(tl.int64)
-    share = head * SHARES + tl.arange(0, SHARES)
-    column = tl.arange(0, COLUMNS)
-    mask = column < DIM
     _decode.wait(OVERLAP)
-    mixed = tl.load(partial + share[:, None] * DIM + column[None, :], mask=mask[None, :], other=0.0)
-    weights = tl.load(partial + HEADS * SHARES * DIM + share)
-    largest = tl.load(partial + HEADS * SHARES * (DIM + 1) + share)
-    _, weights, mixed = _attend.met(largest, weights, mixed)
-    DTYPE: tl.constexpr = y.dtype.element_ty
-    tl.store(y + head * DIM + column, _decode.round_to(mixed / weights, DTYPE).to(DTYPE), mask=mask)
+    _attend.combine(partial, y, head, HEADS, DIM, COLUMNS, SHARES)
 
 
 def decode_attention(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor,
-    position: Tensor, eps: float, *, shares: Sequence[int] | None = None,
+    position: Tensor, eps: float, arrived: Tensor | None = None, *, shares: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of the token at ``position``, [Hq * D]; writes its key and value to the caches. All contiguous.
 
@@ -220,31 +216,35 @@ def decode_attention(
         key_cache: [Hk, L, D], value_cache likewise; rows before the position are read, that at the position is written.
         position: [1] int64, from 0 to L - 1.
         eps: added to the mean square of a head.
+        arrived: [Hq] int32 or longer, zeros, and zeros again after; with it more shares than one take no second launch.
+            Launches that may run at once need one each.
         shares: a :class:`Shares`, to measure others than :func:`shares_for` gives.
 
     Raises:
         ValueError: a tensor has another shape, dtype, layout or device.
     """
     call = _OPERATOR if _rows.watched() else _launch
-    y: Tensor = call(qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, eps, shares)
+    y: Tensor = call(qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, eps, arrived, shares)
     return y
 
 
 def _launch(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor,
-    position: Tensor, eps: float, shares: Sequence[int] | None = None,
+    position: Tensor, eps: float, arrived: Tensor | None = None, shares: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
     kv_heads, length, dim = key_cache.shape
     heads = qkv.numel() // max(1, dim) - 2 * kv_heads
-    _check(qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, heads)
-    shared, combined = _plans(heads, kv_heads, length, dim, qkv.itemsize, tuple(shares) if shares else None)
+    _check(qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, arrived, heads)
+    counted = arrived is not None
+    shared, combined = _plans(heads, kv_heads, length, dim, qkv.itemsize, counted, tuple(shares) if shares else None)
     y = torch.empty(heads * dim, dtype=qkv.dtype, device=qkv.device)
     partial = y
-    if combined:
+    if shared.programs > heads:
         partial = torch.empty(shared.programs * (dim + 2), dtype=torch.float32, device=qkv.device)
     _decode.launch(
         _kernel, shared, qkv.device,
-        qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, y, partial, dim**-0.5, eps, length,
+        qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position,
+        position if arrived is None else arrived, y, partial, dim**-0.5, eps, length,
     )  # fmt: skip
     if combined:
         _decode.launch(_combine_kernel, combined, qkv.device, partial, y)
@@ -253,22 +253,22 @@ def _launch(
 
 @lru_cache(maxsize=1024)
 def _plans(
-    heads: int, kv_heads: int, length: int, dim: int, itemsize: int, shares: tuple[int, ...] | None
+    heads: int, kv_heads: int, length: int, dim: int, itemsize: int, counted: bool, shares: tuple[int, ...] | None
 ) -> tuple[_decode.Plan, _decode.Plan | None]:
-    """The launch over all shares, and that which combines more than one."""
+    """The launch over all shares, and that which combines more than one if nobody counts them."""
     chosen = Shares(*shares) if shares else shares_for(length)
     columns, lines = triton.next_power_of_2(dim), triton.next_power_of_2(-(-dim * itemsize // LINE_BYTES))
-    shared = (heads, heads // kv_heads, dim, columns, lines, chosen.shares, chosen.tokens)
+    shared = (heads, heads // kv_heads, dim, columns, lines, chosen.shares, chosen.tokens, counted)
     combined = _decode.Plan(heads, (heads, dim, columns, chosen.shares), COMBINE_WARPS, chosen.overlap)
     return (
         _decode.Plan(heads * chosen.shares, shared, chosen.warps, chosen.overlap),
-        combined if chosen.shares > 1 else None,
+        combined if chosen.shares > 1 and not counted else None,
     )
 
 
 def _check(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor,
-    position: Tensor, heads: int,
+    position: Tensor, arrived: Tensor | None, heads: int,
 ) -> None:  # fmt: skip
     kv_heads, length, dim = key_cache.shape
     _decode.check(
@@ -289,6 +289,8 @@ def _check(
             f"decode_attention takes a position [1], int64, on {qkv.device}; it is {list(position.shape)}, "
             f"{position.dtype}, on {position.device}"
         )
+    if arrived is not None:
+        _decode.check_counters("decode_attention", qkv.device, arrived, heads)
     fits = cos.shape == sin.shape and cos.dim() == 2 and cos.shape[0] >= length and cos.shape[1] == dim // 2
     for name, table in {"cos": cos, "sin": sin}.items():
         alike = table.dtype == cos.dtype and table.dtype in _decode.DTYPES and table.device == qkv.device
@@ -302,10 +304,10 @@ def _check(
 
 _OPERATOR = _decode.register(
     "decode_attention(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor(a!) key_cache, "
-    "Tensor(b!) value_cache, Tensor position, float eps, int[]? shares=None) -> Tensor",
+    "Tensor(b!) value_cache, Tensor position, float eps, Tensor(c!)? arrived=None, int[]? shares=None) -> Tensor",
     _launch,
-    lambda qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, eps, shares=None: qkv.new_empty(
-        qkv.shape[0] - 2 * key_cache.shape[0] * key_cache.shape[2]
+    lambda qkv, q_weight, k_weight, cos, sin, key_cache, value_cache, position, eps, arrived=None, shares=None: (
+        qkv.new_empty(qkv.shape[0] - 2 * key_cache.shape[0] * key_cache.shape[2])
     ),
 )
 
@@ -329,6 +331,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
         "value_cache": normal(kv_heads, length, dim).to(dtype),
         "position": torch.tensor([min(case["position"], length - 1)], device=device),
         "eps": 1e-6,
+        "arrived": torch.zeros(group * kv_heads, dtype=torch.int32, device=device) if case["counted"] else None,
     }
 
 
@@ -349,23 +352,26 @@ SPEC = KernelSpec(
     optimized=decode_attention,
     make_inputs=make_inputs,
     cases=(
-        Case("first token", kv_heads=1, group=2, length=5, dim=16, position=0),
-        Case("ragged", kv_heads=2, group=3, length=45, dim=34, position=37),
-        Case("shares", kv_heads=1, group=1, length=141, dim=18, position=133),
-        Case("predictor", kv_heads=1, group=2, length=17, dim=128, position=9),
-        Case("predictor, all heads", large=True, kv_heads=8, group=2, length=17, dim=128, position=15),
-        Case("talker", large=True, kv_heads=8, group=2, length=1024, dim=128, position=512),
-        Case("talker, near the start", large=True, kv_heads=8, group=2, length=1024, dim=128, position=48),
+        Case("first token", kv_heads=1, group=2, length=5, dim=16, position=0, counted=0),
+        Case("ragged", kv_heads=2, group=3, length=45, dim=34, position=37, counted=0),
+        Case("shares", kv_heads=1, group=1, length=141, dim=18, position=133, counted=0),
+        Case("shares, counted", kv_heads=1, group=2, length=141, dim=18, position=133, counted=1),
+        Case("predictor", kv_heads=1, group=2, length=17, dim=128, position=9, counted=1),
+        Case("predictor, all heads", large=True, kv_heads=8, group=2, length=17, dim=128, position=15, counted=1),
+        Case("talker", large=True, kv_heads=8, group=2, length=1024, dim=128, position=512, counted=1),
+        Case("talker, near the start", large=True, kv_heads=8, group=2, length=1024, dim=128, position=48, counted=1),
+        Case("talker, not counted", large=True, kv_heads=8, group=2, length=1024, dim=128, position=512, counted=0),
     ),
     tolerance=_decode.TOLERANCE,
     cost=cost,
-    mutates=("key_cache", "value_cache"),
+    mutates=("key_cache", "value_cache", "arrived"),
     sizes={
         "kv_heads": Sizes(least=1, most=2),
         "group": Sizes(least=1, most=2),
         "length": Sizes(least=1, most=150, block=ONE_SHARE),
         "dim": Sizes(least=2, most=66, multiple_of=2),
         "position": Sizes(most=150, block=32),
+        "counted": Sizes(most=1),
     },
     values={
         "position": Values(fixed=True),

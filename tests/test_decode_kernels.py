@@ -20,7 +20,7 @@ from kernbench.spec import Case, Inputs, KernelSpec
 
 DEVICE = device.resolve("auto")
 LINEAR = ("decode_norm_linear", "decode_linear_add", "decode_gate_up")
-KERNELS = (*LINEAR, "decode_attention")
+KERNELS = (*LINEAR, "decode_attention", "decode_code_embedding")
 EPS = 1e-6
 
 
@@ -65,11 +65,11 @@ def test_tiles_of_the_tables_are_those_of_their_shapes() -> None:
             assert inner % chosen.columns == 0, "a tile of a known shape has no tail"
 
 
-@pytest.mark.parametrize("shares", [(1, 16, 4), (4, 16, 4), None])
+@pytest.mark.parametrize(("shares", "counted"), [((1, 16, 4), 0), ((4, 16, 4), 1), (None, 1)])
 def test_a_cache_fills_from_its_first_row_on_and_nothing_behind_the_position_counts(
-    shares: tuple[int, int, int] | None,
+    shares: tuple[int, int, int] | None, counted: int
 ) -> None:
-    case = Case("filling", kv_heads=2, group=2, length=140, dim=16, position=0)
+    case = Case("filling", kv_heads=2, group=2, length=140, dim=16, position=0, counted=counted)
     inputs = spec("decode_attention").make_inputs(case, torch.float32, DEVICE, 0)
     oracle = in_float64(inputs)
     for cache in ("key_cache", "value_cache"):
@@ -95,7 +95,19 @@ def test_a_cache_fills_from_its_first_row_on_and_nothing_behind_the_position_cou
         for cache in ("key_cache", "value_cache"):
             written = inputs[cache][:, place].double()
             torch.testing.assert_close(written, oracle[cache][:, place], rtol=1e-5, atol=1e-5)
+        assert not counted or not inputs["arrived"].any(), "counters are zero again"
         seen = place + 1
+
+
+def test_the_last_program_combines_shares_as_a_second_launch_does() -> None:
+    case = Case("shares", kv_heads=1, group=2, length=70, dim=16, position=55, counted=1)
+    results = []
+    for arrived in (True, False):
+        inputs = spec("decode_attention").make_inputs(case, torch.bfloat16, DEVICE, 0)
+        if not arrived:
+            inputs["arrived"] = None
+        results.append(spec("decode_attention").optimized(**inputs, shares=(4, 16, 4)))
+    assert torch.equal(*results)
 
 
 def test_a_weight_with_more_columns_than_registers_hold_is_refused() -> None:
@@ -114,14 +126,88 @@ def test_a_weight_with_more_columns_than_registers_hold_is_refused() -> None:
         ("cos", lambda x: x[:4], "takes tables"),
         ("sin", lambda x: x.double(), "takes tables"),
         ("key_cache", lambda x: x.transpose(0, 1), "decode_attention takes"),
+        ("arrived", lambda x: x[:0], "takes counters"),
+        ("arrived", lambda x: x.long(), "takes counters"),
     ],
 )
 def test_attention_says_which_tensor_does_not_fit(name: str, change: Callable[[Tensor], Tensor], words: str) -> None:
-    case = Case("small", kv_heads=1, group=1, length=5, dim=16, position=2)
+    case = Case("small", kv_heads=1, group=1, length=5, dim=16, position=2, counted=1)
     inputs = spec("decode_attention").make_inputs(case, torch.float32, DEVICE, 0)
     inputs[name] = change(inputs[name])
     with pytest.raises(ValueError, match=words):
         spec("decode_attention").optimized(**inputs)
+
+
+def logits_case(codes: int = 70, forced: int = 0) -> Case:
+    return Case("codes", codes=codes, width=24, places=3, groups=4, forced=forced)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("places", "code"),
+    [
+        ({5: 9.0, 9: 9.0, 69: 9.0}, 5),
+        ({8: float("inf"), 9: float("inf")}, 8),
+        ({8: float("inf"), 40: float("nan"), 41: -float("nan")}, 40),
+        (dict.fromkeys(range(70), float("-inf")), 0),
+        (dict.fromkeys(range(70), -0.0) | {3: 0.0}, 0),
+        (dict.fromkeys(range(70), -1.0) | {69: -0.5}, 69),
+    ],
+)
+def test_the_first_of_equal_logits_is_the_code_and_nan_is_larger_than_all(
+    dtype: torch.dtype, places: dict[int, float], code: int
+) -> None:
+    inputs = spec("decode_code_embedding").make_inputs(logits_case(), dtype, DEVICE, 0)
+    for place, value in places.items():
+        inputs["logits"][place] = value
+    assert int(inputs["logits"].argmax()) == code
+    row, _ = spec("decode_code_embedding").optimized(**inputs)
+    assert int(inputs["codes"][2, 2]) == code
+    assert torch.equal(row, inputs["embedding"][code])
+
+
+def test_a_code_is_forced_where_it_is_not_negative_and_no_other_code_is_written() -> None:
+    inputs = spec("decode_code_embedding").make_inputs(logits_case(forced=1), torch.float32, DEVICE, 0)
+    before = inputs["codes"].clone()
+    for forced in (0, 17, -1):
+        inputs["forced"][2, 2] = forced
+        row, total = spec("decode_code_embedding").optimized(**inputs)
+        code = forced if forced >= 0 else int(inputs["logits"].argmax())
+        before[2, 2] = code
+        assert torch.equal(inputs["codes"], before)
+        assert torch.equal(row, inputs["embedding"][code])
+        assert torch.equal(total, inputs["total"] + row)
+
+
+def test_every_way_to_cut_a_row_gives_the_same() -> None:
+    decode = module("decode_code_embedding")
+    inputs = spec("decode_code_embedding").make_inputs(
+        Case("wide", codes=5000, width=300, places=1, groups=1, forced=0), torch.bfloat16, DEVICE, 0
+    )
+    expected = spec("decode_code_embedding").reference(**inputs)
+    for blocks in (blocks for blocks in decode.CONFIGURATIONS if blocks.warps == 4):
+        for result, row in zip(spec("decode_code_embedding").optimized(**inputs, blocks=blocks), expected, strict=True):
+            assert torch.equal(result, row), str(blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("logits", lambda x: x.double(), "takes logits contiguous"),
+        ("embedding", lambda x: x[:60], "takes an embedding for each of 70"),
+        ("codes", lambda x: x[:, :2], "takes codes contiguous"),
+        ("position", lambda x: x.int(), "takes position contiguous"),
+        ("forced", lambda x: x[:2], "takes forced contiguous"),
+        ("group", lambda x: 4, "a column 4"),
+    ],
+)
+def test_a_code_is_refused_with_the_tensor_that_does_not_fit(
+    name: str, change: Callable[[Any], Any], words: str
+) -> None:
+    inputs = spec("decode_code_embedding").make_inputs(logits_case(forced=1), torch.float32, DEVICE, 0)
+    inputs[name] = change(inputs[name])
+    with pytest.raises(ValueError, match=words):
+        spec("decode_code_embedding").optimized(**inputs)
 
 
 PTX = """
@@ -133,25 +219,32 @@ from kernbench import registry
 from kernbench.compilation.launches import Recorder
 
 recorder = Recorder()
-sizes = {"outputs": 256, "inner": 1024, "kv_heads": 2, "group": 2, "length": 1024, "dim": 128, "position": 9}
-cases = {name: registry.kernel(name).declaration.cases[0] for name in sys.argv[1:]}
+sizes = {
+    "outputs": 256, "inner": 1024, "kv_heads": 2, "group": 2, "length": 1024, "dim": 128, "position": 9,
+    "codes": 2048, "width": 1024, "places": 4, "groups": 16, "forced": 1,
+}
 found = {}
-for name, case in cases.items():
+for name in sys.argv[1:]:
+    name, _, counted = name.partition("+")
     spec = registry.kernel(name).declaration
-    case.sizes.update({size: sizes[size] for size in case.sizes})
+    case = spec.cases[0]
+    case.sizes.update({size: sizes.get(size, int(bool(counted))) for size in case.sizes})
     inputs = spec.make_inputs(case, torch.bfloat16, torch.device("cpu"), 0)
     for arch in ("sm_80", "sm_90"):
         for overlap in (0, 1, 2):
             decode = sys.modules[spec.optimized.__module__]
             if name == "decode_attention":
                 option = {"shares": decode.Shares(4, 32, 4, overlap)}
+            elif name == "decode_code_embedding":
+                option = {"blocks": decode.DEFAULT._replace(overlap=overlap)}
             else:
                 option = {"tiles": decode.Tiles(4, 1024, 4, overlap=overlap)}
             with recorder.serving(arch, name, "bfloat16", "case"):
                 spec.optimized(**inputs, **option)
             for launch in recorder.launches:
                 ptx = real(launch.source, target=launch.target, options=launch.options).asm["ptx"]
-                found[f"{launch.name} of {name} {arch} {overlap}"] = (launch.options["launch_pdl"], ptx)
+                place = " ".join([launch.name, "of", name, *filter(None, [counted]), arch, str(overlap)])
+                found[place] = (launch.options["launch_pdl"], ptx)
             recorder.launches.clear()
 print(json.dumps(found))
 """
@@ -163,12 +256,16 @@ def ptx() -> dict[str, tuple[bool, str]]:
     """What each launch is compiled to, and whether it is launched early, by name, architecture and overlap."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     run = subprocess.run(
-        [sys.executable, "-c", PTX, *KERNELS], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", PTX, *KERNELS, "decode_attention+counted"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     found: dict[str, tuple[bool, str]] = json.loads(run.stdout)
-    # Attention has two launches, and before Hopper all overlaps are one.
-    assert len(found) == (len(KERNELS) + 1) * (1 + 3)
+    # Attention that nobody counts has two launches, and before Hopper all overlaps are one.
+    assert len(found) == (len(KERNELS) + 2) * (1 + 3)
     return found
 
 
@@ -202,6 +299,15 @@ def test_the_cache_is_not_read_before_the_wait(ptx: dict[str, tuple[bool, str]])
     assert "st.global" not in before
 
 
+def test_a_program_counts_itself_after_all_its_threads_have_written(ptx: dict[str, tuple[bool, str]]) -> None:
+    assert not any("atom." in code for name, (_, code) in ptx.items() if "counted" not in name)
+    before, after = ptx["_kernel of decode_attention counted sm_90 2"][1].split("atom.global.gpu.acq_rel.add")
+    assert WAIT in before
+    assert before.rindex("bar.sync") > before.rindex("st.global"), "a barrier between the last result and the count"
+    assert after.index("bar.sync") < after.index(LOAD), "and one before results of others are read"
+    assert "ld.global.cg" in after and "ld.global.b" not in after, "from the L2 cache"
+
+
 def layers(count: int, hidden: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -216,12 +322,15 @@ def layers(count: int, hidden: int, dtype: torch.dtype) -> list[dict[str, Tensor
             "down": normal(hidden, 3 * hidden),
             "keys": torch.zeros(8, 1024, 128, dtype=dtype, device=DEVICE),
             "values": torch.zeros(8, 1024, 128, dtype=dtype, device=DEVICE),
+            "arrived": torch.zeros(16, dtype=torch.int32, device=DEVICE),
         }
         for _ in range(count)
     ]  # fmt: skip
 
 
-def frame(x: Tensor, stack: list[dict[str, Tensor]], tables: Tensor, position: Tensor, overlap: int) -> Tensor:
+def frame(
+    x: Tensor, stack: list[dict[str, Tensor]], tables: Tensor, position: Tensor, overlap: int, counted: bool
+) -> Tensor:
     """One token through all layers, every kernel launched with this overlap."""
     norm_linear, linear_add, gate_up, attention = map(module, (*LINEAR, "decode_attention"))
 
@@ -236,6 +345,7 @@ def frame(x: Tensor, stack: list[dict[str, Tensor]], tables: Tensor, position: T
         )
         mixed = attention.decode_attention(
             qkv, layer["head_norm"], layer["head_norm"], tables, tables, layer["keys"], layer["values"], position, EPS,
+            layer["arrived"] if counted else None,
             shares=attention.shares_for(1024)._replace(overlap=overlap),
         )  # fmt: skip
         x = linear_add.decode_linear_add(mixed, layer["output"], x, tiles=tiles(hidden, 16 * 128, "decode_linear_add"))
@@ -252,16 +362,16 @@ def frame(x: Tensor, stack: list[dict[str, Tensor]], tables: Tensor, position: T
 @pytest.mark.parametrize("hidden", [256, 1024])
 def test_early_launches_change_no_bit_of_many_tokens_in_a_graph(hidden: int) -> None:
     results = []
-    for overlap in (0, 1, 2):
+    for overlap, counted in ((0, False), (0, True), (1, True), (2, True), (2, False)):
         stack = layers(6, hidden, torch.bfloat16)
         tables = torch.ones(1024, 64, dtype=torch.bfloat16, device=DEVICE)
         position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
         x = torch.randn(hidden, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(3)).bfloat16()
-        frame(x, stack, tables, position, overlap)
+        frame(x, stack, tables, position, overlap, counted)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(2):
-                y = frame(x, stack, tables, position, overlap)
+                y = frame(x, stack, tables, position, overlap, counted)
                 x.copy_(y / y.float().square().mean().sqrt().to(y.dtype))
                 position += 1
         for _ in range(100):

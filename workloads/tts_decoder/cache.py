@@ -24,6 +24,7 @@ class Room:
         cos, sin: the rotation of every position, [M, F].
         positions: each position twice, [M, 2] int64, so that each lies at an address divisible by 16.
         bias: added to the scores of a query (row), [M, M]: nothing for a key (column) that it sees, else -inf.
+        arrived: a counter for each head of queries, int32, zero between kernels.
     """
 
     keys: list[Tensor]
@@ -32,6 +33,7 @@ class Room:
     sin: Tensor
     positions: Tensor
     bias: Tensor
+    arrived: Tensor
 
 
 class KVCache:
@@ -97,7 +99,8 @@ class KVCache:
             cos, sin = rotation_tables(self.config, counted, self.dtype)
             bias = torch.zeros(self.most, self.most, device=self.device, dtype=self.dtype)
             bias.masked_fill_(counted > counted[:, None], float("-inf"))
-            self.room = Room(keys, values, cos, sin, counted[:, None].repeat(1, 2), bias)
+            arrived = torch.zeros(self.config.heads, device=self.device, dtype=torch.int32)
+            self.room = Room(keys, values, cos, sin, counted[:, None].repeat(1, 2), bias, arrived)
             self.keys, self.values = [], []
         return self.room
 

@@ -34,9 +34,12 @@ def norm_linear(x_H: Tensor, norm_weight_H: Tensor, weight: Tensor, eps: float) 
 
 def attention(
     qkv: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, cos_MF: Tensor, sin_MF: Tensor,
-    keys_KMD: Tensor, values_KMD: Tensor, position_1: Tensor, eps: float,
+    keys_KMD: Tensor, values_KMD: Tensor, position_1: Tensor, eps: float, arrived_N: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Norms, rotation, cache write, and attention over positions 0 to ``position_1``: [(N + 2 K) D] to [N D]."""
+    """Norms, rotation, cache write, and attention over positions 0 to ``position_1``: [(N + 2 K) D] to [N D].
+
+    ``arrived_N`` are counters for programs that share a head, zero before and after.
+    """
     heads, most, features = keys_KMD.shape
     narrow = heads * features
     q, k, v = torch.split(qkv, [qkv.numel() - 2 * narrow, narrow, narrow])
@@ -101,8 +104,9 @@ def _through_layers(stack: Stack, x_H: Tensor, cache: KVCache) -> Tensor:
         mixer, mlp, eps = layer.self_attn, layer.mlp, stack.config.eps
         qkv = norm_linear(x_H, layer.input_layernorm.weight, mixer.qkv_weight, eps)
         mixed = attention(
-            qkv, mixer.q_norm.weight, mixer.k_norm.weight, room.cos, room.sin, keys[0], values[0], position_1, eps
-        )
+            qkv, mixer.q_norm.weight, mixer.k_norm.weight, room.cos, room.sin, keys[0], values[0], position_1, eps,
+            room.arrived,
+        )  # fmt: skip
         x_H = linear_add(mixed, mixer.o_proj.weight, x_H)
         inner = gate_up(x_H, layer.post_attention_layernorm.weight, mlp.gate_up_weight, eps)
         x_H = linear_add(inner, mlp.down_proj.weight, x_H)

@@ -22,7 +22,9 @@ ROPE_PROMISE = (
     "copied to grow."
 )
 GRAPH_PROMISE = "One launch a frame: the device no longer waits for the host; at best its busy time is left."
-ONE_ROW_PROMISE = "Five operators a layer read the weights once at copy speed; at best the bandwidth floor is left."
+ONE_ROW_PROMISE = (
+    "Five operators a layer, each one launch, read the weights once at copy speed; at best the bandwidth floor is left."
+)
 CHOICES_PROMISE = (
     "One launch chooses an acoustic code, writes it down, looks its embedding up and adds it; each launch saved is "
     "worth an average one."
