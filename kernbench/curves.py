@@ -31,7 +31,7 @@ def follow(
     *,
     moved: int = 0,
 ) -> list[record.Curve]:
-    """One training run from a fresh build; ``advance`` is told of the steps.
+    """One training run from a fresh build, with its steps made comparable; ``advance`` is told of the steps.
 
     Args:
         moved: not 0: the run begins from its state moved by up to one unit in the last place, another for each number.
@@ -41,6 +41,8 @@ def follow(
         WorkloadFailed: a step or a reading raised, or the loss is not finite.
     """
     side = Side(settings, plan)
+    if settings.workload.steady is not None:
+        settings.workload.steady(side.built)
     if moved:
         _move(side, settings.seed + moved)
     steps: list[int] = []

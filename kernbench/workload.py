@@ -148,8 +148,8 @@ class Workload:
             One that also takes ``weights`` gets the folder of ``--weights`` there, where one is given.
         dtype: default dtype by torch name.
         dtypes: the same for some of the presets.
-        steady: ``steady(built)`` makes the steps comparable that parity runs, where one that rounds another way would
-            change all that follow: a decoder is fed fixed codes.
+        steady: ``steady(built)`` makes the steps comparable that parity runs and curves follow, where one that rounds
+            another way would change all that come after: a decoder is fed fixed codes, noise comes from one stream.
         compare: ``compare(unswapped, before, after, steps)`` checks what steps do not show; ``steps`` is what parity
             runs, few where kernels are interpreted.
         curves: a training run to follow.

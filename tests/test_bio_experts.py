@@ -186,7 +186,8 @@ def test_scores_are_the_formulas() -> None:
     contribution, resilience = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
     for _ in range(2):
         one(random_input())
-        score.step(one)
+        score.observe(one)
+        score.count(one)
         mass = torch.stack([one.last.gates[one.last.index == expert].sum() for expert in range(5)])
         earlier, contribution = contribution, 0.99 * contribution + 0.01 * mass / 22
         resilience = 0.99 * resilience + 0.01 / ((contribution - earlier).abs() + 1e-6)

@@ -241,7 +241,7 @@ def test_compiled_training_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     peer.prepare(sides[1])
     # No optimizer's step between: AdamW would make whole steps of gradients that are all rounding.
     for index in range(2):
-        losses = [float(built.differentiate(index)) for built in sides]
+        losses = [float(built.differentiate(*built.batch(index))) for built in sides]
         assert losses[1] == pytest.approx(losses[0], rel=1e-12)
     for (name, one), other in zip(
         sides[0].model.state_dict().items(), sides[1].model.state_dict().values(), strict=True

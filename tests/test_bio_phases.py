@@ -123,7 +123,7 @@ def test_attention_by_its_kernel_is_the_same(share: float) -> None:
     sides = [training(noisy(share, length=18), dtype=torch.float32) for _ in range(2)]
     for built, numbers in zip(sides, ((), (1,)), strict=True):
         with plan(*numbers, use="triton").applied(built):
-            built.loss_value = built.differentiate(0)
+            built.loss_value = built.differentiate(*built.batch(0))
     assert float(sides[1].loss_value) == pytest.approx(float(sides[0].loss_value), rel=1e-6)
     for (name, one), other in zip(sides[0].model.named_parameters(), sides[1].model.parameters(), strict=True):
         scale = float(one.grad.abs().max())

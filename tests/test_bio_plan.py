@@ -31,6 +31,7 @@ def test_phases_have_the_flags_of_the_plan() -> None:
     assert flags[2] == "BIO_FUSED_METRICS"
     assert flags[3] == "BIO_FUSED_GENETICS"
     assert flags[4] == "BIO_FUSED_PLASTICITY"
+    assert flags[5] == "BIO_GRAPH"
 
 
 def test_every_phase_says_what_it_promises() -> None:
@@ -57,3 +58,10 @@ def test_attention_can_at_best_vanish() -> None:
     assert found.launches_per_step == 242
     assert predict(profile(device="cpu")).launches_per_step is None
     assert predict(profile(phase=7)).ratio_high is None
+
+
+def test_a_graph_gains_the_time_the_device_idles() -> None:
+    before = profile()
+    before.idle.busy_seconds_per_step = 0.04
+    found = module("predictions").predict_graph(before)
+    assert (found.ratio_low, found.ratio_high) == (1.0, pytest.approx(0.1 / 0.04))

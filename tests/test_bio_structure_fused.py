@@ -169,7 +169,7 @@ def test_genes_by_their_kernels_give_the_same_gradients() -> None:
         for mixture in built.model.mixtures():
             mixture.fatigue.uniform_(0, 0.5, generator=torch.Generator().manual_seed(1))
         with plan(*numbers, use="triton").applied(built):
-            built.loss_value = built.differentiate(0)
+            built.loss_value = built.differentiate(*built.batch(0))
     assert float(sides[1].loss_value) == pytest.approx(float(sides[0].loss_value), rel=1e-6)
     assert sides[0].model.blocks[0].mlp.genome.grad.abs().sum() > 0
     for (name, one), other in zip(sides[0].model.named_parameters(), sides[1].model.parameters(), strict=True):

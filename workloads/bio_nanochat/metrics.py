@@ -31,24 +31,27 @@ def adapt_router_counts(op: Counts) -> Callable[[SynapticMoE, Tensor, Tensor], t
 
 
 def adapt_neuroscore_update(op: Update) -> Callable[[NeuroScore, SynapticMoE], None]:
-    """``NeuroScore.step`` on the device, through ``op``, the ``neuroscore_update`` kernel."""
+    """``NeuroScore.observe`` on the device, through ``op``, the ``neuroscore_update`` kernel."""
 
     @torch.no_grad()
-    def step(self: NeuroScore, mixture: SynapticMoE) -> None:
+    def observe(self: NeuroScore, mixture: SynapticMoE) -> None:
         routed = mixture.last
         if routed is None:
             return
-        self.steps += 1
         self.move_to(mixture.energy.device)
         op(
             routed.count, routed.mass, mixture.energy, self.contribution, self.frequency, self.efficiency,
             self.resilience, self.earlier, len(routed.x),
         )  # fmt: skip
-        if self.steps % self.every == 0:
-            self.specialisation.copy_(specialisation(routed, self.specialisation))
-            self.log_later(averaged(torch.stack(self.vectors())))
 
-    return step
+    return observe
+
+
+@torch.no_grad()
+def report(self: NeuroScore, routed: Routed) -> None:
+    """``NeuroScore.report`` that leaves the scores on the device, and their log to a thread."""
+    self.specialisation.copy_(specialisation(routed, self.specialisation))
+    self.log_later(averaged(torch.stack(self.vectors())))
 
 
 def specialisation(routed: Routed, before_E: Tensor) -> Tensor:

@@ -56,18 +56,27 @@ class NeuroScore:
             for name in NAMES:
                 setattr(self, name, getattr(self, name).to(device))
 
-    def step(self, mixture: SynapticMoE) -> None:
+    def observe(self, mixture: SynapticMoE) -> None:
         """Follow the last call of ``mixture``."""
         if mixture.last is None:
             return
-        self.steps += 1
         self.move_to(torch.device("cpu"))
         index_Nk, gates_Nk = mixture.last.index.cpu(), mixture.last.gates.cpu()
         energy_E = mixture.energy.cpu()
         self.follow(index_Nk, gates_Nk.to(self.contribution.dtype), energy_E)
+
+    def count(self, mixture: SynapticMoE) -> None:
+        """Count a step that was observed, and log it if it is time for that."""
+        if mixture.last is None:
+            return
+        self.steps += 1
         if self.steps % self.every == 0:
-            self.sample(mixture.last)
-            self.write(self.tag, summary(self.steps, torch.stack(self.vectors())))
+            self.report(mixture.last)
+
+    def report(self, routed: Routed) -> None:
+        """Look at the tokens too, and log all scores."""
+        self.sample(routed)
+        self.write(self.tag, summary(self.steps, torch.stack(self.vectors())))
 
     def write(self, tag: str, entry: dict[str, Any]) -> None:
         """Keep a summary, and write it where the environment asks for that."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kernbench.workload import Phase, Swap
 
-from . import fused, genetics_fused, metrics, structure_fused, syncfree, topk
+from . import fused, genetics_fused, graph, metrics, structure_fused, syncfree, topk
 from . import predictions as promised
 from .attention import SynapticAttention
 from .moe import SynapticMoE
@@ -26,6 +26,7 @@ PHASES = (
         predict=promised.predict_no_reads,
         swaps=(
             Swap(site=(Training, "step"), use=syncfree.step),
+            Swap(site=(Training, "clip_gradients"), use=syncfree.clip_gradients, every=SOME_PRESETS),
             Swap(site=(SynapticMoE, "dispatch"), use=syncfree.dispatch, every=SOME_PRESETS),
             Swap(site=(SynapticMoE, "arrange"), use=syncfree.arrange, every=SOME_PRESETS),
             Swap(site=(TopKLinear, "learn"), use=syncfree.learn, every=SOME_PRESETS),
@@ -52,7 +53,8 @@ PHASES = (
         predict=promised.predict_metrics,
         swaps=(
             Swap(site=(SynapticMoE, "account"), kernel="router_counts", adapt=metrics.adapt_router_counts),
-            Swap(site=(NeuroScore, "step"), kernel="neuroscore_update", adapt=metrics.adapt_neuroscore_update),
+            Swap(site=(NeuroScore, "observe"), kernel="neuroscore_update", adapt=metrics.adapt_neuroscore_update),
+            Swap(site=(NeuroScore, "report"), use=metrics.report, every=SOME_PRESETS),
         ),
     ),
     Phase(
@@ -97,6 +99,18 @@ PHASES = (
                 adapt=structure_fused.adapt_expert_moves,
                 every=SOME_PRESETS,
             ),
+        ),
+    ),
+    Phase(
+        number=graph.NUMBER,
+        title="CUDA graph of the step",
+        flag="BIO_GRAPH",
+        claim=promised.SYNC_CLAIM,
+        predicts=promised.GRAPH_PROMISE,
+        predict=promised.predict_graph,
+        swaps=(
+            Swap(site=(Training, "batch"), use=graph.fixed_batch),
+            Swap(site=(Training, "advance"), use=graph.advance),
         ),
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernbench.promises import NOTHING, down_to, launches_saved, promise, without_waits
+from kernbench.promises import NOTHING, down_to, launches_saved, promise, without_idle, without_waits
 from kernbench.record import Prediction, ProfileRecord
 
 from .config import PRESETS
@@ -45,3 +45,14 @@ METRICS_PROMISE = (
 def predict_metrics(before: ProfileRecord) -> Prediction:
     """The scores' reads go; the step loses at most the device idle time that is left with a read as its cause."""
     return promise(METRICS_PROMISE, without_waits(before), claim=METRICS_CLAIM)
+
+
+GRAPH_PROMISE = (
+    "A step is one launch beside the copy of its tokens, so that the host waits for the device and not the reverse; "
+    "the device's idle time goes, at most. Numbers stay as they are, but that AdamW counts its steps on the device."
+)
+
+
+def predict_graph(before: ProfileRecord) -> Prediction:
+    """All idle time of the device goes, at best."""
+    return promise(GRAPH_PROMISE, without_idle(before), claim=SYNC_CLAIM)

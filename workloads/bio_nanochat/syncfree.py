@@ -27,18 +27,18 @@ FOLLOWED = ("trace_in", "trace_out", "camkii", "pp1", "bdnf", "accumulated")
 
 
 def step(self: Training, index: int) -> Tensor:
-    """``Training.step`` that leaves loss and gradient norm on the device until somebody asks, and never waits."""
+    """``Training.step`` that leaves the loss on the device until somebody asks, and never waits."""
     self.seed_noise(index)
-    if self.config.step == "forward":
-        loss = self.forward_only(index)
-    else:
-        loss = self.differentiate(index)
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        self.update()
+    loss = self.advance(*self.batch(index))
     self.waiting_losses[index % LOSSES_KEPT].copy_(loss)
     self.recent.append((index, None))
     self.after_step()
     return loss
+
+
+def clip_gradients(self: Training) -> Tensor:
+    """``Training.clip_gradients`` that leaves the norm on the device."""
+    return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
 
 
 def dispatch(self: SynapticMoE, x_NC: Tensor, index_Nk: Tensor, gates_Nk: Tensor, genes: Phenotype) -> Tensor:

@@ -23,7 +23,10 @@ LOSSES_KEPT = 512
 
 
 class Training:
-    """One model with its optimizers, scores, controller and data on one device. ``units_per_step`` counts tokens."""
+    """One model with its optimizers, scores, controller and data on one device. ``units_per_step`` counts tokens.
+
+    ``kept`` holds what phases keep from step to step, none of it state.
+    """
 
     def __init__(
         self, config: BioConfig, *, device: torch.device, dtype: torch.dtype, seed: int, data: str | None
@@ -48,12 +51,13 @@ class Training:
         self.recent: deque[tuple[int, float | None]] = deque(maxlen=LOSSES_KEPT)
         self.gradient_norm: float | Tensor = 0.0
         self.steps = 0
+        self.kept: dict[str, Any] = {}
 
     def step(self, index: int) -> Tensor:
         """A step on batch ``index`` between two synchronisations, as upstream times it; its loss, 0-dim."""
         self.synchronize()
         self.seed_noise(index)
-        loss = self.forward_only(index) if self.config.step == "forward" else self.train(index)
+        loss = self.advance(*self.batch(index))
         self.recent.append((index, loss.item()))
         self.after_step()
         self.synchronize()
@@ -68,49 +72,59 @@ class Training:
         """Let equal steps draw equal noise."""
         torch.manual_seed((self.seed << 32) + index)
 
-    def forward_only(self, index: int) -> Tensor:
-        """The loss of a forward pass with gradients off, where profile K learns online."""
-        with torch.no_grad():
-            return self.loss(index)
+    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+        """Tokens of step ``index`` and the ones that follow them, [B, T] each; other ones on every rank."""
+        rank, ranks = parallel.world()
+        return self.text.batch(self.seed + index * ranks + rank)
 
-    def train(self, index: int) -> Tensor:
-        """Forward, backward, clip and update."""
-        loss = self.differentiate(index)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        self.gradient_norm = norm.item()
-        self.update()
+    def advance(self, tokens_BT: Tensor, next_BT: Tensor) -> Tensor:
+        """What every step computes: forward, backward, clip, update, scores; the loss, detached.
+
+        The configuration may ask for a forward pass with gradients off alone, where profile K learns online.
+        """
+        if self.config.step == "forward":
+            with torch.no_grad():
+                loss = self.loss(tokens_BT, next_BT)
+        else:
+            loss = self.differentiate(tokens_BT, next_BT)
+            self.gradient_norm = self.clip_gradients()
+            self.update()
+        for score, mixture in zip(self.scores, self.model.mixtures(), strict=True):
+            score.observe(mixture)
         return loss
 
-    def differentiate(self, index: int) -> Tensor:
-        """Gradients of the loss of batch ``index``, averaged over all ranks; this rank's loss is returned detached."""
+    def differentiate(self, tokens_BT: Tensor, next_BT: Tensor) -> Tensor:
+        """Gradients of the loss, averaged over all ranks; this rank's loss is returned detached."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(index)
+        loss = self.loss(tokens_BT, next_BT)
         self.gradient_mean.begin()
         loss.backward()  # type: ignore[no-untyped-call]
         self.gradient_mean.finish()
         return loss.detach()
+
+    def clip_gradients(self) -> float | Tensor:
+        """Scale gradients down to the allowed norm; the norm they had."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip).item()
 
     def update(self) -> None:
         """One step of every optimizer."""
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def loss(self, index: int) -> Tensor:
+    def loss(self, tokens_BT: Tensor, next_BT: Tensor) -> Tensor:
         """Mean cross entropy of the next token plus the balance of the experts, 0-dim, float32 or wider."""
-        rank, ranks = parallel.world()
-        tokens_BT, next_BT = self.text.batch(self.seed + index * ranks + rank)
         logits_BTV, balance = self.model(tokens_BT)
         entropy = functional.cross_entropy(logits_BTV.flatten(0, 1).to(balance.dtype), next_BT.flatten())
         loss: Tensor = entropy + self.config.balance * balance
         return loss
 
     def after_step(self) -> None:
-        """Scores of the experts, and their structure when it is time for that."""
+        """What comes now and then: a log of the experts' scores, and moves of experts."""
         self.steps += 1
         mixtures = self.model.mixtures()
         for score, mixture in zip(self.scores, mixtures, strict=True):
-            score.step(mixture)
+            score.count(mixture)
         if self.config.step == "train":
             self.controller.step(mixtures, self.optimizers, self.steps)
 
@@ -131,6 +145,8 @@ class Training:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state_dict``."""
+        # Optimizers take other tensors for their state.
+        self.kept.clear()
         self.model.load_state_dict(state["model"])
         for part, saved in zip(self.optimizers, state["optimizers"], strict=True):
             part.load_state_dict(saved)
