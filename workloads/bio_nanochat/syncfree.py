@@ -162,16 +162,9 @@ def arrange(self: SynapticMoE, share_E: Tensor) -> None:
     self.move_embedding(torch.diag_embed(share_E.to(self.embedding.dtype)))
 
 
-def draw_counts(
-    expected_BHQN: Tensor,
-    probability_BHQN: Tensor,
-    pool_BHQN: Tensor,
-    valid_BHQN: Tensor,
-    config: TopKConfig,
-    noise: Noise,
-) -> Tensor:
+def draw_counts(edges: topk.Edges, config: TopKConfig, noise: Noise) -> Tensor:
     """``topk.draw_counts`` for every edge, of which the drawn rows are taken."""
-    drawn_BHQ = noise.uniform(tuple(expected_BHQN.shape[:3]), topk.DRAWN, expected_BHQN) < config.stochastic_train_frac
-    trials = topk.trial_noise(expected_BHQN, config, noise)
-    counts_BHQN = topk.sample_counts(probability_BHQN, pool_BHQN, trials, config).to(expected_BHQN.dtype)
-    return torch.where(drawn_BHQ.unsqueeze(-1), counts_BHQN * valid_BHQN, expected_BHQN)
+    drawn_BHQ = topk.drawn_rows(edges, config, noise)
+    trials = topk.trial_noise(edges.expected, config, noise)
+    counts_BHQN = topk.sample_counts(edges.probability, edges.pool, trials, config).to(edges.expected.dtype)
+    return torch.where(drawn_BHQ.unsqueeze(-1), counts_BHQN * edges.valid, edges.expected)

@@ -70,7 +70,8 @@ def release(
     pool_BHQN = at_edges(state.pool, index_BHQN)
     released_BHQN = probability_BHQN * pool_BHQN * valid_BHQN
     if noise is not None and config.stochastic_train_frac > 0:
-        released_BHQN = draw_counts(released_BHQN, probability_BHQN, pool_BHQN, valid_BHQN, config, noise)
+        edges = Edges(released_BHQN, probability_BHQN, pool_BHQN, valid_BHQN)
+        released_BHQN = draw_counts(edges, config, noise)
     edge_BHQN = released_BHQN * at_edges(state.amplitude, index_BHQN)
     after = settle(drive_BHQN, index_BHQN, released_BHQN, valid_BHQN, state, config)
     with torch.no_grad():
@@ -96,29 +97,38 @@ def release_probability(drive_BHQN: Tensor, index_BHQN: Tensor, state: EdgeState
     return (sensed * opened * at_edges(state.primed, index_BHQN)).clamp(0, 0.999)
 
 
-def draw_counts(
-    expected_BHQN: Tensor,
-    probability_BHQN: Tensor,
-    pool_BHQN: Tensor,
-    valid_BHQN: Tensor,
-    config: TopKConfig,
-    noise: Noise,
-) -> Tensor:
+class Edges(NamedTuple):
+    """The chosen edges of all queries, [B, H, Q, N] each: what they release on average, with which probability from how
+    many vesicles, and whether there is such a key."""
+
+    expected: Tensor
+    probability: Tensor
+    pool: Tensor
+    valid: Tensor
+
+
+def draw_counts(edges: Edges, config: TopKConfig, noise: Noise) -> Tensor:
     """Step 5: vesicle counts instead of their expectation on rows drawn at random; it reads the device."""
-    drawn_BHQ = noise.uniform(tuple(expected_BHQN.shape[:3]), DRAWN, expected_BHQN) < config.stochastic_train_frac
+    drawn_BHQ = drawn_rows(edges, config, noise)
     if not drawn_BHQ.any():
-        return expected_BHQN
-    edges_BHQN = drawn_BHQ.unsqueeze(-1).expand_as(expected_BHQN)
-    probability, pool = probability_BHQN[edges_BHQN], pool_BHQN[edges_BHQN]
+        return edges.expected
+    drawn_BHQN = drawn_BHQ.unsqueeze(-1).expand_as(edges.expected)
+    probability, pool = edges.probability[drawn_BHQN], edges.pool[drawn_BHQN]
     # Counted numbers belong to their edges; others are drawn for the edges that want one.
     if noise.counted:
-        trials = trial_noise(expected_BHQN, config, noise)[edges_BHQN]
+        trials = trial_noise(edges.expected, config, noise)[drawn_BHQN]
     else:
         trials = trial_noise(probability, config, noise)
     counts = sample_counts(probability, pool, trials, config)
-    released_BHQN = expected_BHQN.clone()
-    released_BHQN[edges_BHQN] = counts.to(released_BHQN.dtype)
-    return released_BHQN * valid_BHQN
+    released_BHQN = edges.expected.clone()
+    released_BHQN[drawn_BHQN] = counts.to(released_BHQN.dtype)
+    return released_BHQN * edges.valid
+
+
+def drawn_rows(edges: Edges, config: TopKConfig, noise: Noise) -> Tensor:
+    """Which queries release counts, [B, H, Q]."""
+    shape = tuple(edges.expected.shape[:3])
+    return noise.uniform(shape, DRAWN, edges.expected) < config.stochastic_train_frac
 
 
 def trial_noise(like_BHQN: Tensor, config: TopKConfig, noise: Noise) -> Tensor:
