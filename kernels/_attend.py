@@ -81,15 +81,15 @@ def combine(  # type: ignore[no-untyped-def]
     tl.store(y + head * DIM + column, _decode.round_to(mixed / weights, DTYPE).to(DTYPE), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def is_last(counter, EXPECTED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Whether EXPECTED programs have come here, this one the last of them, which then sees what all of them wrote.
+@triton.jit
+def is_last(counter, expected):  # type: ignore[no-untyped-def]
+    """Whether this one is the last of the expected programs to come here; it then sees what all of them wrote.
 
     The last one puts the counter, int32, back to zero; the next launch that counts with it has to wait for this one.
     """
     # One thread counts for the program, after the others have written.
     tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == EXPECTED - 1
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == expected - 1
     if last:
         tl.store(counter, 0)
     return last

@@ -149,13 +149,14 @@ class Decoder:
     def speak(self, hidden_11H: Tensor) -> None:
         """Choose the semantic token of the next frame from the talker's hidden state."""
         self.put(self.hidden_MH, hidden_11H[0], ahead=1)
-        self.logits_1V = self.model.codec_head(hidden_11H)[:, 0].to(self.logits_dtype)
-        self.add_token(self.logits_1V)
+        self.logits_1V = self.add_token(self.model.codec_head(hidden_11H)[:, 0])
 
-    def add_token(self, logits_1V: Tensor) -> None:
-        """Choose the semantic token of the next frame, and put it into the table of codes."""
-        token_1 = self.followed(self.semantic_code(logits_1V), 0, ahead=1)
+    def add_token(self, logits_1V: Tensor) -> Tensor:
+        """Choose the semantic token of the next frame, and put it into the table of codes; the logits, wide."""
+        wide_1V = logits_1V.to(self.logits_dtype)
+        token_1 = self.followed(self.semantic_code(wide_1V), 0, ahead=1)
         self.put(self.codes_MG[:, 0], token_1, ahead=1)
+        return wide_1V
 
     def acoustic_code(self, logits_1V: Tensor, group: int) -> Tensor:
         """The code of one acoustic group, [1]; the host keeps it."""

@@ -34,6 +34,7 @@ SITES: tuple[tuple[Any, str], ...] = (
     (Decoder, "semantic_code"),
     (Decoder, "add_code"),
     (Decoder, "keep_codes"),
+    (Decoder, "add_token"),
     (Stack, "forward"),
     (Stack, "decode_one"),
     (Stack, "logits_after_one"),
@@ -44,6 +45,7 @@ SITES: tuple[tuple[Any, str], ...] = (
     (Attention, "attend"),
     *((onerow, name) for name in ("norm_row", "norm_linear", "attention", "linear_add", "gate_up")),
     (choices, "code_embedding"),
+    (choices, "next_token"),
 )
 """What a captured frame consists of; with something else in place, it is captured anew."""
 

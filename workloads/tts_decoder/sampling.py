@@ -26,8 +26,11 @@ def uniforms(config: TtsConfig, seed: int, device: torch.device) -> Tensor:
 
 
 def penalize(logits_1V: Tensor, seen_1V: Tensor, penalty: float) -> Tensor:
-    """Divide what is positive and multiply what is negative, for ids that were produced already."""
-    penalized = torch.where(logits_1V > 0, logits_1V / penalty, logits_1V * penalty)
+    """Divide what is positive and multiply what is negative, for ids that were produced already.
+
+    By a product with the inverse, which is what PyTorch makes of a division on a GPU, so that all devices round alike.
+    """
+    penalized = torch.where(logits_1V > 0, logits_1V * (1 / penalty), logits_1V * penalty)
     return torch.where(seen_1V, penalized, logits_1V)
 
 

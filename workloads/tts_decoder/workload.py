@@ -161,7 +161,9 @@ WORKLOAD = Workload(
             swaps=(
                 Swap(site=(Decoder, "add_code"), use=choices.add_code),
                 Swap(site=(Decoder, "keep_codes"), use=choices.keep_codes),
+                Swap(site=(Decoder, "add_token"), use=choices.add_token),
                 Swap(site=(choices, "code_embedding"), kernel="decode_code_embedding"),
+                Swap(site=(choices, "next_token"), kernel="decode_token"),
             ),
         ),
     ),
