@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from kernbench import record, supervised, swap, verdict
+from kernbench import kernelruns, record, swap, verdict, workloadruns
 from kernbench.jobs import interpreted
 from kernbench.measure import Settings
 from kernbench.request import Request
@@ -32,7 +32,7 @@ def judge(
     """
     result = run.record
     result.before = _side_record(result)
-    supervised.measure_side(run, result.before, request, settings, before, label="before")
+    workloadruns.measure_side(run, result.before, request, settings, before, label="before")
     result.predicted = _predict(phase, result.before)
     with run.stage("parity"):
         green = _gate(run, request, settings, before, candidates)
@@ -40,15 +40,15 @@ def judge(
     chosen = next(iter(racing or green or candidates))
     if racing:
         with run.stage("race"):
-            race = supervised.run_race(request, settings, before, racing, run.progress)
+            race = workloadruns.run_race(request, settings, before, racing, run.progress)
             chosen = race.fastest
             result.arms, result.clocks, result.ratio = race.arms, race.clocks, race.ratio(chosen)
             result.receipt = race.receipts[chosen]
         result.after = _side_record(result)
-        supervised.measure_side(run, result.after, request, settings, racing[chosen], label="after")
+        workloadruns.measure_side(run, result.after, request, settings, racing[chosen], label="after")
     elif green:
         run.skip("race", "Triton's interpreter says nothing of a kernel's speed")
-        result.receipt = supervised.receipt_of_steps(request, settings, green[chosen], run.progress)
+        result.receipt = workloadruns.receipt_of_steps(request, settings, green[chosen], run.progress)
     else:
         run.skip("race", "no timing on a red gate")
     result.phase = record.PhaseInfo(number=phase.number, title=phase.title, flag=phase.flag, implementation=chosen)
@@ -100,8 +100,8 @@ def _check(
 
     if name == "triton":
         kernels = [(spec, None) for spec in plan.kernels]
-        supervised.check_kernels(kernels, request, settings.device, run.progress, keep)
-    return rows + supervised.check_phase(request, settings, before, plan, run.progress)
+        kernelruns.check_kernels(kernels, request, settings.device, run.progress, keep)
+    return rows + workloadruns.check_phase(request, settings, before, plan, run.progress)
 
 
 def _side_record(result: record.SwapRecord) -> record.ProfileRecord:

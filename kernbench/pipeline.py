@@ -17,6 +17,7 @@ from kernbench import (
     device,
     experiment,
     journal,
+    kernelruns,
     measure,
     ranges,
     rankruns,
@@ -27,6 +28,7 @@ from kernbench import (
     statistics,
     supervised,
     sweep,
+    workloadruns,
 )
 from kernbench import request as asked
 from kernbench.backward import BACKWARD, BOTH, FORWARD
@@ -73,7 +75,7 @@ def profile(request: Request, progress: Progress) -> Outcome | None:
             "a Triton kernel in place runs in the interpreter here: its step times say nothing of its speed on a GPU"
         )
     if team is None:
-        supervised.measure_side(run, run.record, request, settings, plan)
+        workloadruns.measure_side(run, run.record, request, settings, plan)
     else:
         rankruns.lead(run, request, settings, plan, team)
     _remember_profile(workspace, wanted, settings)
@@ -167,7 +169,7 @@ def check(
 
     if subjects.kernels:
         with run.stage("kernels"):
-            supervised.check_kernels(subjects.kernels, request, subjects.device, progress, keep, dtypes=subjects.dtypes)
+            kernelruns.check_kernels(subjects.kernels, request, subjects.device, progress, keep, dtypes=subjects.dtypes)
     if sanitize:
         with run.stage("compute-sanitizer"):
             for spec, cases in subjects.kernels:
@@ -181,7 +183,7 @@ def check(
             plans.append(asked.plan(settings.workload, dict.fromkeys([*plans[-1].numbers, phase.number], "triton")))
         for before, after in zip(plans, plans[1:], strict=False):
             with run.stage(f"{settings.workload.name} phases {after.numbers}"):
-                result.results.extend(supervised.check_phase(named, settings, before, after, progress))
+                result.results.extend(workloadruns.check_phase(named, settings, before, after, progress))
     return publish(run, registry.current())
 
 
@@ -221,7 +223,7 @@ def time(
         if not directions_of(spec, request.direction):
             continue
         with run.stage(spec.name):
-            supervised.bench_kernel(
+            kernelruns.bench_kernel(
                 spec,
                 request,
                 subjects.device,
@@ -234,7 +236,7 @@ def time(
             )
         result.claims += claims.check(spec, result.results, result.environment.ceilings)
     for named, settings in subjects.workloads:
-        supervised.bench_workload(run, named, settings)
+        workloadruns.bench_workload(run, named, settings)
     workspace = registry.current()
     outcome = publish(run, workspace)
     if journal.belongs(result):

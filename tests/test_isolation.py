@@ -19,7 +19,7 @@ import torch
 from deadly_kernel import Harm
 from terminal import run
 
-from kernbench import hostmemory, isolation, jobs, record, registry, supervised
+from kernbench import hostmemory, isolation, jobs, kernelruns, record, registry
 from kernbench.errors import KernbenchError
 from kernbench.progress import Silent
 from kernbench.registry import Found
@@ -297,7 +297,7 @@ def test_rows_after_a_lost_gpu_are_judged_in_a_new_process(lost_gpu):
     rows = []
     request = Request(command="", in_process=True)
     cpu = torch.device("cpu", 0)
-    supervised.check_kernels(
+    kernelruns.check_kernels(
         [(lost_gpu, None)], request, cpu, Silent(), lambda found: rows.__setitem__(slice(None), found)
     )
     assert [(row.case, row.mode) for row in rows if not row.passed] == [("ragged", "plain")]
@@ -309,7 +309,7 @@ def test_an_implementation_that_loses_the_gpu_fails_alone_in_bench(lost_gpu):
     rows = []
     request = Request(command="", rounds=3, in_process=True)
     ceilings = record.Ceilings(copy_bytes_per_second=1e12)
-    supervised.bench_kernel(lost_gpu, request, torch.device("cpu", 0), Silent(), rows.append, ceilings=ceilings)
+    kernelruns.bench_kernel(lost_gpu, request, torch.device("cpu", 0), Silent(), rows.append, ceilings=ceilings)
     failed = [row for row in rows if row.label == "failed"]
     assert [(row.case, row.implementation) for row in failed] == [("ragged", "deadly")]
     assert failed[0].note == "leaves the GPU unusable: CUDA error"
@@ -398,8 +398,8 @@ def test_what_ends_one_share_of_the_rows_ends_the_others(lost_gpu, monkeypatch):
         raise isolation.Stopped
 
     monkeypatch.setattr(isolation, "run", run)
-    monkeypatch.setattr(supervised.os, "sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setattr(kernelruns.os, "sched_getaffinity", lambda pid: range(8))
     request, cpu = Request(command=""), torch.device("cpu", 0)
     with pytest.raises(KernbenchError, match="no more"):
-        supervised.check_kernels([(lost_gpu, None)], request, cpu, Silent(), lambda rows: None)
+        kernelruns.check_kernels([(lost_gpu, None)], request, cpu, Silent(), lambda rows: None)
     assert ended == [True] * len(lost_gpu.tolerance)
