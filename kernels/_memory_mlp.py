@@ -18,6 +18,7 @@ from torch.nn import functional
 from . import _memory_mlp_kernels as kernels
 from . import _memory_mlp_state_kernels as state_kernels
 from . import _rows
+from ._blocks import blocks_in
 from ._memory_mlp_operands import Operands
 from ._memory_mlp_plans import Method, Tiles, launch
 
@@ -141,10 +142,10 @@ def forward(value: Tensor, weights: Sequence[Tensor], operands: Operands, method
 
 def _hidden(method: Method, key: Tensor, weight: Tensor, bias: Tensor, saved: Saved) -> None:
     tiles, (rows, width), columns = method.plan.hidden, key.shape, saved.before.shape[1]
-    across = triton.cdiv(columns, tiles.columns)
+    across = blocks_in(columns, tiles.columns)
     launch(
         kernels.hidden_kernel,
-        triton.cdiv(rows, tiles.rows) * across,
+        blocks_in(rows, tiles.rows) * across,
         (key, weight, bias, saved.before, saved.hidden, saved.hidden_turned, rows, width, columns, across),
         tiles,
         EVEN=width % tiles.inner == 0, TURNED=method.plan.turned, PRECISION=method.precision, **_sizes(tiles),
@@ -153,7 +154,7 @@ def _hidden(method: Method, key: Tensor, weight: Tensor, bias: Tensor, saved: Sa
 
 def _error(method: Method, weight: Tensor, bias: Tensor, value: Tensor, saved: Saved, *, keep: bool) -> None:
     tiles, (rows, width), columns = method.plan.error, saved.hidden.shape, value.shape[1]
-    across = triton.cdiv(columns, tiles.columns)
+    across = blocks_in(columns, tiles.columns)
     launch(
         kernels.error_kernel,
         saved.losses.numel(),
@@ -171,7 +172,7 @@ def empty_saved(key: Tensor, value: Tensor, hidden_width: int, method: Method) -
     """Memory for all of it."""
     plan, rows = method.plan, key.shape[0]
     before = key.new_empty(rows, hidden_width)
-    down = triton.cdiv(rows, plan.error.rows)
+    down = blocks_in(rows, plan.error.rows)
     hidden_turned, error_turned = (key.new_empty((one.shape[1], rows) if plan.turned else 0) for one in (before, value))
     return Saved(
         before,
@@ -181,7 +182,7 @@ def empty_saved(key: Tensor, value: Tensor, hidden_width: int, method: Method) -
         value.new_empty(down, value.shape[1], dtype=torch.float32),
         hidden_turned,
         error_turned,
-        value.new_empty(down * triton.cdiv(value.shape[1], plan.error.columns), dtype=torch.float32),
+        value.new_empty(down * blocks_in(value.shape[1], plan.error.columns), dtype=torch.float32),
     )
 
 
@@ -208,8 +209,8 @@ def gradients(
     plan = method.plan
     rows, hidden_width, value_width = key.shape[0], weights[1].numel(), saved.error.shape[1]
     scale = 2.0 / saved.error.numel()
-    hidden_sums = key.new_empty(triton.cdiv(rows, plan.outer.rows), hidden_width, dtype=torch.float32)
-    splits = triton.cdiv(rows, plan.length)
+    hidden_sums = key.new_empty(blocks_in(rows, plan.outer.rows), hidden_width, dtype=torch.float32)
+    splits = blocks_in(rows, plan.length)
     inner_partials = key.new_empty(splits, weights[0].numel(), dtype=torch.float32)
     outer_partials = key.new_empty(splits, weights[2].numel(), dtype=torch.float32)
     nothing = key.new_empty(0)
@@ -231,9 +232,7 @@ def gradients(
     )  # fmt: skip
     sizes = (weights[0].numel(), hidden_width, weights[2].numel(), value_width)
     block = _block(gradient.numel())
-    counts = [triton.cdiv(size, block) for size in sizes[::2]] + [
-        triton.cdiv(size, SUM_COLUMNS) for size in sizes[1::2]
-    ]
+    counts = [blocks_in(size, block) for size in sizes[::2]] + [blocks_in(size, SUM_COLUMNS) for size in sizes[1::2]]
     *ends, programs = accumulate(counts)
     squares = key.new_empty(programs, dtype=torch.float32)
     launch(
@@ -256,9 +255,9 @@ def _backward(
     """Of a layer with shape (N, I, J); where neither out nor slope asks for them, the rows are left out."""
     rows, inner, columns = shape
     plan, precision = method
-    across, down = triton.cdiv(columns, tiles.columns), triton.cdiv(inner, tiles.rows)
+    across, down = blocks_in(columns, tiles.columns), blocks_in(inner, tiles.rows)
     weight_programs = down * across * partials.shape[0]
-    row_programs = triton.cdiv(rows, tiles.rows) * across if slope or out.numel() else 0
+    row_programs = blocks_in(rows, tiles.rows) * across if slope or out.numel() else 0
     launch(
         kernels.backward_kernel,
         weight_programs + row_programs,
@@ -281,7 +280,7 @@ def write(
     if squares.numel() > MOST_SQUARES:
         squares = squares.sum().view(1)
     block = _block(momentum.numel())
-    *ends, programs = accumulate(triton.cdiv(size, block) for size in sizes)
+    *ends, programs = accumulate(blocks_in(size, block) for size in sizes)
     count = squares.numel()
     launch(
         state_kernels.write_kernel,
@@ -294,7 +293,7 @@ def write(
 def squares_of(gradient: Tensor) -> Tensor:
     """Sums of squares of its blocks, in one launch."""
     block = _block(gradient.numel())
-    programs = triton.cdiv(gradient.numel(), block)
+    programs = blocks_in(gradient.numel(), block)
     squares = gradient.new_empty(programs)
     launch(state_kernels.squares_kernel, programs, (gradient, squares, gradient.numel()), BLOCK=block)
     return squares
@@ -305,7 +304,7 @@ def scaled(upstream: Tensor, key_gradient: Tensor, error: Tensor, gradient: Tens
     out = empty_gradients(key_gradient, error, gradient)
     sizes = [one.numel() for one in out]
     block = _block(gradient.numel())
-    *ends, programs = accumulate(triton.cdiv(size, block) for size in (*sizes[2:], *sizes[:2]))
+    *ends, programs = accumulate(blocks_in(size, block) for size in (*sizes[2:], *sizes[:2]))
     launch(
         state_kernels.scale_kernel,
         programs,

@@ -38,35 +38,34 @@ def _product(  # type: ignore[no-untyped-def]
             b = tl.load(right, mask=there[:, None], other=0.0)
         if INTERPRETED:
             # The interpreter multiplies the bits of bfloat16 numbers, and all bits of float32 ones.
-            a = _as_multiplied(a.to(tl.float32), PRECISION)
-            b = _as_multiplied(b.to(tl.float32), PRECISION)
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+            if PRECISION == "tf32":
+                a = _tf32_cut(a)
+                b = _tf32_cut(b)
         total = tl.dot(a, b, total, input_precision=PRECISION)
         left += INNER * left_inner
         right += INNER * right_inner
     return total
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _as_multiplied(x, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x, float32, as tensor cores see it in TF32: without its last 13 bits, which are cut off and not rounded."""
-    if PRECISION == "tf32":
-        x = (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
-    return x
+@triton.jit
+def _tf32_cut(x):  # type: ignore[no-untyped-def]
+    """x, float32, as tensor cores see it in TF32: without its last 13 bits, which are not rounded."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def ready(x, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x, float32, as it goes into a product: in TF32 the nearest number there is, even on ties.
+@triton.jit
+def tf32_nearest(x):  # type: ignore[no-untyped-def]
+    """The number of TF32 that is nearest to x, float32, even on ties, as every operand of a product in TF32 has to be.
 
     Neither tl.dot nor the tensor cores round. What they cut off has the sign of x, so that every product is too small
     and errors of a sum add up, where those of rounding cancel. Operands are rounded where they are written, since on a
     Hopper GPU the right one goes from memory to the tensor cores without passing a register.
     """
-    if PRECISION == "tf32":
-        bits = x.to(tl.uint32, bitcast=True)
-        nearest = ((bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, nearest, x)
-    return x
+    bits = x.to(tl.uint32, bitcast=True)
+    nearest = ((bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, nearest, x)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -110,7 +109,9 @@ def _copied(  # type: ignore[no-untyped-def]
     column = program % across * BLOCK + tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     place = row[:, None].to(tl.int64) * columns + column[None, :]
-    found = ready(tl.load(source + place, mask=mask, other=0.0), PRECISION)
+    found = tl.load(source + place, mask=mask, other=0.0)
+    if PRECISION == "tf32":
+        found = tf32_nearest(found)
     if STRAIGHT:
         tl.store(straight + place, found, mask=mask)
     if TURNED:
@@ -143,7 +144,9 @@ def hidden_kernel(  # type: ignore[no-untyped-def]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(before + place, z, mask=mask)
     z = z.to(tl.float32)
-    silu = ready(z / (1.0 + tl.exp(-z)), PRECISION)
+    silu = z / (1.0 + tl.exp(-z))
+    if PRECISION == "tf32":
+        silu = tf32_nearest(silu)
     if TURNED:
         tl.store(turned + column[None, :].to(tl.int64) * rows + row[:, None], silu, mask=mask)
     tl.store(hidden + place, narrow(silu, DTYPE), mask=mask)
@@ -179,8 +182,9 @@ def error_kernel(  # type: ignore[no-untyped-def]
     if KEEP:
         tl.store(error + place, missed, mask=mask)
     missed = tl.where(mask, missed.to(tl.float32), 0.0)
-    operand = ready(missed, PRECISION)
+    operand = missed
     if PRECISION == "tf32":
+        operand = tf32_nearest(missed)
         tl.store(error_ready + place, operand, mask=mask)
     if TURNED:
         tl.store(turned + column[None, :].to(tl.int64) * rows + row[:, None], operand, mask=mask)
@@ -246,7 +250,8 @@ def backward_kernel(  # type: ignore[no-untyped-def]
             result = narrow(total, DTYPE)
             kept = tl.where(mask, result.to(tl.float32), 0.0)
             tl.store(sums + (program // across).to(tl.int64) * columns + column, tl.sum(kept, 0), mask=column < columns)
-            result = ready(result, PRECISION)
+            if PRECISION == "tf32":
+                result = tf32_nearest(result)
             if TURNED:
                 tl.store(out_turned + column[None, :].to(tl.int64) * rows + row[:, None], result, mask=mask)
         else:

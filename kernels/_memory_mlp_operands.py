@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import triton
 from torch import Tensor
 
 from . import _memory_mlp_kernels as kernels
 from . import _rows
+from ._blocks import blocks_in
 from ._memory_mlp_plans import Method, launch
 
 BLOCK = 32 if _rows.INTERPRETED.value else 64
@@ -43,7 +43,7 @@ def operands(
     wanted = (turned, turned and with_key, turned)
     back = [key.new_empty(one.shape[::-1]) if asked else nothing for one, asked in zip(given, wanted, strict=True)]
     counts = [
-        triton.cdiv(one.shape[0], BLOCK) * triton.cdiv(one.shape[1], BLOCK) if straight or asked else 0
+        blocks_in(one.shape[0], BLOCK) * blocks_in(one.shape[1], BLOCK) if straight or asked else 0
         for one, asked in zip(given, wanted, strict=True)
     ]
     (rows, width), (value_width, hidden_width) = key.shape, weights[2].shape
@@ -52,8 +52,8 @@ def operands(
         sum(counts),
         (
             *(one for three in zip(given, ready, back, strict=True) for one in three),
-            rows, width, hidden_width, value_width, *counts[:2], triton.cdiv(width, BLOCK),
-            triton.cdiv(hidden_width, BLOCK),
+            rows, width, hidden_width, value_width, *counts[:2], blocks_in(width, BLOCK),
+            blocks_in(hidden_width, BLOCK),
         ),
         BLOCK=BLOCK, STRAIGHT=straight, TURNED=turned, INNER_TURNED=turned and with_key, PRECISION=method.precision,
     )  # fmt: skip

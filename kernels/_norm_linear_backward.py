@@ -11,11 +11,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import _norm_linear_kernels as kernels
 from . import _rows
+from ._blocks import blocks_in
 from ._norm_linear_forward import TILE_BYTES, WARP_BYTES, Call, normalise, rows_at_once, warps_for
 
 _SMALL = _rows.INTERPRETED.value
@@ -52,7 +52,7 @@ def backward(
     scale, shift = scale.contiguous(), None if shift is None else shift.contiguous()
     dx = dscale = dshift = dweight = normed = nothing
     if for_input:
-        dx, normed, dscale, dshift = _rows_backward(dz @ weight, x, scale, shift, call, for_weight)
+        dx, normed, dscale, dshift = _rows_backward(dz @ weight, x, scale, shift, call, for_weight, nothing)
     if for_weight:
         dweight = dz.T @ (normed if for_input else normalise(x, scale, shift, call))
     return dx, dscale, dshift, dweight, dbias
@@ -64,9 +64,7 @@ def _gelu_backward(dy: Tensor, z: Tensor, for_bias: bool) -> tuple[Tensor, Tenso
     count = z.shape[-1]
     rows = z.numel() // count
     dz = z.new_empty(rows, count)
-    blocks = triton.cdiv(count, GELU_COLUMNS)
-    chunk = GELU_ROWS * triton.cdiv(rows, GELU_ROWS * max(1, _rows.resident(8) // blocks))
-    programs = triton.cdiv(rows, chunk)
+    chunk, programs, blocks = _gelu_plan(rows, count)
     partial = torch.empty(programs, count, dtype=torch.float32, device=z.device)
     with _rows.on_device(z):
         kernels.gelu_backward_kernel[(programs, blocks)](
@@ -75,10 +73,18 @@ def _gelu_backward(dy: Tensor, z: Tensor, for_bias: bool) -> tuple[Tensor, Tenso
     return dz, partial.sum(0).to(z.dtype) if for_bias else partial
 
 
+@lru_cache(maxsize=1024)
+def _gelu_plan(rows: int, count: int) -> tuple[int, int, int]:
+    """Rows of one program, programs that share all rows, and blocks of columns."""
+    blocks = blocks_in(count, GELU_COLUMNS)
+    chunk = GELU_ROWS * blocks_in(rows, GELU_ROWS * max(1, _rows.resident(8) // blocks))
+    return chunk, blocks_in(rows, chunk), blocks
+
+
 def _rows_backward(
-    dnormed: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, call: Call, keep: bool
+    dnormed: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, call: Call, keep: bool, nothing: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of x, h once more, and the gradients of scale and shift."""
+    """Gradient of x, h once more if it is to be kept, and the gradients of scale and shift."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     inner = x.shape[-1]
     rows = x.numel() // inner
@@ -98,7 +104,7 @@ def _rows_backward(
         dx,
         normed,
         dscale.sum(0).to(x.dtype),
-        x.new_empty(0) if shift is None else dshift.sum(0).to(x.dtype),
+        nothing if shift is None else dshift.sum(0).to(x.dtype),
     )
 
 
@@ -120,6 +126,6 @@ def _plan(rows: int, inner: int, itemsize: int) -> _Plan:
     accesses = 1 if held <= 8 * WARP_BYTES else 2
     warps = warps_for(held // accesses)
     on_each = max(1, RESIDENT_WARPS // (warps * accesses))
-    chunk = at_once * triton.cdiv(rows, at_once * _rows.resident(on_each))
+    chunk = at_once * blocks_in(rows, at_once * _rows.resident(on_each))
     stages = min(3, chunk // at_once, 1 + PIPELINE_BYTES // (2 * held * on_each))
-    return _Plan(chunk, triton.cdiv(rows, chunk), at_once, block, warps, stages)
+    return _Plan(chunk, blocks_in(rows, chunk), at_once, block, warps, stages)

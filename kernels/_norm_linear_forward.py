@@ -5,9 +5,6 @@ rows. After a layer norm a third one does rows again whose mean is far above the
 that normalises rows on the way to the product, tile by tile. All others take a normalised copy of the rows and the
 library's product, which alone multiplies float32 numbers in torch's precision; so do few rows without a GELU, whose
 copy stays in the cache.
-
-Measured on one NVIDIA H200 in bfloat16, the bare linear layer as 1: of 16384 x 2048 -> 2048 a normalised copy and the
-library's product took 1.19, 1.25 with a mean.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from . import _norm_linear_kernels as kernels
 from . import _rows
+from ._blocks import blocks_in
 
 _SMALL = _rows.INTERPRETED.value
 MOST_WARPS = 16
@@ -56,7 +54,7 @@ def normalise(x: Tensor, scale: Tensor, shift: Tensor | None, call: Call) -> Ten
     normed = x.new_empty(rows, inner)
     at_once, block = rows_at_once(inner, x.element_size(), TILE_BYTES)
     with _rows.on_device(x):
-        kernels.normalise_kernel[(triton.cdiv(rows, at_once),)](
+        kernels.normalise_kernel[(blocks_in(rows, at_once),)](
             x, scale, scale if shift is None else shift, normed, rows, inner, x_stride, call.eps,
             ROWS=at_once, BLOCK=block, CENTRED=call.centred, SHIFTED=shift is not None,
             num_warps=warps_for(at_once * block * x.element_size() // 2),
@@ -64,6 +62,7 @@ def normalise(x: Tensor, scale: Tensor, shift: Tensor | None, call: Call) -> Ten
     return normed
 
 
+@lru_cache(maxsize=1024)
 def rows_at_once(inner: int, itemsize: int, most_bytes: int) -> tuple[int, int]:
     """How many rows a program takes, and the block that holds one."""
     block = triton.next_power_of_2(inner)
@@ -99,7 +98,8 @@ class HopperTiles(NamedTuple):
 
 
 HOPPER_TILES = HopperTiles(128, 256, HOPPER_INNER, 8, 3, 2, 8)
-"""The fastest of those tried on one NVIDIA H200 with 16384 rows, 2048 -> 2048 and 512 -> 512, bfloat16."""
+"""Three tiles of x and of folded and two parts of y take 208 of the 227 KiB of shared memory that a block can have. How
+fast it is beside other tiles is in no record yet."""
 GELU_TILES = HopperTiles(128, 256, HOPPER_INNER, 8, 4, 4, 8)
 """In smaller parts, for the function takes registers."""
 STEEPEST = {torch.bfloat16: 64.0, torch.float16: 8.0}
@@ -116,7 +116,7 @@ def in_tiles(
     rows, (count, inner) = x.numel() // x.shape[-1], weight.shape
     y = x.new_empty(rows, count)
     z = torch.empty_like(y) if keep else y
-    grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(count, tiles.outputs),)
+    grid = (blocks_in(rows, tiles.rows) * blocks_in(count, tiles.outputs),)
     with _rows.on_device(x):
         kernels.tile_kernel[grid](
             x, scale, scale if shift is None else shift, weight, y if bias is None else bias, y, z, rows, count, inner,
@@ -172,15 +172,15 @@ def on_hopper(
     folded = torch.empty_like(weight)
     vectors = torch.empty(2, count, dtype=torch.float32, device=x.device)
     part = (tiles.rows, tiles.outputs // tiles.parts)
-    row_blocks = triton.cdiv(rows, tiles.rows)
+    row_blocks = blocks_in(rows, tiles.rows)
     flags = torch.empty(row_blocks, dtype=torch.int32, device=x.device)
     switches = {"SHIFTED": shift is not None, "BIASED": bias is not None}
     given = (scale, scale if shift is None else shift)
     offset = weight if bias is None else bias
     at_once, block = rows_at_once(inner, x.element_size(), FOLD_BYTES)
-    programs = min(_rows.resident(1), row_blocks * triton.cdiv(count, tiles.outputs))
+    programs = min(_rows.resident(1), row_blocks * blocks_in(count, tiles.outputs))
     with _rows.on_device(x):
-        kernels.fold_kernel[(triton.cdiv(count, at_once),)](
+        kernels.fold_kernel[(blocks_in(count, at_once),)](
             weight, *given, offset, folded, vectors[0], vectors[1], count, inner,
             ROWS=at_once, BLOCK=block, CENTRED=call.centred, **switches, num_warps=8,
         )  # fmt: skip
@@ -236,7 +236,7 @@ def forward(
 
 @lru_cache(maxsize=1024)
 def _tiles(rows: int, count: int, inner: int, dtype: torch.dtype) -> Tiles | None:
-    """None where the library's product is the faster one."""
+    """None where the product is left to the library."""
     if dtype == torch.float32 or rows * count * inner > TINY:
         return None
     return Tiles(32, 32, 64, 8, 4, 1) if _SMALL else Tiles(64, 64, 64, 8, 8, 3)

@@ -309,6 +309,5 @@ SPEC = KernelSpec(
         "gradient": Values(fixed=True),
     },
     differentiable=True,
-    allowed={"spills": _memory_mlp_plans.SPILLS},
     source="Behrouz, Zhong and Mirrokni, Titans: Learning to Memorize at Test Time, 2024, equation 12",
 )

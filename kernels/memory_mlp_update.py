@@ -223,6 +223,5 @@ SPEC = KernelSpec(
         "gradient": Values(least=-1e3, most=1e3, nonfinite=True),
     },
     peers={"autograd": _by_autograd},
-    allowed={"spills": _memory_mlp_plans.SPILLS},
     source="Behrouz, Zhong and Mirrokni, Titans: Learning to Memorize at Test Time, 2024, equations 8 to 14",
 )

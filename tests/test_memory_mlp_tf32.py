@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from test_memory_mlp import DEVICE, LOSS, UPDATE, WEIGHTS, copied, drawn, module
 from torch import Tensor
 from torch.nn import functional
@@ -21,7 +19,8 @@ from kernbench.parity import compare
 from kernbench.parity.subject import Truth, judge_all
 from kernbench.spec import Inputs
 
-ROWS, WIDTH, HIDDEN = 256, 64, 64
+RAGGED, EVEN = (61, 19, 37), (256, 64, 64)
+"""Rows, width and hidden width."""
 OPERANDS = ("k", "W1", "h", "W2", "e", "W2 back", "e turned", "h turned", "d", "k turned", "d back", "W1 back")
 NAMES = ("key", "value", *WEIGHTS)
 LIMIT = 1.1
@@ -37,8 +36,9 @@ def allowed() -> Iterator[None]:
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-def inputs_of(spec: Any) -> Inputs:
-    return drawn(spec, rows=ROWS, width=WIDTH, hidden=HIDDEN)
+def inputs_of(spec: Any, sizes: tuple[int, int, int] = RAGGED) -> Inputs:
+    rows, width, hidden = sizes
+    return drawn(spec, rows=rows, width=width, hidden=hidden)
 
 
 def nearest(x: Tensor) -> Tensor:
@@ -85,12 +85,6 @@ def share(found: dict[str, Tensor], inputs: Inputs) -> float:
     return max(item.excess for item in judge_all(found, Truth(eager, oracle), compare.Rule(1.0, 0.0)))
 
 
-def split(flat: Tensor) -> dict[str, Tensor]:
-    shapes = [torch.Size(shape) for shape in ((HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,))]
-    parts = torch.split(flat, [shape.numel() for shape in shapes])
-    return {name: part.view(shape) for name, part, shape in zip(WEIGHTS, parts, shapes, strict=True)}
-
-
 def taken(inputs: Inputs) -> dict[str, Tensor]:
     """All gradients, from a loss that takes them in its forward pass."""
     flat = torch.full((sum(inputs[name].numel() for name in WEIGHTS),), float("nan"), device=DEVICE)
@@ -108,16 +102,19 @@ def left(inputs: Inputs) -> dict[str, Tensor]:
 
 def updated(inputs: Inputs) -> dict[str, Tensor]:
     """Those of the weights, from a step of one without a clip."""
-    state = inputs_of(UPDATE)
-    state.update({name: one for name, one in copied(inputs).items() if name in NAMES})
-    state.update(momentum=torch.zeros_like(state["momentum"]), step_size=1.0, clip=float("inf"))
-    UPDATE.optimized(**state)
-    return split(-state["momentum"])
+    weights = [inputs[name].detach() for name in WEIGHTS]
+    state = {name: one for name, one in copied(inputs).items() if name in NAMES}
+    momentum = torch.zeros(sum(weight.numel() for weight in weights), device=DEVICE)
+    half = torch.tensor(0.5, device=DEVICE)
+    UPDATE.optimized(**state, momentum=momentum, forget=half, decay=half, step_size=1.0, clip=float("inf"))
+    steps = torch.split(-momentum, [weight.numel() for weight in weights])
+    return {name: step.view_as(one) for name, step, one in zip(WEIGHTS, steps, weights, strict=True)}
 
 
+@pytest.mark.parametrize("sizes", [RAGGED, EVEN])
 @pytest.mark.parametrize("gradients", [taken, left, updated])
-def test_gradients_are_as_exact_as_those_of_rounded_operands(gradients: Any) -> None:
-    inputs = inputs_of(LOSS)
+def test_gradients_are_as_exact_as_those_of_rounded_operands(gradients: Any, sizes: tuple[int, int, int]) -> None:
+    inputs = inputs_of(LOSS, sizes)
     assert share(gradients(inputs), inputs) < LIMIT
 
 
@@ -127,15 +124,11 @@ def test_one_operand_that_is_cut_is_more_than_is_allowed(operand: str) -> None:
     assert share(emulated(inputs, nearest, **{operand: cut}), inputs) > LIMIT
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def as_it_is(x, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    return x
-
-
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a compiled kernel keeps the function that it was compiled with")
 @pytest.mark.parametrize("gradients", [taken, left, updated])
 def test_kernels_that_do_not_round_are_found(gradients: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module(UPDATE)._memory_mlp.kernels, "ready", as_it_is)
+    kernels = module(UPDATE)._memory_mlp.kernels
+    monkeypatch.setattr(kernels, "tf32_nearest", kernels._tf32_cut)
     inputs = inputs_of(LOSS)
     assert share(gradients(inputs), inputs) > LOSS.tolerance["float32"].gradient
 
