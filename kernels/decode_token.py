@@ -52,8 +52,8 @@ class Ranks(NamedTuple):
     overlap: int = _decode.EARLY
 
 
-DEFAULT = Ranks(32, 8)
-"""96 programs for 3072 ids."""
+DEFAULT = Ranks(16, 8)
+"""192 programs for 3072 ids; with twice as many ids each, one of an A100 runs out of registers."""
 CONFIGURATIONS = tuple(Ranks(rows, warps) for rows in (8, 16, 32, 64) for warps in (4, 8, 16))
 """What is worth measuring on a GPU, for 3072 ids."""
 
@@ -234,8 +234,11 @@ def _launch(
 @lru_cache(maxsize=1024)
 def _plan(count: int, candidates: int, forced: bool, ranks: tuple[int, ...] | None) -> _decode.Plan:
     chosen = Ranks(*ranks) if ranks else DEFAULT
-    rows = min(chosen.rows, triton.next_power_of_2(count))
     block = min(LARGEST_BLOCK, triton.next_power_of_2(count))
+    if not ranks and _rows.INTERPRETED.value:
+        few = triton.next_power_of_2(-(-count // _rows.INTERPRETED_PROGRAMS))
+        chosen = chosen._replace(rows=min(few, tl.TRITON_MAX_TENSOR_NUMEL // block))
+    rows = min(chosen.rows, triton.next_power_of_2(count))
     compiled_in = (forced, rows, block, triton.next_power_of_2(candidates))
     return _decode.Plan(-(-count // rows), compiled_in, chosen.warps, chosen.overlap)
 
