@@ -107,36 +107,23 @@ def _through_sums(  # type: ignore[no-untyped-def]
     return dk
 
 
-@triton.jit(do_not_specialize=["heads"])  # type: ignore[untyped-decorator]
-def keys_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, dy, calcium, buffer, pool, reserve, primed, clamp, energy,
-    d_new_calcium, d_new_buffer, d_new_pool, d_new_reserve, d_new_primed, d_new_energy,
-    sums, factors, normalizers, deltas, dk, dv, d_calcium, d_buffer, d_pool, d_reserve, d_primed, d_clamp, d_energy,
-    d_sums, drawn, seed,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, dy_batch, dy_head, dy_token,
-    dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, tokens, heads, scale, root, multiplier,
-    R: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ONCE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-):  # fmt: skip
-    """One program takes dk, dv and the state's gradients of N keys of one head; grid as in the forward pass.
+@triton.jit  # type: ignore[untyped-decorator]
+def _through_all_sums(  # type: ignore[no-untyped-def]
+    dk, k, d_soft, d_sigma, q_block, begin, below, key, q_token, tokens, scale, M: tl.constexpr, DIM: tl.constexpr
+):
+    """:func:`_through_sums` over the queries from begin on; those before ``below`` may not see keys."""
+    dk = _through_sums(dk, k, d_soft, d_sigma, q_block, begin, below, key, q_token, tokens, scale, M, DIM, True)
+    return _through_sums(dk, k, d_soft, d_sigma, q_block, below, tokens, key, q_token, tokens, scale, M, DIM, False)
 
-    Writes ``d_sums`` [2, B H T] too, gradients of what a key adds up to, for those of the queries.
-    """
-    batch, head, pair, first = parts.place(tokens, heads, N, False)
-    key = first + tl.arange(0, N)
-    inside = key < tokens
-    place = pair * tokens + key
-    total = tl.num_programs(0) // ((tokens + N - 1) // N) * tl.cast(tokens, tl.int64)
-    k_block = parts.pointers(k + batch * k_batch + head * k_head, k_token, N, COLUMNS)
-    v_block = parts.pointers(v + batch * v_batch + head * v_head, v_token, N, COLUMNS)
-    k = parts.rows(k_block, first, k_token, tokens, DIM, False)
-    v = parts.rows(v_block, first, v_token, tokens, DIM, False)
-    q_block = parts.pointers(q + batch * q_batch + head * q_head, q_token, M, COLUMNS)
-    dy_block = parts.pointers(dy + batch * dy_batch + head * dy_head, dy_token, M, COLUMNS)
-    slope = tl.load(factors + place, mask=inside, other=0.0)
-    floor = tl.load(factors + total + place, mask=inside, other=0.0)
-    normalizers += pair * tokens
-    deltas += pair * tokens
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _past_queries(  # type: ignore[no-untyped-def]
+    k, v, slope, floor, q_block, dy_block, normalizers, deltas, begin, below, key, q_token, dy_token, tokens, scale,
+    M: tl.constexpr, DIM: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """What :func:`_through_weights` adds up over the queries from begin on; those before ``below`` may not see keys."""
+    N: tl.constexpr = k.shape[0]
+    COLUMNS: tl.constexpr = k.shape[1]
     d_keys = tl.zeros([N, COLUMNS], tl.float32)
     d_values = tl.zeros([N, COLUMNS], tl.float32)
     d_slope = tl.zeros([N, parts.LANES], tl.float32)
@@ -144,36 +131,24 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     if ONCE:
         driven = tl.zeros([N, COLUMNS], tl.float32)
         docked = tl.zeros([N, COLUMNS], tl.float32)
-    begin = first // M * M
-    below = tl.minimum((first + N + M - 1) // M * M, (tokens + M - 1) // M * M)
     d_keys, d_values, d_slope, driven, docked = _through_weights(
         d_keys, d_values, d_slope, driven, docked, k, v, slope, floor, q_block, dy_block, normalizers, deltas, begin,
         below, key, q_token, dy_token, tokens, scale, M, DIM, True, ONCE,
     )  # fmt: skip
-    d_keys, d_values, d_slope, driven, docked = _through_weights(
+    return _through_weights(
         d_keys, d_values, d_slope, driven, docked, k, v, slope, floor, q_block, dy_block, normalizers, deltas, below,
         tokens, key, q_token, dy_token, tokens, scale, M, DIM, False, ONCE,
     )  # fmt: skip
-    release = tl.load(sums + total + place, mask=inside, other=0.0)
-    everything, d_scaled, d_g = release, 0.0, 0.0
-    if STOCHASTIC:
-        everything = tl.load(sums + 2 * total + place, mask=inside, other=0.0)
-        g = tl.load(factors + 2 * total + place, mask=inside, other=0.0)
-        scaled = tl.load(factors + 3 * total + place, mask=inside, other=0.0)
-        drawn += pair * (tokens + 1)
-        q_base = q + batch * q_batch + head * q_head
-        d_keys, d_values, d_g, d_scaled, clipped = drawn_queries.through_moved_weights(
-            d_keys, d_values, k, v, floor, g, scaled, q_base, dy + batch * dy_batch + head * dy_head,
-            normalizers + total, deltas, drawn, seed, pair, key, q_token, dy_token, tokens, scale,
-            M, DIM, R.stochastic_quanta,
-        )  # fmt: skip
-        release -= clipped
-    column = tl.arange(0, COLUMNS)
-    whole = inside[:, None] & (column < DIM)[None, :]
-    target = dv + batch * dv_batch + head * dv_head + first.to(tl.int64) * dv_token
-    tl.store(parts.pointers(target, dv_token, N, COLUMNS), _rows.narrow(d_values, dv.dtype.element_ty), mask=whole)
 
-    factor = multiplier * barrier_factor(key, tokens, R)
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _through_step(  # type: ignore[no-untyped-def]
+    calcium, buffer, pool, reserve, primed, clamp, energy,
+    d_new_calcium, d_new_buffer, d_new_pool, d_new_reserve, d_new_primed, d_new_energy, sums, release, everything,
+    d_slope, d_scaled, d_g, d_calcium, d_buffer, d_pool, d_reserve, d_primed, d_clamp, d_energy, d_sums,
+    place, inside, total, key, tokens, R: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of the state and of both sums at place, and returns the latter, [N] each."""
     c, b, p, r, s, blocked, e, d_influx, d_release = _presyn_keys.gradients(
         tl.load(calcium + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(buffer + place, mask=inside, other=0.0).to(tl.float32),
@@ -190,7 +165,7 @@ def keys_kernel(  # type: ignore[no-untyped-def]
         tl.load(d_new_reserve + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(d_new_primed + place, mask=inside, other=0.0).to(tl.float32),
         tl.load(d_new_energy + place, mask=inside, other=0.0).to(tl.float32),
-        tl.sum(d_slope, 1) * factor, d_scaled * factor, d_g, R, STOCHASTIC,
+        d_slope, d_scaled, d_g, R, STOCHASTIC,
     )  # fmt: skip
     parts.store(d_calcium + place, c, inside)
     parts.store(d_buffer + place, b, inside)
@@ -203,23 +178,79 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     d_soft = tl.where(inside, d_influx / tl.maximum(tokens - key, 1).to(tl.float32), 0.0)
     tl.store(d_sums + place, d_soft, mask=inside)
     tl.store(d_sums + total + place, d_release, mask=inside)
+    return d_soft, d_release
 
+
+@triton.jit(do_not_specialize=["heads"])  # type: ignore[untyped-decorator]
+def keys_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, dy, calcium, buffer, pool, reserve, primed, clamp, energy,
+    d_new_calcium, d_new_buffer, d_new_pool, d_new_reserve, d_new_primed, d_new_energy,
+    sums, factors, normalizers, deltas, dk, dv, d_calcium, d_buffer, d_pool, d_reserve, d_primed, d_clamp, d_energy,
+    d_sums, drawn, seed, q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, dy_batch,
+    dy_head, dy_token, dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token, tokens, heads, scale, root, multiplier,
+    R: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ONCE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """One program takes dk, dv and the state's gradients of N keys of one head; grid as in the forward pass.
+
+    Writes ``d_sums`` [2, B H T] too, gradients of what a key adds up to, for those of the queries.
+    """
+    batch, head, pair, first = parts.place(tokens, heads, N, False)
+    key = first + tl.arange(0, N)
+    inside = key < tokens
+    place = pair * tokens + key
+    total = tl.num_programs(0) // ((tokens + N - 1) // N) * tl.cast(tokens, tl.int64)
+    q_base, dy_base = q + batch * q_batch + head * q_head, dy + batch * dy_batch + head * dy_head
+    k_block = parts.pointers(k + batch * k_batch + head * k_head, k_token, N, COLUMNS)
+    v_block = parts.pointers(v + batch * v_batch + head * v_head, v_token, N, COLUMNS)
+    k = parts.rows(k_block, first, k_token, tokens, DIM, False)
+    v = parts.rows(v_block, first, v_token, tokens, DIM, False)
+    q_block = parts.pointers(q_base, q_token, M, COLUMNS)
+    dy_block = parts.pointers(dy_base, dy_token, M, COLUMNS)
+    slope = tl.load(factors + place, mask=inside, other=0.0)
+    floor = tl.load(factors + total + place, mask=inside, other=0.0)
+    normalizers, deltas = normalizers + pair * tokens, deltas + pair * tokens
+    begin = first // M * M
+    below = tl.minimum((first + N + M - 1) // M * M, (tokens + M - 1) // M * M)
+    d_keys, d_values, d_slope, driven, docked = _past_queries(
+        k, v, slope, floor, q_block, dy_block, normalizers, deltas, begin, below, key, q_token, dy_token, tokens, scale,
+        M, DIM, ONCE,
+    )  # fmt: skip
+    release = tl.load(sums + total + place, mask=inside, other=0.0)
+    everything, d_scaled, d_g = release, 0.0, 0.0
+    if STOCHASTIC:
+        everything = tl.load(sums + 2 * total + place, mask=inside, other=0.0)
+        g = tl.load(factors + 2 * total + place, mask=inside, other=0.0)
+        scaled = tl.load(factors + 3 * total + place, mask=inside, other=0.0)
+        drawn += pair * (tokens + 1)
+        d_keys, d_values, d_g, d_scaled, clipped = drawn_queries.through_moved_weights(
+            d_keys, d_values, k, v, floor, g, scaled, q_base, dy_base, normalizers + total, deltas, drawn, seed, pair,
+            key, q_token, dy_token, tokens, scale, M, DIM, R.stochastic_quanta,
+        )  # fmt: skip
+        release -= clipped
+    whole = inside[:, None] & (tl.arange(0, COLUMNS) < DIM)[None, :]
+    target = dv + batch * dv_batch + head * dv_head + first.to(tl.int64) * dv_token
+    tl.store(parts.pointers(target, dv_token, N, COLUMNS), _rows.narrow(d_values, dv.dtype.element_ty), mask=whole)
+    factor = multiplier * barrier_factor(key, tokens, R)
+    d_soft, d_release = _through_step(
+        calcium, buffer, pool, reserve, primed, clamp, energy, d_new_calcium, d_new_buffer, d_new_pool, d_new_reserve,
+        d_new_primed, d_new_energy, sums, release, everything, tl.sum(d_slope, 1) * factor, d_scaled * factor, d_g,
+        d_calcium, d_buffer, d_pool, d_reserve, d_primed, d_clamp, d_energy, d_sums, place, inside, total, key, tokens,
+        R, STOCHASTIC,
+    )  # fmt: skip
     if ONCE:
         d_keys += d_soft[:, None] * driven + d_release[:, None] * docked
     else:
-        d_keys = _through_sums(
-            d_keys, k, d_soft, d_release, q_block, begin, below, key, q_token, tokens, scale, M, DIM, True
-        )
-        d_keys = _through_sums(
-            d_keys, k, d_soft, d_release, q_block, below, tokens, key, q_token, tokens, scale, M, DIM, False
+        d_keys = _through_all_sums(
+            d_keys, k, d_soft, d_release, q_block, begin, below, key, q_token, tokens, scale, M, DIM
         )
     if STOCHASTIC:
         d_keys = drawn_queries.less_clipped(
             d_keys, k, g, d_release, q_base, drawn, seed, pair, key, q_token, tokens, scale, M, DIM, R.stochastic_quanta
         )
     target = dk + batch * dk_batch + head * dk_head + first.to(tl.int64) * dk_token
-    d_keys = _rows.narrow(d_keys * root, dk.dtype.element_ty)
-    tl.store(parts.pointers(target, dk_token, N, COLUMNS), d_keys, mask=whole)
+    gradient = _rows.narrow(d_keys * root, dk.dtype.element_ty)
+    tl.store(parts.pointers(target, dk_token, N, COLUMNS), gradient, mask=whole)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
