@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_tts_decoder import decoder, module, small, stepped, workload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernbench import device, experiment, registry, swap
 from kernbench.errors import KernbenchError
@@ -236,6 +237,40 @@ def test_prediction_of_the_graph_is_the_busy_time() -> None:
     before = profile_of("1.7b", idle=idle)
     assert predictions.predict_graph(before).ratio_high == pytest.approx(5.0)
     assert predictions.predict_no_syncs(before).ratio_high == pytest.approx(2.0)
+
+
+class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that would launch on a GPU: all but views and what allocates."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: int = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (operator.is_view or operator.overloadpacket.__name__.startswith(("empty", "new_empty")))
+        return operator(*args, **(kwargs or {}))
+
+
+def launched(numbers: tuple[int, ...], use: dict[int, str]) -> int:
+    """By a steady frame in bfloat16 with fixed codes."""
+    built = decoder(dtype=torch.bfloat16)
+    module("checks").feed_fixed_codes(built)
+    chosen = dict.fromkeys(numbers, "eager") | use
+    planned = swap.plan(workload(), numbers, use=chosen, kernels=lambda name: registry.kernel(name).declaration)
+    with planned.applied(built), torch.no_grad():
+        built.step(0)
+        with Launches() as launches:
+            built.run_frame()
+    found: int = launches.count
+    return found
+
+
+def test_phase_6_launches_as_many_fewer_as_it_predicts() -> None:
+    """Four frames, two of them through the interpreter, which compares each of 3072 tokens with each."""
+    predict: Any = module("predictions").predict_choices
+    saved = launched(NUMBERS[:-1], {}) - launched(NUMBERS, {6: "triton"})
+    assert saved == predict(profile_of("tiny")).launches_per_step == 3 * 3 + 2 + 30
+    assert predict(profile_of("1.7b")).launches_per_step == 15 * 3 + 2 + 30
 
 
 @pytest.mark.parametrize("preset", ["tiny", "0.6b", "1.7b"])

@@ -26,16 +26,18 @@ ONE_ROW_PROMISE = (
     "Five operators a layer, each one launch, read the weights once at copy speed; at best the bandwidth floor is left."
 )
 CHOICES_PROMISE = (
-    "One launch chooses an acoustic code, writes it down, looks its embedding up and adds it; each launch saved is "
-    "worth an average one."
+    "One launch chooses an acoustic code, writes it down, looks its embedding up and adds it, and one does all of a "
+    "semantic token's sampling; each launch saved is worth an average one, at best."
 )
 
 # Of RMSNorm.forward: square, mean, eps, root, two products, and where the dtype is short two casts.
 NORM_LAUNCHES = 6
 CASTS = 2
-# Of an acoustic code: argmax, embedding and sum become one. Of a frame: its codes are not put together and written.
-SAVED_PER_CODE = 2
+# In frames that follow fixed codes, as timed ones do: of an acoustic code argmax, the look for the fixed one, embedding
+# and sum become one; those of a frame are no longer put together and written; 30 of a token become one.
+SAVED_PER_CODE = 3
 SAVED_BY_KEEPING = 2
+SAVED_PER_TOKEN = 29
 
 
 def predict_no_syncs(before: ProfileRecord) -> Prediction:
@@ -86,7 +88,11 @@ def predict_one_row(before: ProfileRecord) -> Prediction:
 def predict_choices(before: ProfileRecord) -> Prediction:
     """What is left of choosing a code, and of keeping those of a frame, is a launch a code."""
     config = PRESETS.get(before.workload.preset)
-    saved = None if config is None else (config.groups - 1) * SAVED_PER_CODE + SAVED_BY_KEEPING
+    saved = None
+    if config is not None:
+        # A short dtype is widened before the token is chosen.
+        token = SAVED_PER_TOKEN + (before.workload.dtype in ("bfloat16", "float16"))
+        saved = (config.groups - 1) * SAVED_PER_CODE + SAVED_BY_KEEPING + token
     return _launches(before, saved, CHOICES_PROMISE, "")
 
 
