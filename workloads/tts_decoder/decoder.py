@@ -149,7 +149,7 @@ class Decoder:
     def speak(self, hidden_11H: Tensor) -> None:
         """Choose the semantic token of the next frame from the talker's hidden state."""
         self.put(self.hidden_MH, hidden_11H[0], ahead=1)
-        self.logits_1V = self.add_token(self.model.codec_head(hidden_11H)[:, 0])
+        self.logits_1V = self.add_token(self.model.into_logits(hidden_11H))
 
     def add_token(self, logits_1V: Tensor) -> Tensor:
         """Choose the semantic token of the next frame, and put it into the table of codes; the logits, wide."""

@@ -40,6 +40,7 @@ SITES: tuple[tuple[Any, str], ...] = (
     (Stack, "logits_after_one"),
     (Stack, "logits_after_two"),
     (SpeechModel, "into_predictor"),
+    (SpeechModel, "into_logits"),
     (MLP, "activate"),
     (Attention, "rotate_and_store"),
     (Attention, "attend"),

@@ -1,4 +1,4 @@
-"""Phase 5: a transformer for one position of one sequence, five operators a layer, and the projection in front.
+"""Phase 5: a transformer for one position of one sequence, five operators a layer, and the projections around it.
 
 Each operator stands here in plain PyTorch, and is a site that its kernel takes. Without them the functions at the
 end do not run either: they belong to the same phase.
@@ -96,6 +96,12 @@ def into_predictor(self: SpeechModel, x_11H: Tensor) -> Tensor:
     if not isinstance(layer, nn.Linear):
         return x_11H
     return linear_add(x_11H[0, 0], layer.weight, layer.bias)[None, None]
+
+
+def into_logits(self: SpeechModel, hidden_11H: Tensor) -> Tensor:
+    """``SpeechModel.into_logits``, with nothing that was there before."""
+    weight = self.codec_head.weight
+    return linear_add(hidden_11H[0, 0], weight, self.talker.nothing(weight[:, 0]))[None]
 
 
 def _through_layers(stack: Stack, x_H: Tensor, cache: KVCache) -> Tensor:

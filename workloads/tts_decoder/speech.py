@@ -74,6 +74,11 @@ class SpeechModel(nn.Module):
         projected: Tensor = self.predictor_input(x_11H)
         return projected
 
+    def into_logits(self, hidden_11H: Tensor) -> Tensor:
+        """Semantic logits of one position, [1, V]."""
+        logits_11V: Tensor = self.codec_head(hidden_11H)
+        return logits_11V[:, 0]
+
     def heads_in_order(self) -> list[nn.Linear]:
         """The acoustic heads, as what they are."""
         return cast(list[nn.Linear], list(self.acoustic_heads))

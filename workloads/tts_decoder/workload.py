@@ -145,6 +145,7 @@ WORKLOAD = Workload(
                 Swap(site=(Stack, "logits_after_one"), use=onerow.logits_after_one),
                 Swap(site=(Stack, "logits_after_two"), use=onerow.logits_after_two),
                 Swap(site=(SpeechModel, "into_predictor"), use=onerow.into_predictor),
+                Swap(site=(SpeechModel, "into_logits"), use=onerow.into_logits),
                 Swap(site=(onerow, "norm_row"), kernel="add_rms_norm", adapt=onerow.adapt_norm_row),
                 Swap(site=(onerow, "norm_linear"), kernel="decode_norm_linear"),
                 Swap(site=(onerow, "attention"), kernel="decode_attention"),
