@@ -30,8 +30,8 @@ from . import _choice, _decode, _rows
 
 LARGEST_BLOCK = 4096
 """Logits that a program compares at once: 32 registers a thread of 128."""
-MOST_CODES = 2**31
-"""Ids are compared in 31 bits."""
+MOST_CODES = 2**30
+"""Ids are counted in 32 bits, a block beyond the end included."""
 
 
 class Blocks(NamedTuple):
