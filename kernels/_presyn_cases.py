@@ -17,8 +17,8 @@ from ._presyn_keys import Rates
 DEFAULT = Rates()
 CASES = (
     Case("one", batch=1, heads=2, tokens=1, dim=16, noise=0),
-    Case("ragged", batch=1, heads=1, tokens=17, dim=24, noise=0),
-    Case("wide", batch=2, heads=1, tokens=5, dim=40, noise=1),
+    Case("ragged", batch=1, heads=1, tokens=17, dim=24, noise=1),
+    Case("wide", batch=2, heads=1, tokens=5, dim=40, noise=0),
     Case("bench", large=True, batch=4, heads=12, tokens=2048, dim=64, noise=0),
     Case("bench-noise", large=True, batch=4, heads=12, tokens=2048, dim=64, noise=1),
     Case("T4096", large=True, batch=4, heads=12, tokens=4096, dim=64, noise=0),

@@ -114,10 +114,13 @@ def test_other_rates_count_each() -> None:
     agreed(inputs, list(range(7)))
 
 
-@pytest.mark.parametrize("chosen", [[0], [1, 2, 3, 4, 5, 6]], ids=str)
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_stochastic_release_draws_what_the_reference_draws(share: float, chosen: list[int]) -> None:
-    inputs = drawn(noise=1)
+@pytest.mark.parametrize(
+    ("share", "chosen", "dim"),
+    [(0.0, [0, 1, 2, 3, 4, 5, 6], 16), (0.3, [0], 16), (0.3, [1, 2, 3, 4, 5, 6], 40), (1.0, [0, 2, 4], 40)],
+)
+def test_stochastic_release_draws_what_the_reference_draws(share: float, chosen: list[int], dim: int) -> None:
+    """Rows of 16 and of 40 numbers take the two ways of the backward pass over keys."""
+    inputs = drawn(noise=1, heads=1, dim=dim)
     inputs["rates"] = MODULE.Rates(stochastic_train_frac=share)
     agreed(inputs, chosen)
 
@@ -133,7 +136,7 @@ def test_a_seed_decides_what_is_drawn() -> None:
 
 
 def test_views_of_tokens_first_are_read_and_written_where_they_are() -> None:
-    inputs = drawn()
+    inputs = drawn(noise=1)
     for name in ("q", "k", "v"):
         inputs[name] = inputs[name].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     y, *_ = SPEC.optimized(**inputs)
