@@ -20,7 +20,7 @@ INDEX = 3
 
 def gradients(built: Any, index: int) -> list[torch.Tensor]:
     built.seed_noise(index)
-    built.differentiate(index)
+    built.differentiate(*built.batch(index))
     return [parameter.grad for parameter in built.parameters]
 
 
