@@ -25,7 +25,7 @@ from ._memory_mlp_plans import Method, Tiles, launch
 DTYPES = (torch.float32, torch.bfloat16)
 _SMALL = _rows.INTERPRETED.value
 BLOCK = 512 if _SMALL else 1024
-SUM_ROWS, SUM_COLUMNS = (4, 16) if _SMALL else (32, 32)
+SUM_ROWS, SUM_COLUMNS = (4, 32) if _SMALL else (32, 32)
 MOST_SQUARES = 16 if _SMALL else 4096
 """So many sums of squares every program of the write adds up itself; of more it would read too much."""
 LOSS_BLOCK = 16 if _SMALL else 1024

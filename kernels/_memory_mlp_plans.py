@@ -81,7 +81,7 @@ PLANS = {
 """For rows 512 wide on a Hopper GPU. None spills registers, which `kernbench bench --compile-only` checks; how fast
 they are beside other tiles is in no record yet. The two backward tiles in TF32 are those of the forward pass, since
 what they read is laid out alike."""
-_AWKWARD = Tiles(32, 64, 32, 8, 2)
+_AWKWARD = Tiles(32, 32, 32, 4, 2)
 """For widths that no access of 16 bytes divides: every number has a place of its own in a register then."""
 _ALIGNED = 16
 _OLDER = Tiles(64, 64, 32, 4, 3)

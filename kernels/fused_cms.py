@@ -267,7 +267,7 @@ SPEC = KernelSpec(
     cases=(
         Case("few", edges=0, squares=0, vectors=1, side=17, rows=0, active=1, skip=0, network=1),
         Case("one", edges=0, squares=0, vectors=1, side=1, rows=0, active=1, skip=0, network=0),
-        Case("ragged", edges=1, squares=0, vectors=1, side=29, rows=19, active=2, skip=0, network=2),
+        Case("ragged", edges=1, squares=0, vectors=0, side=29, rows=19, active=2, skip=0, network=2),
         Case("levels", edges=0, squares=0, vectors=2, side=33, rows=0, active=3, skip=0, network=1),
         Case("whole", edges=0, squares=0, vectors=0, side=61, rows=8, active=1, skip=0, network=3),
         Case("skipped", edges=0, squares=1, vectors=1, side=23, rows=0, active=2, skip=1, network=1),

@@ -81,9 +81,10 @@ def test_it_trains_like_the_baseline() -> None:
         built = training(config, dtype=torch.float32)
         built.optimizer.calls = 8
         with asked.plan(workload(), dict.fromkeys(numbers, "triton")).applied(built) as receipt:
-            losses = [float(built.step(index)) for index in range(3)]
+            # One level is due in the first step, two are in the next.
+            losses = [float(built.step(index)) for index in range(2)]
             runs.append((losses, built.model.state_dict()))
-    assert receipt.hits(3)[-1].calls == 3
+    assert receipt.hits(2)[-1].calls == 2
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-5)
     for name, tensor in runs[0][1].items():
         torch.testing.assert_close(runs[1][1][name], tensor, rtol=1e-3, atol=1e-6)
