@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-import gzip
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -39,7 +40,9 @@ def trace_steps(
     details: bool = False,
     ready: Callable[[], None] | None = None,
 ) -> list[float]:
-    """Trace ``count`` steps from ``first`` on into a gzipped Kineto JSON file at ``path``, written atomically.
+    """Trace ``count`` steps from ``first`` on into a Kineto JSON file at ``path``, written atomically.
+
+    It is gzipped if its name ends in .gz, which takes many times as long as to write it.
 
     The first one runs once before them, under the profiler but without a mark: what the profiler sets up meanwhile
     would lengthen it. No garbage is collected, as where steps are timed.
@@ -63,12 +66,8 @@ def trace_steps(
     gc.collect()
     with (
         collector_off(),
-        profile(
-            activities=activities,
-            acc_events=True,
-            experimental_config=options,
-            record_shapes=details,
-            profile_memory=details,
+        _profiled(
+            activities=activities, experimental_config=options, record_shapes=details, profile_memory=details
         ) as profiler,
     ):
         if not details:
@@ -91,10 +90,27 @@ def trace_steps(
     return [end - start for start, end in zip(marks, marks[1:], strict=False)]
 
 
+@contextmanager
+def _profiled(**options: Any) -> Iterator[profile]:
+    """The profiler, which keeps what it recorded for an export alone.
+
+    With ``acc_events`` it would make a Python object of every event when it stops, many times as long as steps take.
+    """
+    profiler = profile(**options)
+    with warnings.catch_warnings():
+        # PyTorch 2.10 to 2.12 warn of cycles where there are none. Source: pytorch/pytorch#180387.
+        warnings.filterwarnings("ignore", "Warning: Profiler clears events", UserWarning)
+        profiler.start()
+    try:
+        yield profiler
+    finally:
+        profiler.stop()
+
+
 def _export(profiler: profile, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / "trace.json.gz"
+        temporary = Path(folder) / path.name
         profiler.export_chrome_trace(str(temporary))
         temporary.replace(path)
 
@@ -167,10 +183,7 @@ def _runtime_pass(
 ) -> tuple[list[Report], dict[int, float | None], list[str], float]:
     watch = RuntimeWatch(sources)
     torch.cuda.synchronize(device)
-    with ExitStack() as stack:
-        profiler = stack.enter_context(
-            profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True)
-        )
+    with _profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         start = time.perf_counter()
         with watch.watching():
             for index in range(first, first + count):
@@ -181,9 +194,9 @@ def _runtime_pass(
         torch.cuda.synchronize(device)
         seconds = (time.perf_counter() - start) / count
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json.gz"
+        path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        events = msgspec.json.decode(gzip.decompress(path.read_bytes()))["traceEvents"]
+        events = msgspec.json.decode(path.read_bytes())["traceEvents"]
     waits, notes = match_waits(watch.reports, runtime_calls(events))
     return watch.reports, waits, notes, seconds
 

@@ -289,7 +289,7 @@ def trace_side(
     """
     settings = side.settings
     with tempfile.TemporaryDirectory(prefix="kernbench-") as scratch:
-        full = Path(scratch) / "trace.json.gz"
+        full = Path(scratch) / "trace.json"
         with swap.annotated(settings.workload, side.built, side.plan):
             modules = ranges.annotate_modules(side.model) if settings.nvtx and side.model is not None else None
             try:
