@@ -49,6 +49,7 @@ def read(path: Path, take: Callable[[T], None], decode: Callable[[list[Event]], 
     Raises:
         KernbenchError: the file is absent, damaged, truncated, or no Kineto trace.
     """
+    _keep_freed_memory()
     pieces = None
     try:
         with ThreadPoolExecutor(1) as ahead, path.open("rb") as file:
@@ -80,6 +81,7 @@ def latter_part(path: Path, split: int, closing: bytes) -> Part:
     Raises:
         EOFError, OSError, zlib.error, msgspec.MsgspecError: no such part can be read.
     """
+    _keep_freed_memory()
     decoded_pieces: list[Piece] = []
     with ThreadPoolExecutor(1) as ahead, path.open("rb") as file:
         windows = _read_ahead(_windows(file, split), ahead)
@@ -277,6 +279,15 @@ def _inflated(data: bytes, more: Callable[[], bytes]) -> Iterator[bytes]:
             data = more()
             if not data:
                 raise EOFError("the compressed data end early")
+
+
+def _keep_freed_memory() -> None:
+    """Let windows use the same memory one after another.
+
+    glibc hands blocks of more than 128 kB back to the system, which clears every page of the next one, until it has
+    seen a larger one freed; then it keeps those up to that size.
+    """
+    bytes(16 << 20)
 
 
 def _read_ahead(windows: Iterator[bytes], pool: ThreadPoolExecutor) -> Iterator[bytes]:
