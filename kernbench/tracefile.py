@@ -287,7 +287,7 @@ def _keep_freed_memory() -> None:
     glibc hands blocks of more than 128 kB back to the system, which clears every page of the next one, until it has
     seen a larger one freed; then it keeps those up to that size.
     """
-    bytes(16 << 20)
+    bytes(4 << 20)
 
 
 def _read_ahead(windows: Iterator[bytes], pool: ThreadPoolExecutor) -> Iterator[bytes]:
