@@ -81,7 +81,7 @@ def compile_kernels(
     *,
     archs: Sequence[str] = ARCHS,
     dtypes: Sequence[str | torch.dtype] | None = None,
-    cases: Sequence[Case | str] | None = None,
+    cases: Sequence[Case | str] | Mapping[str, Sequence[Case | str]] | None = None,
     progress: Progress | None = None,
     silent_seconds: float = SILENT_SECONDS,
 ) -> Iterator[Build]:
@@ -95,14 +95,15 @@ def compile_kernels(
         specs: registered kernels; what they allow is taken from here.
         archs: keys of ``SHARED_LIMIT_BYTES``.
         dtypes: by default those of each tolerance.
-        cases: by default all, the large ones too.
+        cases: by default all, the large ones too; by kernel, if these are not the same for all.
         silent_seconds: the process is ended when it reports nothing for so long.
 
     Raises:
         KernbenchError: an unknown architecture, case or dtype.
         WorkloadFailed: the process ends before it has called a kernel: a file of kernels fails without the interpreter.
     """
-    wanted = [Wanted(spec.name, _dtypes(spec, dtypes), _cases(spec, cases)) for spec in specs]
+    of = cases if isinstance(cases, Mapping) else dict.fromkeys((spec.name for spec in specs), cases)
+    wanted = [Wanted(spec.name, _dtypes(spec, dtypes), _cases(spec, of.get(spec.name))) for spec in specs]
     chosen = [registry.nearest(arch, SHARED_LIMIT_BYTES, "architecture") for arch in archs]
     allowed = {spec.name: spec.allowed for spec in specs}
     return _built(wanted, chosen, allowed, progress or Silent(), silent_seconds)
