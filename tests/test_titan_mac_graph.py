@@ -75,7 +75,7 @@ def test_other_functions_in_place_make_another_graph() -> None:
 
 
 def test_hooks_are_seen() -> None:
-    has_hooks = module("graph")._has_hooks
+    has_hooks = module("graph").has_hooks
     for fault in workload().faults:
         built = training(small())
         assert not has_hooks(built.model)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernbench.capturing import on_stream
 from kernbench.parity import compare
 from kernbench.parity.compare import Leaves
 from kernbench.spec import Inputs, KernelSpec
@@ -224,11 +225,9 @@ def replayed_backward(
 def _captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """A CUDA graph of a call that has warmed up on a side stream, and what the call returned."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with on_stream(side):
         for _ in range(WARM_UPS):
             call()
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = call()

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from kernbench.capturing import functions_at, has_hooks, on_stream
 from kernbench.device import warn_once
 from kernbench.errors import KernbenchError
 
@@ -132,14 +133,11 @@ def advance(self: Training, tokens_BT: Tensor, next_BT: Tensor) -> Tensor:
 
 
 def eager(training: Training, graphs: Graphs) -> Tensor:
-    """A step on the stream that will be captured, so that what autograd remembers of a stream is of this one."""
-    graphs.stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(graphs.stream), warnings.catch_warnings():
+    """A step before the capture."""
+    with on_stream(graphs.stream), warnings.catch_warnings():
         # AdamW asks whether it is meant to be captured; soon it is.
         warnings.filterwarnings("ignore", message=".*capturable=True.*")
-        loss = _advance(training, graphs.tokens, graphs.following)
-    torch.cuda.current_stream().wait_stream(graphs.stream)
-    return loss
+        return _advance(training, graphs.tokens, graphs.following)
 
 
 def capture(training: Training, graphs: Graphs, captured: Captured) -> None:
@@ -170,12 +168,6 @@ def constants(training: Training) -> Hashable:
     from .phases import PHASES
 
     sites = [swap.site for phase in PHASES if phase.number != NUMBER for swap in phase.swaps]
-    functions = tuple(inspect.unwrap(getattr(*site)) for site in sites if isinstance(site, tuple))
+    functions = functions_at(site for site in sites if isinstance(site, tuple))
     rates = tuple(group["lr"] for optimizer in training.optimizers for group in optimizer.param_groups)
     return functions, rates, training.model.counted_noise, training.model.training
-
-
-def has_hooks(model: nn.Module) -> bool:
-    """Whether something is to be called in a step that a replay would not call."""
-    modules = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    return modules or any(parameter._backward_hooks for parameter in model.parameters())

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernbench.capturing import functions_at, on_stream
 from kernbench.device import warn_once
 from kernbench.errors import KernbenchError
 
@@ -61,12 +62,8 @@ def run_batch(self: Training, images_BF: Tensor, classes_B: Tensor) -> Tensor | 
     captured = self.captured.setdefault(_in_place(self, images_BF.device), Captured())
     if captured.eager_steps < EAGER_STEPS:
         captured.eager_steps += 1
-        # On the stream that will be captured, so that what autograd remembers of a stream is of this one.
-        captured.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(captured.stream):
-            loss = _run_batch(self, images_BF, classes_B)
-        torch.cuda.current_stream().wait_stream(captured.stream)
-        return loss
+        with on_stream(captured.stream):
+            return _run_batch(self, images_BF, classes_B)
     if captured.graph is None:
         _capture(self, captured, images_BF, classes_B)
     assert captured.graph is not None
@@ -90,4 +87,4 @@ def _capture(self: Training, captured: Captured, images_BF: Tensor, classes_B: T
 def _in_place(self: Training, device: torch.device) -> tuple[int | Callable[..., Any], ...]:
     """The functions that a step consists of, without what counts their calls, and where the schedules' memory lies."""
     memory = self.model.kasmina.schedules.on_device(device).data_ptr()
-    return memory, *(inspect.unwrap(getattr(owner, name)) for owner, name in SITES)
+    return memory, *functions_at(SITES)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from kernbench.capturing import functions_at, has_hooks, on_stream
 from kernbench.device import warn_once
 from kernbench.errors import KernbenchError
 
@@ -85,7 +86,7 @@ def advance(self: Training, tokens_BT: Tensor) -> Tensor:
         return _advance(self, tokens_BT)
     graphs: Graphs = self.kept[KEY]
     self.optimizer.count_call()
-    if _has_hooks(self.model):
+    if has_hooks(self.model):
         warn_once(HOOKED)
         return _launch(self, tokens_BT)
     if graphs.state is not self.optimizer.device_state:
@@ -96,7 +97,8 @@ def advance(self: Training, tokens_BT: Tensor) -> Tensor:
     if captured is None or graphs.eager_steps < EAGER_STEPS:
         graphs.captured[key] = Captured()
         graphs.eager_steps += 1
-        return _eager(self, graphs)
+        with on_stream(graphs.stream):
+            return _launch(self, graphs.tokens)
     if captured.graph is None:
         graph = torch.cuda.CUDAGraph()
         # Other threads, as one that reads clocks, may use the device meanwhile.
@@ -107,15 +109,6 @@ def advance(self: Training, tokens_BT: Tensor) -> Tensor:
     assert captured.loss is not None
     # The next replay writes its loss over this one.
     return captured.loss.clone()
-
-
-def _eager(self: Training, graphs: Graphs) -> Tensor:
-    """A step on the stream that will be captured, so that what autograd remembers of a stream is of this one."""
-    graphs.stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(graphs.stream):
-        loss = _launch(self, graphs.tokens)
-    torch.cuda.current_stream().wait_stream(graphs.stream)
-    return loss
 
 
 def _launch(self: Training, tokens_BT: Tensor) -> Tensor:
@@ -140,9 +133,4 @@ def _in_place() -> Hashable:
     from .workload import WORKLOAD
 
     sites = [swap.site for phase in WORKLOAD.phases if phase.number != NUMBER for swap in phase.swaps]
-    return tuple(inspect.unwrap(getattr(*site)) for site in sites if isinstance(site, tuple))
-
-
-def _has_hooks(model: nn.Module) -> bool:
-    modules = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    return modules or any(parameter._backward_hooks for parameter in model.parameters())
+    return functions_at(site for site in sites if isinstance(site, tuple))

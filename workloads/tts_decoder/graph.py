@@ -7,7 +7,7 @@ for the end token.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernbench.capturing import functions_at
 from kernbench.device import warn_once
 from kernbench.errors import KernbenchError
 
@@ -150,7 +151,7 @@ def _frame(decoder: Decoder) -> None:
 
 
 def _captured_frame(decoder: Decoder, kept: Counting) -> None:
-    captured = kept.captured.setdefault(_in_place(), Captured())
+    captured = kept.captured.setdefault(functions_at(SITES), Captured())
     if captured.eager_frames < EAGER_FRAMES:
         captured.eager_frames += 1
         _frame(decoder)
@@ -165,8 +166,3 @@ def _captured_frame(decoder: Decoder, kept: Counting) -> None:
     assert captured.logits is not None
     captured.graph.replay()
     decoder.logits_1V, decoder.acoustic_logits = captured.logits, captured.acoustic_logits
-
-
-def _in_place() -> tuple[Callable[..., Any], ...]:
-    """The functions that a frame consists of, without what counts or annotates their calls."""
-    return tuple(inspect.unwrap(getattr(owner, name)) for owner, name in SITES)

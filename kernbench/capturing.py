@@ -1,0 +1,34 @@
+"""What workloads that capture their step in a CUDA graph share: what a graph holds for, and where steps run before."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def functions_at(sites: Iterable[tuple[Any, str]]) -> tuple[Callable[..., Any], ...]:
+    """What stands at sites (owner, name), without what counts or annotates calls; a graph of others is another one."""
+    return tuple(inspect.unwrap(getattr(owner, name)) for owner, name in sites)
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether something is to be called in a step that a replay would not call."""
+    modules = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return modules or any(parameter._backward_hooks for parameter in model.parameters())
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Work on ``stream``, after all that is queued on the current stream and before what will be.
+
+    Steps before a capture run where it will be made, so that what autograd remembers of a stream is of that one.
+    """
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
