@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import _add_rms_norm_kernels as kernels
 from . import _rows
+from ._blocks import blocks_in
 
 _SMALL = _rows.INTERPRETED.value
 """The interpreter takes every way at sizes that it can walk through."""
@@ -186,4 +187,4 @@ def _plan(rows: int, dim: int, itemsize: int) -> _Plan:
 
 def _chunk(rows: int, on_each: int) -> int:
     """Rows of a program, if so many programs run on each multiprocessor."""
-    return min(MOST_ROWS, -(-rows // _rows.resident(on_each)))
+    return min(MOST_ROWS, blocks_in(rows, _rows.resident(on_each)))

@@ -31,6 +31,7 @@ from torch import Tensor
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Values
 
 from . import _attend, _decode, _rows
+from ._blocks import blocks_in
 
 LARGEST_DIM = 256
 COMBINE_WARPS = 4
@@ -67,7 +68,7 @@ def shares_for(length: int) -> Shares:
     if length <= ONE_SHARE:
         # The new token is in no tile: of 17 rows 16 are read.
         return Shares(1, 16 if length <= 17 else 32, 4)
-    return Shares(min(8, triton.next_power_of_2(-(-length // ONE_SHARE))), 32, 4)
+    return Shares(min(8, triton.next_power_of_2(blocks_in(length, ONE_SHARE))), 32, 4)
 
 
 def decode_attention_reference(
@@ -257,7 +258,7 @@ def _plans(
 ) -> tuple[_decode.Plan, _decode.Plan | None]:
     """The launch over all shares, and that which combines more than one if nobody counts them."""
     chosen = Shares(*shares) if shares else shares_for(length)
-    columns, lines = triton.next_power_of_2(dim), triton.next_power_of_2(-(-dim * itemsize // LINE_BYTES))
+    columns, lines = triton.next_power_of_2(dim), triton.next_power_of_2(blocks_in(dim * itemsize, LINE_BYTES))
     shared = (heads, heads // kv_heads, dim, columns, lines, chosen.shares, chosen.tokens, counted)
     combined = _decode.Plan(heads, (heads, dim, columns, chosen.shares), COMBINE_WARPS, chosen.overlap)
     return (

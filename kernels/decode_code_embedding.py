@@ -27,6 +27,7 @@ from torch import Tensor
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Values
 
 from . import _choice, _decode, _rows
+from ._blocks import blocks_in
 
 LARGEST_BLOCK = 4096
 """Logits that a program compares at once: 32 registers a thread of 128."""
@@ -156,7 +157,7 @@ def _plan(count: int, width: int, forced: bool, blocks: tuple[int, ...] | None) 
     chosen = Blocks(*blocks) if blocks else DEFAULT
     columns = min(chosen.columns, triton.next_power_of_2(width))
     block = min(LARGEST_BLOCK, triton.next_power_of_2(count))
-    return _decode.Plan(-(-width // columns), (forced, block, columns), chosen.warps, chosen.overlap)
+    return _decode.Plan(blocks_in(width, columns), (forced, block, columns), chosen.warps, chosen.overlap)
 
 
 _OPERATOR = _decode.register(

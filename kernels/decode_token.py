@@ -31,6 +31,7 @@ from torch import Tensor
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Values
 
 from . import _attend, _choice, _decode, _rows
+from ._blocks import blocks_in
 
 LARGEST_TOP_K = 1024
 LARGEST_BLOCK = 4096
@@ -236,11 +237,11 @@ def _plan(count: int, candidates: int, forced: bool, ranks: tuple[int, ...] | No
     chosen = Ranks(*ranks) if ranks else DEFAULT
     block = min(LARGEST_BLOCK, triton.next_power_of_2(count))
     if not ranks and _rows.INTERPRETED.value:
-        few = triton.next_power_of_2(-(-count // _rows.INTERPRETED_PROGRAMS))
+        few = triton.next_power_of_2(blocks_in(count, _rows.INTERPRETED_PROGRAMS))
         chosen = chosen._replace(rows=min(few, tl.TRITON_MAX_TENSOR_NUMEL // block))
     rows = min(chosen.rows, triton.next_power_of_2(count))
     compiled_in = (forced, rows, block, triton.next_power_of_2(candidates))
-    return _decode.Plan(-(-count // rows), compiled_in, chosen.warps, chosen.overlap)
+    return _decode.Plan(blocks_in(count, rows), compiled_in, chosen.warps, chosen.overlap)
 
 
 def _bits(number: float) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance, Values
 
 from . import _rows
+from ._blocks import blocks_in
 from ._rows import narrow
 
 
@@ -180,7 +181,7 @@ def _grid(count: int, columns: int) -> tuple[int, int, int]:
     """Blocks of a row, programs in all, and elements of a block: a large one if little of it lies past a row's end."""
     block = LARGE if count > FEW and (columns == count or columns % LARGE == 0) else SMALL
     block = next((smaller for most, smaller in SMALLER if count <= most), block)
-    blocks = -(-columns // block)
+    blocks = blocks_in(columns, block)
     return blocks, count // columns * blocks, block
 
 
