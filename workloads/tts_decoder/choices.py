@@ -8,7 +8,6 @@ Shapes: V vocabulary, N codes that have an embedding, H width of the talker, M p
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from kernbench.errors import KernbenchError
 from . import sampling
 from .config import SamplingConfig
 from .decoder import Decoder
-from .syncfree import resident
+from .syncfree import reads_nothing, resident
 
 KEY = "choices"
 SAMPLED = "phase 6 of tts-decoder takes the most likely acoustic codes; where they are sampled, phase 0 chooses them"
@@ -120,7 +119,7 @@ def add_token(self: Decoder, logits_1V: Tensor) -> Tensor:
 
 
 def _check_phase() -> None:
-    if not getattr(inspect.unwrap(Decoder.acoustic_code), "reads_nothing", False):
+    if not reads_nothing():
         raise KernbenchError(
             "phase 6 of tts-decoder leaves the codes on the device, where only phase 0 reads them: keep phase 0 first, "
             "or type --phases 0,6"

@@ -24,7 +24,7 @@ from . import choices, onerow
 from .decoder import Decoder
 from .model import MLP, Attention, Mixed, Stack
 from .speech import SpeechModel
-from .syncfree import resident
+from .syncfree import reads_nothing, resident
 
 KEY = "graph"
 EAGER_FRAMES = 2
@@ -110,7 +110,7 @@ def attend(self: Attention, mixed: Mixed, bias_TS: Tensor | None) -> Tensor:
 
 def _check_phases() -> None:
     in_place = (
-        getattr(inspect.unwrap(Decoder.acoustic_code), "reads_nothing", False),
+        reads_nothing(),
         getattr(inspect.unwrap(Attention.rotate_and_store), "in_room", False),
     )
     if not all(in_place):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 
 import torch
@@ -131,3 +132,8 @@ def read_codes(self: Decoder) -> list[list[int]]:
 
 
 acoustic_code.reads_nothing = True  # type: ignore[attr-defined]
+
+
+def reads_nothing() -> bool:
+    """Whether codes stay on the device: this phase is in place, however its calls are counted."""
+    return getattr(inspect.unwrap(Decoder.acoustic_code), "reads_nothing", False)
