@@ -1,4 +1,4 @@
-"""What long work tells its caller while it runs. The terminal's version lives in ``report/console.py``."""
+"""What long work tells its caller while it runs. The terminal's version lives in ``report/bars.py``."""
 
 from __future__ import annotations
 

@@ -14,8 +14,7 @@ from rich.console import Console
 
 from kernbench import record as records
 from kernbench.record import Hotspot
-from kernbench.report import bars as bars_module
-from kernbench.report import console, sentences
+from kernbench.report import bars, console, sentences
 
 REPORT = Path("reports/titan-mac/20261121-142530-profile-3fa9/report.html")
 
@@ -154,7 +153,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_progress_off_a_terminal_is_one_line_per_stage(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = console.progress()
+    progress = bars.progress()
     with progress.stage("timing steps", 20) as advance:
         advance(20)
     progress.note("clocks cannot be read")
@@ -164,7 +163,7 @@ def test_progress_off_a_terminal_is_one_line_per_stage(capsys: pytest.CaptureFix
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = console.progress(quiet=True)
+    progress = bars.progress(quiet=True)
     with progress.stage("timing steps") as advance:
         advance(1)
     progress.note("nothing")
@@ -173,26 +172,26 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bars_nest_and_end_with_their_stage() -> None:
     screen = io.StringIO()
-    bars = bars_module._Bars(Console(file=screen, force_terminal=True, width=80))
-    with pytest.raises(RuntimeError), bars.stage("[red]outer", 2) as advance:
+    shown = bars._Bars(Console(file=screen, force_terminal=True, width=80))
+    with pytest.raises(RuntimeError), shown.stage("[red]outer", 2) as advance:
         advance(1)
-        with bars.stage("inner"):
-            bars.note("[bold]said")
+        with shown.stage("inner"):
+            shown.note("[bold]said")
         raise RuntimeError
-    assert bars.open_stages == 0
-    assert not bars.bars.live.is_started
+    assert shown.open_stages == 0
+    assert not shown.bars.live.is_started
     assert "[red]outer" in screen.getvalue()
     assert "[bold]said" in screen.getvalue()
-    with bars.stage("again"):
-        assert bars.bars.live.is_started
+    with shown.stage("again"):
+        assert shown.bars.live.is_started
 
 
 def test_bars_run_no_thread_beside_timed_steps() -> None:
     import threading
 
-    bars = bars_module._Bars(Console(file=io.StringIO(), force_terminal=True))
+    shown = bars._Bars(Console(file=io.StringIO(), force_terminal=True))
     before = threading.active_count()
-    with bars.stage("timing", 3):
+    with shown.stage("timing", 3):
         assert threading.active_count() == before
 
 

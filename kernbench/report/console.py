@@ -1,4 +1,4 @@
-"""What a person reads in the terminal: results on standard output, progress on standard error."""
+"""What a person reads in the terminal on standard output; progress is told by ``bars``."""
 
 from __future__ import annotations
 
@@ -38,19 +38,9 @@ from kernbench.report import (
     tracewords,
     units,
 )
-from kernbench.report.bars import progress
 from kernbench.report.terminal import STYLES
 
 TOP_FAILURES = 8
-
-__all__ = [
-    "progress",
-    "show",
-    "show_declarations",
-    "show_doctor",
-    "show_journal",
-    "show_runs",
-]
 
 
 def show(record: Record, report: Path | None) -> None:
