@@ -24,6 +24,7 @@ from .adamw import DeviceState
 from .cms import TRAIN_EVERY, active_levels
 from .optimizer import DeepNestedOptimizer
 from .phases import step_on_device, step_optimizer
+from .plan import PHASES
 from .training import Training
 
 NUMBER = 6
@@ -32,6 +33,9 @@ EAGER_STEPS = 3
 """Steps before the first capture: in them kernels are built, and libraries allocate what they work with."""
 UNCAPTURED = "phase 6 of titan-mac runs uncaptured here: a CUDA graph needs a CUDA device"
 HOOKED = "phase 6 of titan-mac ran steps uncaptured: the model has hooks, which a replay would not call"
+
+SITES = [swap.site for phase in PHASES for swap in phase.swaps if isinstance(swap.site, tuple)]
+"""Where a step may have other functions than at its capture."""
 
 # As they are before any swap.
 _batch = Training.batch
@@ -130,7 +134,4 @@ def _due(optimizer: DeepNestedOptimizer) -> Hashable:
 
 def _in_place() -> Hashable:
     """The functions that a step consists of, without what counts or annotates their calls."""
-    from .workload import WORKLOAD
-
-    sites = [swap.site for phase in WORKLOAD.phases if phase.number != NUMBER for swap in phase.swaps]
-    return functions_at(site for site in sites if isinstance(site, tuple))
+    return functions_at(SITES)
