@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from types import ModuleType
 from typing import Any
@@ -14,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from kernbench import device, registry
-from kernbench.compilation import builds
 from kernbench.spec import Case, Inputs
 
 DEVICE = device.resolve("auto")
@@ -375,86 +371,3 @@ def test_parameters_count_as_modified_for_autograd() -> None:
     SPEC.optimized(**{**inputs, "params": [param]})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.backward(loss)
-
-
-COMPILE = """
-import json, re, sys
-import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernbench import registry
-
-module = sys.modules[registry.kernel("fused_adamw").declaration.optimized.__module__]
-scalars = dict.fromkeys(("beta1_complement", "beta2", "beta2_complement", "eps"), "fp32")
-types = {"chunks": "*i64", "table": "*i64", "factors": "*fp32", "ok": "*i1", **scalars}
-aligned = {(index,): [["tt.divisibility", 16]] for index in range(4)}
-wide = {}
-for capability in (80, 90, 100):
-    for dtype in module.TRITON_DTYPES.values():
-        for launch in (module.CACHED, module.STREAMED):
-            constants = {
-                "TENSOR_BITS": 24, "DTYPE": dtype, "BLOCK": launch.block, "THREADS": 32 * launch.warps,
-                "INTERPRETED": False,
-            }
-            signature = {**types, **dict.fromkeys(constants, "constexpr")}
-            source = ASTSource(fn=module._update_kernel, signature=signature, constexprs=constants, attrs=aligned)
-            options = {"num_warps": launch.warps}
-            ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
-            loads = {width: len(re.findall(rf"ld\\.global\\S*\\.v{width}\\.b32", ptx)) for width in (2, 4)}
-            wide[f"sm_{capability} {dtype} {launch}"] = loads
-print(json.dumps(wide))
-"""
-
-
-def test_loads_are_wide_on_three_architectures() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
-    assert len(results) == 3 * 3 * 2
-    for name, loads in results.items():
-        # Four elements a thread of p, g, m and v; of a 16-bit dtype those of p and g are 8 bytes wide.
-        short = "fp32" not in name
-        assert loads["4"] >= (2 if short else 4), (name, loads)
-        assert loads["2"] >= (2 if short else 0), (name, loads)
-
-
-def test_registers_leave_room_for_a_full_multiprocessor() -> None:
-    for build in builds.compile_kernel(SPEC):
-        # 64 registers leave room for 1024 threads: enough loads in flight to hide the latency.
-        assert build.registers is not None
-        assert build.registers <= 64, build
-        assert build.shared_bytes == 0, build
-
-
-@pytest.mark.gpu
-def test_a_captured_graph_repeats_the_update_with_gradients_inside_it() -> None:
-    ours = fresh(SIZES)
-    reference = copied(ours)
-    SPEC.optimized(**ours)
-    SPEC.reference(**reference)
-    scale = torch.ones((), device=DEVICE)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        inside = {**ours, "grads": [grad * scale for grad in ours["grads"]]}
-        SPEC.optimized(**inside)
-    for factor in (1.0, 2.0, 0.5):
-        scale.fill_(factor)
-        graph.replay()
-        SPEC.reference(**{**reference, "grads": [grad * factor for grad in reference["grads"]]})
-    SPEC.optimized(**ours)
-    SPEC.reference(**reference)
-    for name in (*STATE, "steps"):
-        torch.testing.assert_close(ours[name], reference[name])
-
-
-@pytest.mark.gpu
-def test_a_capture_without_a_call_before_it_says_what_to_do() -> None:
-    inputs = fresh([(5,)])
-    SPEC.optimized(**fresh([(6,)]))
-    with (
-        pytest.raises(RuntimeError, match="once outside of the CUDA graph capture"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        SPEC.optimized(**inputs)
