@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import gc
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +13,8 @@ from typing import BinaryIO, Generic, TypeVar, cast
 import msgspec
 from msgspec import Raw, Struct, field
 
-from kernbench import kinetopiece
-from kernbench.decodehelper import Helper, Part
+from kernbench import decodehelper, kinetopiece
+from kernbench.decodehelper import GZIP, Helper, Part
 from kernbench.errors import KernbenchError
 from kernbench.kinetopiece import Event, Piece, decoded
 
@@ -26,10 +25,7 @@ T = TypeVar("T")
 _EVENTS = re.compile(rb'"traceEvents"\s*:\s*\[')
 _BETWEEN = re.compile(rb'\}\s*,\s*(?=\{\s*"(?:ph|cat|name|pid|tid|ts|dur|args|id|s|bp)"\s*:)')
 _BYTE = re.compile(r" \(byte \d+\)")
-_GZIP = b"\x1f\x8b"
 _COMPRESSED_READ = 1 << 20
-# What is decoded while a helper process starts.
-_HEAD_START = 20 << 20
 
 
 class Metadata(Struct, kw_only=True):
@@ -53,7 +49,7 @@ def read(path: Path, take: Callable[[T], None], decode: Callable[[list[Event]], 
     pieces = None
     try:
         with ThreadPoolExecutor(1) as ahead, path.open("rb") as file:
-            split = _split(file) if decode is kinetopiece.of_events else None
+            split = decodehelper.split(file) if decode is kinetopiece.of_events else None
             pieces = _Pieces(_read_ahead(_windows(file), ahead), take, decode)
             return pieces.run(path, split)
     except (EOFError, zlib.error) as error:
@@ -87,6 +83,13 @@ def latter_part(path: Path, split: int, closing: bytes) -> Part:
         windows = _read_ahead(_windows(file, split), ahead)
         start, metadata = _Pieces(windows, decoded_pieces.append, kinetopiece.of_events).run_latter(closing)
     return Part(split + start, decoded_pieces, bytes(metadata.devices), bytes(metadata.distributed))
+
+
+def serve() -> None:
+    """Be the helper process: decode one part, :func:`latter_part`, and end."""
+    # It lives for seconds, and what it makes has no cycles.
+    gc.disable()
+    decodehelper.serve(latter_part)
 
 
 class _Pieces(Generic[T]):
@@ -127,7 +130,8 @@ class _Pieces(Generic[T]):
                 return self._rest()
             self._text = self._text[start.end() :]
         if split is not None:
-            self._helper, self._split = Helper(latter_part, path, split, closing), split
+            self._helper, self._split = decodehelper.helper(), split
+            self._helper.begin(path, split, closing)
         after = self._events(closing)
         return Metadata(
             events=[],
@@ -220,18 +224,6 @@ class _Pieces(Generic[T]):
         self._text = b"".join(parts)
 
 
-def _split(file: BinaryIO) -> int | None:
-    """Where in the text of a large file a helper process begins, so that both end at about the same time."""
-    size, head = os.fstat(file.fileno()).st_size, file.read(2)
-    if head == _GZIP and size > _COMPRESSED_READ:
-        # The last member's size modulo 2^32, which is the text's in nearly all files; else the halves are unequal.
-        file.seek(-4, os.SEEK_END)
-        size = max(int.from_bytes(file.read(4), "little"), size)
-    file.seek(0)
-    split = size // 2 + _HEAD_START
-    return split if split < size and (os.cpu_count() or 1) > 1 and sys.executable else None
-
-
 def _last_boundary(text: bytes) -> tuple[int, int] | None:
     """Where the text's last whole event ends and the next one begins, as far as it looks like that."""
     end = len(text)
@@ -244,7 +236,7 @@ def _last_boundary(text: bytes) -> tuple[int, int] | None:
 
 def _windows(file: BinaryIO, skip: int = 0) -> Iterator[bytes]:
     """The file's text from byte ``skip`` on in windows, inflated where it is compressed."""
-    compressed = file.read(2) == _GZIP
+    compressed = file.read(2) == GZIP
     file.seek(0 if compressed else skip)
     if not compressed:
         while window := file.read(WINDOW):

@@ -42,6 +42,9 @@ def analyze(
 
     Results go to reports/analyze/ of the workspace that the current folder is in, else of the current folder.
     """
+    from kernbench import decodehelper
+
+    decodehelper.prepare(traces[0])
     from kernbench import analyze
 
     show(analyze.analyze(traces, typed(), progress(quiet), page=not no_html), as_json)
