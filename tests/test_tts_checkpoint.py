@@ -144,7 +144,7 @@ def changed(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
 
 def test_missing_tensors_are_named(folder: Path) -> None:
     changed(folder, lambda found: found.pop("talker.codec_head.weight"))
-    with pytest.raises(KernbenchError, match=r"lacks 1 tensors: talker\.codec_head\.weight$"):
+    with pytest.raises(KernbenchError, match=r"lacks 1 tensor: talker\.codec_head\.weight$"):
         loaded(folder)
 
 
@@ -157,6 +157,25 @@ def test_extra_tensors_are_named(folder: Path) -> None:
 def test_wrong_shapes_are_named(folder: Path) -> None:
     changed(folder, lambda found: found.update({"talker.model.norm.weight": torch.ones(255)}))
     with pytest.raises(KernbenchError, match=r"talker\.model\.norm\.weight is \(255,\) instead of \(256,\)$"):
+        loaded(folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.int8, "I8"), (torch.bool, "BOOL"), (torch.float8_e4m3fn, "F8_E4M3")]
+)
+def test_quantized_weights_are_named(folder: Path, dtype: torch.dtype, name: str) -> None:
+    changed(folder, lambda found: found.update({"talker.model.norm.weight": torch.ones(256).to(dtype)}))
+    with pytest.raises(
+        KernbenchError, match=rf"talker\.model\.norm\.weight is {name}; fetch one that is not quantized"
+    ):
+        loaded(folder)
+
+
+def test_a_tensor_in_two_files_is_named(folder: Path) -> None:
+    save_file({"talker.codec_head.weight": torch.zeros(3072, 256)}, folder / "other.safetensors")
+    with pytest.raises(
+        KernbenchError, match=r"model\.safetensors both hold talker\.codec_head\.weight; keep one of them"
+    ):
         loaded(folder)
 
 
@@ -195,6 +214,8 @@ def test_damaged_files_are_one_sentence(folder: Path, file: str, content: str, s
 
 
 def test_a_folder_without_weights_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(KernbenchError, match="absent is no folder"):
+        loaded(tmp_path / "absent")
     with pytest.raises(KernbenchError, match="has no .safetensors file"):
         loaded(tmp_path)
 
@@ -213,6 +234,19 @@ def test_the_tokenizer_beside_the_weights_is_used(folder: Path) -> None:
     assert text.tokenize(b"hello new world", folder, vocabulary=512, most=2).ids == [300, 7]
     with pytest.raises(KernbenchError, match="gives id 301, and the text embedding has 301 rows"):
         text.tokenize(b"hello world", folder, vocabulary=301, most=10)
+
+
+def test_a_tokenizer_is_given_whole_characters(folder: Path) -> None:
+    words(folder, {"?": 7, "ü": 300})
+    text = module("text")
+    # The cut after 32 bytes halves the last character of them.
+    assert text.tokenize(b" " * 29 + "ü".encode() + "ü".encode(), folder, vocabulary=512, most=2).ids == [300]
+    assert text.tokenize("ü".encode(), folder, vocabulary=512, most=2).ids == [300]
+    for damaged, byte in ((b"a\xff" + b"b" * 100, 1), (b"ab\xc3", 2)):
+        with pytest.raises(KernbenchError, match=rf"the text is not UTF-8 \(byte {byte}\)"):
+            text.tokenize(damaged, folder, vocabulary=512, most=2)
+    with pytest.raises(KernbenchError, match="finds no token in the text"):
+        text.tokenize(b" \n", folder, vocabulary=512, most=2)
 
 
 def test_a_broken_tokenizer_is_one_sentence(folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,8 @@ from .speech import SpeechModel
 
 PREFIX = "talker."
 INDEX = "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")
+"""Of weights, as safetensors calls them; others are numbers of a quantized model, which mean nothing without scales."""
 SHOWN = 3
 """Names that a sentence lists; the others are counted."""
 # Where our modules lie in the layout, the longest name first.
@@ -41,21 +43,29 @@ def load(model: SpeechModel, folder: Path) -> None:
     """Overwrite all weights with those of the checkpoint in ``folder``, in the dtype of the model.
 
     Raises:
-        KernbenchError: a file is absent or damaged, sizes are those of another preset, or tensors are missing, unknown
-            or of another shape. Nothing is written then.
+        KernbenchError: the folder or a file is absent or damaged, sizes are those of another preset, or tensors are
+            missing, unknown, there twice, or of another shape or kind. Nothing is written then.
     """
+    if not folder.is_dir():
+        raise KernbenchError(f"{folder} is no folder; --weights takes the one that holds the checkpoint")
     check_sizes(model.config, folder)
     weights = {layout_name(name): weight for name, weight in model.named_parameters()}
     where = _files_by_name(folder)
     _check_names(weights, where, folder)
-    shapes = {name: shape for file, names in _by_file(where).items() for name, shape in _shapes(file, names)}
+    stored = {entry.name: entry for file, names in _by_file(where).items() for entry in _stored(file, names)}
     wrong = [
-        f"{name} is {shapes[name]} instead of {tuple(weight.shape)}"
+        f"{name} is {stored[name].shape} instead of {tuple(weight.shape)}"
         for name, weight in weights.items()
-        if shapes[name] != tuple(weight.shape)
+        if stored[name].shape != tuple(weight.shape)
     ]
     if wrong:
         raise KernbenchError(f"the checkpoint in {folder} has tensors of another shape: {_listed(wrong)}")
+    other = [f"{entry.name} is {entry.dtype}" for entry in stored.values() if entry.dtype not in DTYPES]
+    if other:
+        raise KernbenchError(
+            f"the checkpoint in {folder} has tensors that are no plain floating-point weights: {_listed(other)}; "
+            f"fetch one that is not quantized ({', '.join(DTYPES)})"
+        )
     for file, names in _by_file(where).items():
         with safe_open(file, framework="pt") as opened:
             for name in names:
@@ -148,7 +158,14 @@ def _files_by_name(folder: Path) -> dict[str, Path]:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise KernbenchError(f"{folder} has no .safetensors file; --weights takes the folder of a checkpoint")
-        where = {name: file for file in files for name in _names(file)}
+        where = {}
+        for file in files:
+            names_here = _names(file)
+            if twice := sorted(where.keys() & set(names_here)):
+                raise KernbenchError(
+                    f"{file} and {where[twice[0]].name} both hold {_listed(twice)}; keep one of them, or add {INDEX}"
+                )
+            where |= dict.fromkeys(names_here, file)
     return {name: file for name, file in where.items() if name.startswith(PREFIX)}
 
 
@@ -160,24 +177,33 @@ def _names(file: Path) -> list[str]:
         raise KernbenchError(f"{file} is no readable safetensors file ({error}); fetch it again") from None
 
 
-def _shapes(file: Path, names: Sequence[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+class _Stored(NamedTuple):
+    """What a file says of one of its tensors; ``dtype`` in the terms of safetensors."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _stored(file: Path, names: Sequence[str]) -> Iterator[_Stored]:
     there = set(_names(file))
     lost = [name for name in names if name not in there]
     if lost:
         raise KernbenchError(f"{file} lacks tensors that {INDEX} says it has: {_listed(lost)}; fetch both again")
     with safe_open(file, framework="pt") as opened:
         for name in names:
-            yield name, tuple(opened.get_slice(name).get_shape())
+            part = opened.get_slice(name)
+            yield _Stored(name, tuple(part.get_shape()), part.get_dtype())
 
 
 def _check_names(expected: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> None:
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
     if missing:
-        raise KernbenchError(f"the checkpoint in {folder} lacks {len(missing)} tensors: {_listed(missing)}")
+        raise KernbenchError(f"the checkpoint in {folder} lacks {_counted(missing)}: {_listed(missing)}")
     if extra:
         raise KernbenchError(
-            f"the checkpoint in {folder} has {len(extra)} tensors that this preset has no place for: {_listed(extra)}"
+            f"the checkpoint in {folder} has {_counted(extra)} that this preset has no place for: {_listed(extra)}"
         )
 
 
@@ -186,6 +212,10 @@ def _by_file(where: Mapping[str, Path]) -> dict[Path, list[str]]:
     for name, file in where.items():
         files.setdefault(file, []).append(name)
     return files
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
 
 
 def _listed(names: Sequence[str]) -> str:

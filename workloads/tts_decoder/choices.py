@@ -122,7 +122,7 @@ def _check_phase() -> None:
     if not reads_nothing():
         raise KernbenchError(
             "phase 6 of tts-decoder leaves the codes on the device, where only phase 0 reads them: keep phase 0 first, "
-            "or type --phases 0,6"
+            "or name it: swap --phase 6 --phases 0, profile --phases 0,6"
         )
 
 

@@ -116,7 +116,7 @@ def _check_phases() -> None:
     if not all(in_place):
         raise KernbenchError(
             "phase 4 of tts-decoder captures a frame without host reads and with a cache that stays where it is: "
-            "keep phases 0 and 3 first, or type --phases 0,3,4"
+            "keep phases 0 and 3 first, or name them: swap --phase 4 --phases 0,3, profile --phases 0,3,4"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,9 @@ from kernbench.errors import KernbenchError
 from kernbench.text import read_text
 
 BYTES = "bytes (a stand-in: there is no tokenizer.json beside the weights)"
+
+BYTES_A_TOKEN = 16
+"""Of text that a tokenizer is given for each token that is wanted: longer than words are on average."""
 
 
 class TextIds(NamedTuple):
@@ -34,7 +38,8 @@ def tokenize(text: bytes, weights: Path | None, *, vocabulary: int, most: int) -
     """The first ``most`` ids of ``text``.
 
     Raises:
-        KernbenchError: a tokenizer.json lies beside the weights but cannot be used, or gives ids that the model lacks.
+        KernbenchError: a tokenizer.json lies beside the weights but cannot be used, or gives no ids, or some that the
+            model lacks; or the text is not UTF-8, which a tokenizer reads.
     """
     file = None if weights is None else weights / "tokenizer.json"
     if file is None or not file.is_file():
@@ -49,10 +54,22 @@ def tokenize(text: bytes, weights: Path | None, *, vocabulary: int, most: int) -
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a file that it cannot parse
         raise KernbenchError(f"{file} is no tokenizer ({error}); replace it, or move it away to speak bytes") from None
-    # A token is at least a byte, so that many bytes are enough, and a character cut at the end is left out.
-    ids = tokenizer.encode(text[: 16 * most].decode("utf-8", "ignore"), add_special_tokens=False).ids[:most]
+    ids = tokenizer.encode(_characters(text, BYTES_A_TOKEN * most), add_special_tokens=False).ids[:most]
+    if not ids:
+        raise KernbenchError(f"{file} finds no token in the text; --data takes a file with the text to speak")
     if any(number >= vocabulary for number in ids):
         raise KernbenchError(
             f"{file} gives id {max(ids)}, and the text embedding has {vocabulary} rows; it belongs to another model"
         )
     return TextIds(ids, "tokenizer.json")
+
+
+def _characters(text: bytes, most: int) -> str:
+    """The first ``most`` bytes as characters; one that is cut in two there is left out."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        return decoder.decode(text[:most], final=len(text) <= most)
+    except UnicodeDecodeError as error:
+        raise KernbenchError(
+            f"the text is not UTF-8 (byte {error.start}), and a tokenizer reads nothing else; --data takes such a file"
+        ) from None
