@@ -1,5 +1,6 @@
 """The conditions a kernel is called under: guard bands and poison, a watch over what it tampers with, layouts."""
 
+import sys
 import time
 from collections.abc import Callable
 from types import FunctionType
@@ -360,4 +361,32 @@ def test_layouts_are_what_their_names_say() -> None:
 def test_the_watch_names_functions_of_ours_that_exist() -> None:
     """A rename must not leave a hole: what the comparisons are made of is a plain function of a watched module."""
     assert isinstance(compare.judge, FunctionType)
-    assert "judge" in integrity._members("kernbench.parity.compare", compare)
+    snapshot = next(found for found in integrity._snapshots() if found.name == "kernbench.parity.compare")
+    assert compare.judge in snapshot.values
+    assert compare.judge in snapshot.functions
+
+
+def test_what_was_found_once_is_looked_at_again_before_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A counter may change; what stands in its place before the next call is watched then, if it is a function."""
+    monkeypatch.setattr(compare, "counter", 0, raising=False)
+    with integrity.watched() as watch:
+        vars(compare)["counter"] += 1
+    assert watch.reason == ""
+    assert integrity._snapshots() == integrity._snapshots()
+    monkeypatch.setattr(compare, "counter", len)
+    monkeypatch.setattr(compare, "judge", compare.measure)
+    with integrity.watched() as watch:
+        replace_ours()
+        vars(compare)["counter"] = max
+    assert watch.replaced == ["kernbench.parity.compare.judge", "kernbench.parity.compare.counter"]
+    assert vars(compare)["counter"] is len
+    assert vars(compare)["judge"] is compare.measure
+
+
+def test_a_value_that_may_change_is_not_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = torch.ones(3)
+    monkeypatch.setattr(compare, "cache", kept, raising=False)
+    held = sys.getrefcount(kept)
+    with integrity.watched():
+        pass
+    assert sys.getrefcount(kept) == held
