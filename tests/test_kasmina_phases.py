@@ -24,11 +24,15 @@ PRESETS = ("tiny", "tiny-schedules", "tiny-networks")
 @contextlib.contextmanager
 def swapped(built: Any, numbers: tuple[int, ...], use: str = "eager") -> Iterator[Any]:
     """The phases of these numbers in place, kernels by their references."""
-    chosen = plan(
+    with planned(numbers, use).applied(built) as receipt:
+        yield receipt
+
+
+def planned(numbers: tuple[int, ...], use: str = "eager") -> Any:
+    """The plan of these phases."""
+    return plan(
         workload(), numbers, use=dict.fromkeys(numbers, use), kernels=lambda name: registry.kernel(name).declaration
     )
-    with chosen.applied(built) as receipt:
-        yield receipt
 
 
 def run(config: Any, numbers: tuple[int, ...], steps: int, dtype: torch.dtype = torch.float64) -> Any:
@@ -129,6 +133,29 @@ def test_a_graph_needs_phase_0() -> None:
     built = training(small())
     with swapped(built, (4,)), pytest.raises(KernbenchError, match="keep phase 0 first"):
         built.step(0)
+
+
+def test_a_graph_is_looked_up_once_for_what_stands_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = module("graph")
+    looked: list[Any] = []
+    monkeypatch.setattr(graph, "Captured", type("Captured", (), {}))
+    functions_at = graph.functions_at
+    monkeypatch.setattr(graph, "functions_at", lambda sites: looked.append(sites) or functions_at(sites))
+    built, cpu = training(small()), torch.device("cpu")
+    every, few = planned(PLANS[-1]), planned((0, 1, 4))
+    found = []
+    for one in (every, few, every):
+        with one.applied(built):
+            found.append(graph.captured_of(built, cpu))
+            assert all(graph.captured_of(built, cpu) is found[-1] for _ in range(5))
+    assert len(looked) == 3
+    assert found[0] is found[2] is not found[1]
+    # A graph has written addresses into its kernels.
+    built.model.kasmina.schedules.rows_SK = built.model.kasmina.schedules.rows_SK.clone()
+    with every.applied(built):
+        assert graph.captured_of(built, cpu) is not found[0]
+    with pytest.raises(KernbenchError, match="keep phase 0 first"):
+        graph.captured_of(built, cpu)
 
 
 def test_the_controller_reads_nothing_either() -> None:

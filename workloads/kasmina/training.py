@@ -72,7 +72,9 @@ class Training:
             # Zeroed and never dropped: the loop leaves idle blueprints without a gradient, which momentum would notice.
             weight.grad = torch.zeros_like(weight)
         self.steps = 0
+        # Phase 4's: the graphs of steps, and that of the last one.
         self.captured: dict[Any, Any] = {}
+        self.standing: Any = None
         forward_only = config.step == "forward"
         self.output_BH = torch.zeros(config.batch, config.width, device=device, dtype=dtype) if forward_only else None
         self.bytes_per_step = forward_bytes(config, pixels, dtype) if forward_only else None
