@@ -21,10 +21,8 @@ repeats; only their pairs pay for random numbers. See _presyn_drawn_kernels.
 
 Special functions, of which a multiprocessor does 16 a clock, are counted: of each pair 1.5 over keys (an exponential;
 four pairs share a reciprocal and a logarithm) and 2 over queries; backward 3 over keys and 3 over queries. At B 4,
-H 12, T 2048 one a pair is 24 us of an H200 at 1.98 GHz. There, in bfloat16 with D 64, the four kernels took 62, 113,
-296 and 190 us (each alone; the third by the difference it made to a backward pass), of which these are 36, 48, 72 and
-72 us: they bind none, and an exponential on other units would only add to the 9, 16, 28 and 25 instructions a pair
-(3 us each) that run beside the products.
+H 12, T 2048 one a pair is 24 us of an H200 at 1.98 GHz, so these are at least 36, 48, 72 and 72 us; beside them and the
+products run 9, 16, 28 and 25 instructions a pair, 3 us each.
 
 Cast order: the product q k^T is rounded to no dtype, weights are rounded to that of v before they mix values; the
 state's arithmetic is float32, and it is rounded to its own dtype when stored.

@@ -32,6 +32,14 @@ def test_entries_come_in_order_from_another_thread() -> None:
     assert {entry["thread"] for _, entry in written}.isdisjoint({threading.get_ident()})
 
 
+def test_a_program_that_ends_waits_for_its_log() -> None:
+    daemons: list[bool] = []
+    log = module("asynclog").AsyncLog(summarize, lambda tag, entry: daemons.append(threading.current_thread().daemon))
+    log.put("scores", 1, torch.zeros(3))
+    log.flush()
+    assert daemons == [False]
+
+
 def test_an_error_of_the_writer_is_told() -> None:
     def fail(tag: str, entry: dict[str, Any]) -> None:
         raise OSError("no space left")
@@ -81,6 +89,19 @@ def test_the_environment_asks_for_tensorboard(monkeypatch: pytest.MonkeyPatch, t
     assert ("scalar", "layer 1/gini", 2) in calls
     assert ("histogram", "layer 1/efficiency", 2) in calls
     assert ("text", "layer 1/best", 2) in calls
+
+
+def test_of_several_ranks_the_first_one_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = types.ModuleType("torch.utils.tensorboard")
+    vars(fake)["SummaryWriter"] = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    monkeypatch.setenv("BIO_LOG_DIR", str(tmp_path))
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr(module("parallel"), "world", lambda rank=rank: (rank, 2))
+        found.append(module("asynclog").writer())
+    assert found[0] is not None
+    assert found[1] is None
 
 
 def test_without_tensorboard_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

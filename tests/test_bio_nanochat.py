@@ -146,11 +146,23 @@ def test_fields_are_read_but_for_the_named_ones() -> None:
     [
         ({"width": 25}, "multiple"), ({"heads": 3, "kv_heads": 2}, "multiple"), ({"experts": 1}, "takes 2 of 1"),
         ({"experts": 4, "synapses": None}, "vanilla"), ({"vocabulary": 100}, "bytes"),
+        ({"dock": "kq"}, "dock is 'kq'; it can be 'qk' or 'upstream'"), ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        ({"dock": "upstream", "synapses": None}, "profile P"),
     ],
 )  # fmt: skip
 def test_impossible_sizes_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         small(**changes)
+
+
+def test_an_unknown_patch_of_the_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="patch is 'keep'; it can be 'zero' or 'inherit'"):
+        module("config").StructureConfig(patch="keep")
+
+
+def test_a_dtype_that_nothing_trains_in_is_refused() -> None:
+    with pytest.raises(KernbenchError, match="does not train in torch.int8; use --dtype float32"):
+        registry.workload(WORKLOAD).declaration.make("tiny", CPU, torch.int8, 0, None)
 
 
 def test_bench_has_the_sizes_that_the_specification_measures() -> None:

@@ -117,6 +117,13 @@ def test_attention_by_its_operator_is_the_same(share: float) -> None:
     assert_same(found, expected)
 
 
+def test_noise_of_no_quanta_is_that_of_one() -> None:
+    synapses = module("synapses").SynapticConfig(stochastic_train_frac=0.4, stochastic_quanta=0)
+    expected, _ = run(small(synapses=synapses), 2)
+    found, _ = run(small(synapses=synapses), 2, 1)
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_attention_by_its_kernel_is_the_same(share: float) -> None:
     """One interpreted step in float32, forward and backward through both layers' synapses."""

@@ -182,9 +182,18 @@ def test_every_field_of_the_specification_is_there() -> None:
     assert len(dataclasses.fields(synapses.TopKConfig)) == 80
 
 
-def test_switches_are_refused() -> None:
-    with pytest.raises(ValueError, match="native_presyn is on"):
-        config(native_presyn=True)
+@pytest.mark.parametrize(
+    ("profile", "changes", "words"),
+    [
+        ("SynapticConfig", {"native_presyn": True}, "native_presyn is on"),
+        ("SynapticConfig", {"xi_dim": 2}, "at least 4 genes"),
+        ("TopKConfig", {"use_flex_attention": True}, "use_flex_attention is on"),
+        ("TopKConfig", {"stochastic_mode": "normal"}, "stochastic_mode is 'normal'; it can be 'normal_reparam' or"),
+    ],
+)  # fmt: skip
+def test_what_would_steer_nothing_is_refused(profile: str, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        getattr(module("synapses"), profile)(**changes)
 
 
 def random_heads(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:

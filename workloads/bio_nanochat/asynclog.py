@@ -18,6 +18,8 @@ from torch import Tensor
 
 from kernbench.errors import KernbenchError
 
+from . import parallel
+
 DIRECTORY = "BIO_LOG_DIR"
 """Names the folder for TensorBoard's event files; without it entries stay in memory."""
 LOOK_AGAIN_SECONDS = 0.002
@@ -64,7 +66,8 @@ class AsyncLog:
             self.waiting.append(Pending(tag, step, host, arrived))
             if not self.writing:
                 self.writing = True
-                threading.Thread(target=self._run, name="bio-nanochat log", daemon=True).start()
+                # No daemon: a program that ends now waits until this is written.
+                threading.Thread(target=self._run, name="bio-nanochat log").start()
 
     def flush(self) -> None:
         """Wait until all is written; not for the loop.
@@ -124,6 +127,6 @@ class TensorBoard:
 
 
 def writer() -> TensorBoard | None:
-    """What the environment asks to write with, if anything."""
+    """What the environment asks to write with, if anything; of several ranks the first one writes."""
     folder = os.environ.get(DIRECTORY)
-    return TensorBoard(folder) if folder else None
+    return TensorBoard(folder) if folder and parallel.world()[0] == 0 else None

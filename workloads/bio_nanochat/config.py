@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .synapses import Synapses, SynapticConfig, TopKConfig
+from .synapses import Synapses, SynapticConfig, TopKConfig, refuse_unknown_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,9 @@ class StructureConfig:
     use_util_weighting: bool = True
     ddp_broadcast: bool = True
     patch: Literal["zero", "inherit"] = "zero"
+
+    def __post_init__(self) -> None:
+        refuse_unknown_words(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,9 @@ class BioConfig:
     log_every: int = 100
 
     def __post_init__(self) -> None:
+        refuse_unknown_words(self)
+        if self.dock == "upstream" and not isinstance(self.synapses, SynapticConfig):
+            raise ValueError('dock="upstream" is one of profile P; leave it out')
         if self.width % self.heads or self.heads % self.kv_heads or (self.width // self.heads) % 2:
             raise ValueError("width is an even multiple of heads, and heads one of kv_heads")
         if self.experts and not 0 < self.chosen <= self.experts:

@@ -18,9 +18,9 @@ RATES = (
     "tau_c", "tau_buf", "alpha_ca", "alpha_buf_on", "alpha_buf_off", "tau_prime", "tau_rrp", "alpha_prime",
     "alpha_unprime", "alpha_refill", "tau_energy", "energy_in", "energy_cost_rel", "energy_cost_pump", "syt_fast_kd",
     "syt_slow_kd", "complexin_bias", "qmax", "q_beta", "barrier_strength", "epsilon",
-    "stochastic_train_frac", "stochastic_quanta",
+    "stochastic_train_frac",
 )  # fmt: skip
-"""The fields of the config that ``presyn_attention`` takes, in its order."""
+"""The fields of the config that ``presyn_attention`` takes as they are, in its order; last it takes how many quanta."""
 TRANSPOSED = 'presyn_attention docks as "qk": layers with upstream\'s docking run as the baseline does'
 plain: Attend = SynapticAttention.attend
 
@@ -35,7 +35,9 @@ def adapt_presyn_attention(op: PresynAttention) -> Attend:
             warn_once(TRANSPOSED)
             return plain(self, q_BHTD, k_BHTD, v_BHTD, state, noise)
         seed = None if noise is None else noise.seed
-        rates = [float(getattr(self.synapses, name)) for name in RATES]
+        # As the rule has it; the kernel refuses what it would divide by zero.
+        quanta = max(1, self.synapses.stochastic_quanta)
+        rates = [*(float(getattr(self.synapses, name)) for name in RATES), float(quanta)]
         y_BHTD, calcium, buffer, pool, reserve, primed, energy, used = op(
             q_BHTD, k_BHTD, v_BHTD, *state, rates=rates, seed=seed
         )

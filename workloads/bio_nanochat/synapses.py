@@ -7,11 +7,12 @@ a config of either profile can be given as it is. Time constants tau_* are in ca
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 ReleaseMode = Literal["normal_reparam", "gumbel_sigmoid_ste", "straight_through"]
 
 SWITCHES = ("native_presyn", "native_metrics", "native_genetics", "native_plasticity")
+LEAST_GENES = 4
 UNREAD = frozenset(
     {
         "enabled",
@@ -19,7 +20,6 @@ UNREAD = frozenset(
         "eta_slow",
         "router_sim_threshold",
         "camkii_down",
-        "use_flex_attention",
         "structural_interval",
         "structural_tau_util",
         "structural_age_bias",
@@ -84,7 +84,7 @@ class SynapticConfig:
     native_plasticity: bool = False
 
     def __post_init__(self) -> None:
-        refuse_switches(self)
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,18 +184,31 @@ class TopKConfig:
     native_plasticity: bool = False
 
     def __post_init__(self) -> None:
-        refuse_switches(self)
+        check(self)
+        if self.use_flex_attention:
+            raise ValueError("use_flex_attention is on, which is another rule than profile K's; leave it off")
 
 
 Synapses = SynapticConfig | TopKConfig
 
 
-def refuse_switches(config: Synapses) -> None:
+def check(config: Synapses) -> None:
     """Kernels come in by phases, never by a field that nobody would see at work.
 
     Raises:
-        ValueError: a switch of the config is on.
+        ValueError: a switch of the config is on, genes are missing, or a word is none of the known ones.
     """
     on = [name for name in SWITCHES if getattr(config, name)]
     if on:
         raise ValueError(f"{on[0]} is on: leave it off and swap the phase in, for example by its BIO_FUSED_ flag")
+    if config.xi_dim < LEAST_GENES:
+        raise ValueError(f"xi_dim is {config.xi_dim}: a genome has at least {LEAST_GENES} genes")
+    refuse_unknown_words(config)
+
+
+def refuse_unknown_words(config: object) -> None:
+    """Raises ValueError where a field takes one of a few words and has another."""
+    for name, kind in get_type_hints(type(config)).items():
+        word = getattr(config, name)
+        if get_origin(kind) is Literal and word not in get_args(kind):
+            raise ValueError(f"{name} is {word!r}; it can be {' or '.join(map(repr, get_args(kind)))}")

@@ -28,6 +28,7 @@ what the specification leaves open, and on upstream's slips:
 | no KV cache | training and prefill only; the synapses' state lasts for one call either way |
 | fields that steer nothing | kept in the config, listed in ``synapses.UNREAD`` |
 | native_* switches | refused: phases and their BIO_FUSED_ flags do it |
+| use_flex_attention | refused: its bias is another one than rule R4's |
 | vanilla model | nanochat's: also a norm of the embedding and one before the head |
 | data | bytes of Python's documentation, resident on the device |
 """
@@ -36,6 +37,7 @@ from __future__ import annotations
 
 import torch
 
+from kernbench.errors import KernbenchError
 from kernbench.workload import Curves, Peer, Workload
 
 from .config import PRESETS, BioConfig
@@ -43,9 +45,19 @@ from .phases import PHASES
 from .postsynaptic import SynapticLinear, effective_compiled
 from .training import Training
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def build(*, preset: BioConfig, device: torch.device, dtype: torch.dtype, seed: int, data: str | None) -> Training:
-    """A training run at ``preset``; ``data`` is a file of text, by default Python's documentation topics."""
+    """A training run at ``preset``; ``data`` is a file of text, by default Python's documentation topics.
+
+    Raises:
+        KernbenchError: nothing can be trained in ``dtype``.
+    """
+    if dtype not in DTYPES:
+        raise KernbenchError(
+            f"bio-nanochat does not train in {dtype}; use --dtype float32, bfloat16, float16 or float64"
+        )
     return Training(preset, device=device, dtype=dtype, seed=seed, data=data)
 
 
