@@ -158,7 +158,7 @@ class KVCache:
         if self.counter is None:
             return None
         if layer == 0:
-            rows_T = self.counter if count == 1 else self.counter + torch.arange(count, device=self.device)
+            rows_T = self.counter if count == 1 else self.counter + torch.arange(count, device=self.counter.device)
             self._bias_TM = self.reserve().bias.index_select(0, rows_T)
         return self._bias_TM
 

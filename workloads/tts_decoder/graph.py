@@ -29,7 +29,7 @@ from .syncfree import reads_nothing, resident
 KEY = "graph"
 EAGER_FRAMES = 2
 """Frames before a capture: in them kernels are built, and libraries allocate what they work with."""
-UNCAPTURED = "phase 4 of tts-decoder runs uncaptured here: a CUDA graph needs a CUDA device"
+UNCAPTURED = "tts-decoder's frame runs uncaptured, whatever is called CUDA graph: that needs a CUDA device"
 SITES: tuple[tuple[Any, str], ...] = (
     (Decoder, "acoustic_code"),
     (Decoder, "semantic_code"),
