@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_titan_mac import CPU, VARIANTS, small, training
 from test_titan_mac_reads import counted_reads
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from kernbench import record, registry
 from kernbench.workload import Fault, Phase
@@ -263,16 +264,24 @@ def test_torch_fused_adamw_is_a_peer_that_trains() -> None:
     assert built.losses() == pytest.approx(baseline.losses(), rel=1e-9)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_compiled_peer_trains_like_the_baseline(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "variant"), [*(("torch.compile", variant) for variant in VARIANTS), ("torch.compile of phase 0", "mac")]
+)
+def test_compiled_peers_train_like_the_baseline(name: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = torch.compile
     # The graphs are what is in question here; generating code for them would take minutes.
-    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager"))
+    backend = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend=backend))
     config = small(variant=variant, layers=2 if variant == "mal" else 1, length=18)
     built, baseline = training(config), run(config, (), 3)
-    next(peer for peer in workload().peers if peer.name == "torch.compile").prepare(built)
-    for index in range(3):
-        built.step(index)
+    next(peer for peer in workload().peers if peer.name == name).prepare(built)
+    built.step(0)
+    graphs = backend.frame_count
+    with counted_reads() as reads:
+        for index in range(1, 3):
+            built.step(index)
+    assert backend.frame_count == graphs
+    assert bool(reads) == (name == "torch.compile")
     assert built.losses() == pytest.approx(baseline.losses(), rel=1e-9)
 
 

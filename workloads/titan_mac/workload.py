@@ -47,6 +47,7 @@ from kernbench.workload import Curves, Fault, Peer, Phase, Swap, Workload
 from .config import TitanConfig
 from .faults import inject_nan_gradient, inject_nan_loss, protected
 from .graph import NUMBER, advance, fixed_batch
+from .peers import compile_loss, compile_sync_free, use_torch_fused_adamw
 from .plan import PHASES
 from .predictions import GRAPH_PROMISE, predict_graph
 from .training import Training
@@ -111,21 +112,6 @@ def build(*, preset: TitanConfig, device: torch.device, dtype: torch.dtype, seed
     return Training(preset, device=device, dtype=dtype, seed=seed, data=data)
 
 
-def compile_loss(built: Training) -> None:
-    """Compile forward and loss; the memory update stays eager between the graphs, for it differentiates inside."""
-    built.model.memory.update = torch.compiler.disable(built.model.memory.update)  # type: ignore[no-untyped-call, method-assign]
-    built.loss = torch.compile(built.loss)  # type: ignore[method-assign]
-
-
-def use_torch_fused_adamw(built: Training) -> None:
-    """Let torch.optim.AdamW use its own fused kernel, whose step counters live on the device."""
-    adamw = built.optimizer.adamw
-    for group in adamw.param_groups:
-        group.update(fused=True, foreach=False)
-    for parameter, entry in adamw.state.items():
-        entry["step"] = entry["step"].to(parameter.device)
-
-
 WORKLOAD = Workload(
     name="titan-mac",
     unit="tokens",
@@ -148,6 +134,7 @@ WORKLOAD = Workload(
     ),
     peers=(
         Peer(name="torch.compile", prepare=compile_loss),
+        Peer(name="torch.compile of phase 0", prepare=compile_sync_free),
         Peer(name="torch fused AdamW", prepare=use_torch_fused_adamw),
     ),
     # The loss of every step is followed without being read.
