@@ -183,12 +183,32 @@ def test_a_blueprint_that_is_not_there_is_refused() -> None:
     assert layer.seeds.state_S8[0, :2].tolist() == [1, 9]
 
 
-def test_a_checkpoint_with_a_blueprint_that_is_not_there_is_refused() -> None:
+@pytest.mark.parametrize("blueprint", [-1, 0])
+def test_no_network_is_made_for_a_number_that_none_has(blueprint: int) -> None:
+    layer = training(small(blueprint="network")).model.kasmina
+    before, placed = sorted(layer.networks), dict(layer.network_of)
+    with pytest.raises(ValueError, match=f"no blueprint {blueprint}"):
+        layer.place(3, module("lifecycle").Life.GRAFTING, blueprint=blueprint, epochs=0, schedule=0)
+    assert (sorted(layer.networks), layer.network_of) == (before, placed)
+    assert layer.seeds.state_S8[3, :2].tolist() == [0, -1]
+
+
+def test_a_schedule_that_is_not_there_is_refused() -> None:
+    layer, _ = layer_in(0, schedules=(0, 2))
+    with pytest.raises(ValueError, match="no schedule 1; this layer has 0, 2"):
+        layer.place(0, module("lifecycle").Life.GRAFTING, blueprint=1, epochs=0, schedule=1)
+    assert layer.seeds.state_S8[0, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"), [(1, -1, "there is no blueprint -1"), (3, 2, "there is no schedule 2")]
+)
+def test_a_checkpoint_that_asks_for_what_is_not_there_is_refused(column: int, value: int, says: str) -> None:
     built = training()
     state = built.state_dict()
     state["model"]["kasmina.seeds.state_S8"] = state["model"]["kasmina.seeds.state_S8"].clone()
-    state["model"]["kasmina.seeds.state_S8"][0, 1] = -1
-    with pytest.raises(ValueError, match="seed 0 is GRAFTING: there is no blueprint -1"):
+    state["model"]["kasmina.seeds.state_S8"][0, column] = value
+    with pytest.raises(ValueError, match=f"seed 0 is GRAFTING: {says}"):
         training().load_state_dict(state)
 
 

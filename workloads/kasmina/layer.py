@@ -277,14 +277,16 @@ class KasminaLayer(nn.Module):
         """Put a seed into ``state`` as if it had come there; for building a layer, before its first step.
 
         Raises:
-            ValueError: no such seed, or no such blueprint for a seed that has one.
+            ValueError: no such seed or schedule, or no such blueprint for a seed that has one. A network is made for a
+                seed that is the first to have its number, 1 or more.
         """
         self.check_seed(seed)
+        self.check_schedule(schedule)
         if state != Life.DORMANT:
-            if self.config.blueprint == "network" and str(blueprint) not in self.networks:
+            if self.config.blueprint == "network" and blueprint >= 1 and str(blueprint) not in self.networks:
                 self.networks[str(blueprint)] = self.new_network()
-            self.network_of[seed] = blueprint
             self.check_blueprint(blueprint)
+            self.network_of[seed] = blueprint
             self.seeds.state_S8[seed, BLUEPRINT] = blueprint
             self.watch_drift(seed, blueprint)
         self.seeds.state_S8[seed, LIFECYCLE] = state
@@ -317,18 +319,25 @@ class KasminaLayer(nn.Module):
         if blueprint not in known:
             raise ValueError(f"there is no blueprint {blueprint}; this layer has {', '.join(map(str, known))}")
 
+    def check_schedule(self, schedule: int) -> None:
+        """Refuse a schedule that this layer does not have, by ValueError; kernels know which ones there are."""
+        if schedule not in self.config.schedules:
+            known = ", ".join(map(str, self.config.schedules))
+            raise ValueError(f"there is no schedule {schedule}; this layer has {known}")
+
     def check_state(self) -> None:
-        """Refuse a state that asks for a blueprint that is not there; reads the device, so it is for loading.
+        """Refuse a state that asks for what is not there; reads the device, so it is for loading.
 
         Raises:
-            ValueError: a seed beyond DORMANT has no blueprint.
+            ValueError: a seed has no such schedule, or one beyond DORMANT no blueprint.
         """
         self.schedule_of.clear()
         self.network_of.clear()
         for seed, row in enumerate(self.seeds.state_S8.tolist()):
-            if row[LIFECYCLE] != Life.DORMANT:
-                try:
+            try:
+                self.check_schedule(row[SCHEDULE])
+                if row[LIFECYCLE] != Life.DORMANT:
                     self.check_blueprint(row[BLUEPRINT])
-                except ValueError as error:
-                    raise ValueError(f"seed {seed} is {Life(row[LIFECYCLE]).name}: {error}") from None
-                self.network_of[seed] = row[BLUEPRINT]
+                    self.network_of[seed] = row[BLUEPRINT]
+            except ValueError as error:
+                raise ValueError(f"seed {seed} is {Life(row[LIFECYCLE]).name}: {error}") from None

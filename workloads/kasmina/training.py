@@ -135,7 +135,7 @@ class Training:
         """Continue from a ``state_dict``, whatever phases it was written and is read with.
 
         Raises:
-            ValueError: a seed has a blueprint that is not there.
+            ValueError: a seed has a blueprint or a schedule that is not there.
         """
         self.model.load_state_dict(state["model"])
         self.tamiyo.load_state_dict(state["tamiyo"])
