@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernbench.spec import Case, Cost, Sizes, Tolerance, Values
+from kernbench.spec import Case, Cost, Sizes, Sweep, Tolerance, Values
 
 from ._rows import DTYPES, narrow
 
@@ -31,6 +31,7 @@ WARPS = 4
 HEADS_FOR_TABLES = 4
 """Heads of a tile whose tokens lie side by side: with one, tables would be read as often as what they rotate."""
 KEPT_PLANS = 4096
+TALKER_TOKENS = (1, 16, 512, 16384)
 
 T = TypeVar("T")
 
@@ -229,8 +230,21 @@ def cost_of(case: Case, dtype: torch.dtype, *, flops: float, reads: int = 1, vec
 
 def talker_cases(**more: int) -> tuple[Case, ...]:
     """Layers of the TTS talker and of its code predictor, which have the same heads: one token, and many."""
-    sizes = {"batch": 1, "query_heads": 16, "key_heads": 8, "dim": 128, "wide": 0, **more}
-    return tuple(Case(f"talker-{tokens}", large=True, tokens=tokens, **sizes) for tokens in (1, 16, 512, 16384))
+    return tuple(Case(f"talker-{tokens}", large=True, **_talker(tokens, **more)) for tokens in TALKER_TOKENS)
+
+
+def talker_sweep(**more: int) -> Sweep:
+    """The sizes of :func:`talker_cases` by tokens."""
+    return Sweep(
+        size="tokens",
+        values=TALKER_TOKENS,
+        sizes=lambda tokens: _talker(tokens, **more),
+        fixed="16 and 8 heads of 128 features, the talker's",
+    )
+
+
+def _talker(tokens: int, **more: int) -> dict[str, int]:
+    return {"batch": 1, "tokens": tokens, "query_heads": 16, "key_heads": 8, "dim": 128, "wide": 0, **more}
 
 
 SIZES = {

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance, Values
+from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Sweep, Tolerance, Values
 
 from . import _add_rms_norm, _rows
 from ._add_rms_norm import MOST_ROWS, WHOLE
@@ -208,6 +208,14 @@ SPEC = KernelSpec(
         "residual": Values(least=-1e4, most=1e4, nonfinite=True),
         "weight": Values(least=-1e2, most=1e2, nonfinite=True),
     },
+    sweeps=(
+        Sweep(
+            size="rows",
+            values=(1, 16, 512, 16384),
+            sizes=lambda rows: {"rows": rows, "dim": 2048},
+            fixed="2048 columns, the talker's width",
+        ),
+    ),
     differentiable=True,
     peers={"torch rms_norm": _torch, "liger": _liger},
     source="Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, equation 4",

@@ -287,5 +287,6 @@ SPEC = KernelSpec(
     mutates=("key_cache", "value_cache"),
     sizes=_rope.SIZES | {"spare": Sizes(most=40)},
     values=_rope.VALUES | _rope.WEIGHT_VALUES | {"v": Values(least=-1e4, most=1e4)},
+    sweeps=(_rope.talker_sweep(spare=1008),),
     source="Qwen3 attention, transformers.models.qwen3; Su et al., RoFormer, 2021",
 )

@@ -262,6 +262,7 @@ SPEC = KernelSpec(
     backward_cost=cost,
     sizes=_rope.SIZES | {"by_token": Sizes(most=1)},
     values=_rope.VALUES,
+    sweeps=(_rope.talker_sweep(by_token=1),),
     differentiable=True,
     peers={"liger": _liger},
     source="Su et al., RoFormer, 2021; half-split as in transformers.models.llama",

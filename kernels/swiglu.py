@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Tolerance, Values
+from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Sweep, Tolerance, Values
 
 from . import _rows
 from ._blocks import blocks_in
@@ -281,6 +281,14 @@ SPEC = KernelSpec(
     backward_cost=backward_cost,
     sizes={"rows": Sizes(most=20), "width": Sizes(most=1100, block=SMALL), "packed": Sizes(most=1)},
     values={"gate": Values(nonfinite=True), "up": Values(nonfinite=True)},
+    sweeps=(
+        Sweep(
+            size="rows",
+            values=(1, 16, 512, 16384),
+            sizes=lambda rows: {"rows": rows, "width": 6144, "packed": 0},
+            fixed="6144 columns, the talker's inner width",
+        ),
+    ),
     differentiable=True,
     peers={"liger": _liger},
     source="Shazeer, GLU Variants Improve Transformer, 2020, equation 5",

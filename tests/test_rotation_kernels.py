@@ -22,6 +22,16 @@ def inputs_of(spec: KernelSpec, name: str = "ragged", dtype: torch.dtype = torch
     return spec.make_inputs(case, dtype, DEVICE, 0)
 
 
+@pytest.mark.parametrize("spec", [ROPE, CACHE], ids=lambda spec: spec.name)
+def test_tokens_are_swept_at_sizes_that_are_built_as_cases(spec: KernelSpec) -> None:
+    (swept,) = spec.sweeps
+    assert (swept.size, swept.values) == ("tokens", (1, 16, 512, 16384))
+    for tokens in swept.values:
+        case = swept.case(tokens)
+        assert case["tokens"] == tokens
+        assert case.sizes in [declared.sizes for declared in spec.cases]
+
+
 @pytest.mark.parametrize("spec", [ROPE, NORM, CACHE], ids=lambda spec: spec.name)
 @pytest.mark.parametrize(
     ("changed", "words"),

@@ -25,6 +25,16 @@ def module_of(spec: KernelSpec) -> ModuleType:
     return sys.modules[spec.optimized.__module__]
 
 
+@SPECS
+def test_rows_are_swept_at_sizes_that_are_built_as_cases(spec: KernelSpec) -> None:
+    (swept,) = spec.sweeps
+    assert (swept.size, swept.values) == ("rows", (1, 16, 512, 16384))
+    for rows in swept.values:
+        case = swept.case(rows)
+        assert case["rows"] == rows
+        assert case.sizes in [declared.sizes for declared in spec.cases]
+
+
 def drawn(spec: KernelSpec, dtype: torch.dtype = torch.float32) -> Inputs:
     ragged = next(case for case in spec.cases if case.name == "ragged")
     return spec.make_inputs(ragged, dtype, DEVICE, 0)
