@@ -204,8 +204,9 @@ _taken: dict[str, Snapshot] = {}
 def _snapshots() -> list[Snapshot]:
     """Of all owners now: of torch, of our modules as they are imported now, and of the classes in those."""
     found = [_snapshot(name, owner) for name, owner in OWNERS]
-    for name, module in list(sys.modules.items()):
-        if (name == OURS or name.startswith(f"{OURS}.")) and isinstance(module, ModuleType) and name != __name__:
+    imported = [(name, module) for name, module in list(sys.modules.items()) if name[: len(OURS)] == OURS]
+    for name, module in imported:
+        if name.split(".")[0] == OURS and isinstance(module, ModuleType) and name != __name__:
             ours = _snapshot(name, module)
             found += [ours, *(_snapshot(inner, owner) for inner, owner in ours.classes)]
     return found
