@@ -22,9 +22,8 @@ from torch import Tensor
 from kernbench.spec import Tolerance
 
 from . import _rows, _shared
-from ._rows import INTERPRETED
+from ._rows import DTYPES, INTERPRETED
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {str(dtype).removeprefix("torch."): Tolerance() for dtype in DTYPES}
 PLAIN, LATE, EARLY = 0, 1, 2
 """When the next kernel may start: once this one has ended, all its programs wait no more, or all have started."""
@@ -129,12 +128,6 @@ def linear_plan(
         chosen.warps,
         chosen.overlap,
     )
-
-
-def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., H] over its root mean square, rounded to its dtype, times weight [H]: plain PyTorch."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Values
 
-from . import _attend, _decode, _rows
+from . import _attend, _decode, _rope, _rows
 from ._blocks import blocks_in
 
 LARGEST_DIM = 256
@@ -80,20 +80,14 @@ def decode_attention_reference(
     rows = qkv.view(-1, 1, dim)
     q, k, v = torch.split(rows, [rows.shape[0] - 2 * kv_heads, kv_heads, kv_heads])
     cosine, sine = cos[position], sin[position]
-    query = _rotated(_decode.normed(q, q_weight, eps), cosine, sine)
-    key_cache.index_copy_(1, position, _rotated(_decode.normed(k, k_weight, eps), cosine, sine))
+    query = _rope.rotated(_rope.normed(q, q_weight, eps), cosine, sine)
+    key_cache.index_copy_(1, position, _rope.rotated(_rope.normed(k, k_weight, eps), cosine, sine))
     value_cache.index_copy_(1, position, v)
     seen = torch.arange(length, device=qkv.device) <= position
     mixed = torch.nn.functional.scaled_dot_product_attention(
         query[None], key_cache[None], value_cache[None], attn_mask=seen[None], enable_gqa=True
     )
     return mixed.reshape(-1)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads x [..., 1, D] with their halves rotated by cos and sin [1, D / 2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["length"])  # type: ignore[untyped-decorator]
@@ -294,7 +288,7 @@ def _check(
         _decode.check_counters("decode_attention", qkv.device, arrived, heads)
     fits = cos.shape == sin.shape and cos.dim() == 2 and cos.shape[0] >= length and cos.shape[1] == dim // 2
     for name, table in {"cos": cos, "sin": sin}.items():
-        alike = table.dtype == cos.dtype and table.dtype in _decode.DTYPES and table.device == qkv.device
+        alike = table.dtype == cos.dtype and table.dtype in _rows.DTYPES and table.device == qkv.device
         if not fits or not alike or not table.is_contiguous():
             raise ValueError(
                 f"decode_attention takes tables [{length} or more, {dim // 2}], contiguous, of one floating dtype, on "

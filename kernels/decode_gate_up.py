@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Values
 
-from . import _decode, _rows
+from . import _decode, _rope, _rows
 from ._decode import Tiles
 
 TABLE = {(3072, 1024): Tiles(4, 1024, 4), (6144, 2048): Tiles(2, 2048, 8, steps=2, ahead=2)}
@@ -30,7 +30,7 @@ TABLE = {(3072, 1024): Tiles(4, 1024, 4), (6144, 2048): Tiles(2, 2048, 8, steps=
 
 def decode_gate_up_reference(x: Tensor, norm_weight: Tensor, gate_up_weight: Tensor, eps: float) -> Tensor:
     """In plain PyTorch; arguments as in :func:`decode_gate_up`."""
-    gate, up = torch.nn.functional.linear(_decode.normed(x, norm_weight, eps), gate_up_weight).chunk(2)
+    gate, up = torch.nn.functional.linear(_rope.normed(x, norm_weight, eps), gate_up_weight).chunk(2)
     return torch.nn.functional.silu(gate) * up
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Values
 
-from . import _decode, _rows
+from . import _decode, _rope, _rows
 from ._decode import Tiles
 
 TABLE = {
@@ -33,7 +33,7 @@ TABLE = {
 
 def decode_norm_linear_reference(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
     """In plain PyTorch; arguments as in :func:`decode_norm_linear`."""
-    return torch.nn.functional.linear(_decode.normed(x, norm_weight, eps), weight)
+    return torch.nn.functional.linear(_rope.normed(x, norm_weight, eps), weight)
 
 
 @triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]

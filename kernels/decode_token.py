@@ -189,21 +189,9 @@ def decode_token(
     """
     call = _OPERATOR if _rows.watched() else _launch
     wide: Tensor = call(
-        logits,
-        added,
-        early,
-        uniforms,
-        codes,
-        seen,
-        position,
-        arrived,
-        penalty,
-        temperature,
-        top_k,
-        top_p,
-        forced,
+        logits, added, early, uniforms, codes, seen, position, arrived, penalty, temperature, top_k, top_p, forced,
         ranks,
-    )
+    )  # fmt: skip
     return wide
 
 

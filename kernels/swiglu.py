@@ -63,19 +63,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["blocks"])  # type: ignore[untyped-decorator]
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    dout,
-    gate,
-    up,
-    dgate,
-    dup,
-    columns,
-    blocks,
-    dout_stride,
-    gate_stride,
-    up_stride,
-    BLOCK: tl.constexpr,
-    ONE_ROW: tl.constexpr,
-):
+    dout, gate, up, dgate, dup, columns, blocks, dout_stride, gate_stride, up_stride,
+    BLOCK: tl.constexpr, ONE_ROW: tl.constexpr,
+):  # fmt: skip
     """One program handles BLOCK elements of one row of all five tensors [rows, columns]; grid is rows * blocks."""
     row, start = _place(blocks, BLOCK, ONE_ROW)
     offset = tl.arange(0, BLOCK)
@@ -141,17 +131,9 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
     blocks, programs, block = _grid(count, columns)
     with _rows.on_device(gate):
         _forward_kernel[(programs,)](
-            gate,
-            up,
-            out,
-            columns,
-            blocks,
-            gate_stride,
-            up_stride,
-            BLOCK=block,
-            ONE_ROW=blocks == programs,
-            num_warps=WARPS,
-        )
+            gate, up, out, columns, blocks, gate_stride, up_stride,
+            BLOCK=block, ONE_ROW=blocks == programs, num_warps=WARPS,
+        )  # fmt: skip
     return out
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import sampling
 from .cache import KVCache
-from .config import FRAMES_PER_SECOND, TtsConfig
+from .config import FRAMES_PER_SECOND, StackConfig, TtsConfig
 from .model import Place
 from .speech import SpeechModel
 
@@ -260,6 +260,6 @@ class Decoder:
         }
 
 
-def _position_elements(config: Any) -> int:
+def _position_elements(config: StackConfig) -> int:
     """Elements of keys and values that one position takes in all layers."""
-    return int(2 * config.layers * config.kv_heads * config.head_dim)
+    return 2 * config.layers * config.kv_heads * config.head_dim
