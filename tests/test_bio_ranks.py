@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from bio_parts import module
-
-RANKS = 2
-
-
-def run_ranks(folder: Path, phases: str) -> list[dict[str, Any]]:
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path]), "OMP_NUM_THREADS": "1"}
-    commands = [
-        [sys.executable, str(here / "bio_ranks.py"), str(rank), str(RANKS), str(folder / "meeting"), phases]
-        for rank in range(RANKS)
-    ]
-    started = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for command in commands
-    ]
-    results = []
-    for process in started:
-        out, error = process.communicate(timeout=200)
-        assert process.returncode == 0, error[-3000:]
-        results.append(json.loads(out.splitlines()[-1]))
-    return results
+from bio_ranks import Train, at_once
 
 
-@pytest.mark.parametrize("phases", ["0,2", "0,2,3,4"])
-def test_two_ranks_agree_on_weights_and_moves_and_keep_their_own_state(tmp_path: Path, phases: str) -> None:
-    first, second = run_ranks(tmp_path, phases)
+@pytest.mark.parametrize("phases", [(0, 2), (0, 2, 3, 4)])
+def test_two_ranks_agree_on_weights_and_moves_and_keep_their_own_state(tmp_path: Path, phases: tuple[int, ...]) -> None:
+    first, second = at_once([Train(rank, 2, tmp_path / "meeting", phases) for rank in range(2)])
     assert first["parameters"] == second["parameters"]
     assert first["lineage"] == second["lineage"]
     assert first["lineage"]
