@@ -27,8 +27,15 @@ def small(**changes: Any) -> Any:
     return module("config").BioConfig(**{**sizes, **changes})
 
 
-def training(config: Any, *, dtype: torch.dtype = torch.float64, seed: int = 0, data: str | None = None) -> Any:
-    """A training run on the CPU whose noise is drawn as kernels draw it."""
-    built = module("training").Training(config, device=CPU, dtype=dtype, seed=seed, data=data)
+def training(
+    config: Any,
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    data: str | None = None,
+    device: torch.device = CPU,
+) -> Any:
+    """A training run whose noise is drawn as kernels draw it."""
+    built = module("training").Training(config, device=device, dtype=dtype, seed=seed, data=data)
     built.model.counted_noise = True
     return built

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bio_nccl import RANKS
 from bio_parts import module
 
 from kernbench import registry, swap
@@ -85,3 +91,35 @@ def test_the_unswapped_step_waits() -> None:
     training.step(0)
     with pytest.raises(RuntimeError, match="synchron"), no_waiting():
         training.step(1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason=f"needs {RANKS} GPUs, one for each rank")
+@pytest.mark.parametrize("phases", ["0,1,2", "0,1,2,3,4"])
+def test_two_gpus_agree_on_weights_and_moves_and_keep_their_own_state(tmp_path: Path, phases: str) -> None:
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
+    commands = [
+        [sys.executable, str(here / "bio_nccl.py"), str(rank), str(tmp_path / "meeting"), phases]
+        for rank in range(RANKS)
+    ]
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    found = []
+    try:
+        for process in started:
+            out, error = process.communicate(timeout=100)
+            assert process.returncode == 0, error[-3000:]
+            found.append(json.loads(out.splitlines()[-1]))
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    first, second = found
+    assert first["parameters"] == second["parameters"]
+    assert first["lineage"] == second["lineage"]
+    assert first["lineage"]
+    assert first["losses"] != second["losses"]
+    assert first["hebbian"] != second["hebbian"]
+    assert first["logged"] == second["logged"] == pytest.approx((first["own"] + second["own"]) / 2)
