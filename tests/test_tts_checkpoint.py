@@ -255,15 +255,21 @@ def test_a_broken_tokenizer_is_one_sentence(folder: Path) -> None:
         loaded(folder)
 
 
-def test_bytes_for_a_checkpoint_are_said_aloud(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_are_said_aloud(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "WARNINGS", [])
     loaded(folder)
     assert len(device.WARNINGS) == 1
     assert "a stand-in: there is no tokenizer.json" in device.WARNINGS[0]
+    assert device.WARNINGS[0].endswith("; the checkpoint was trained on other tokens")
     words(folder, {"?": 7})
     device.WARNINGS.clear()
     loaded(folder)
     assert device.WARNINGS == []
+    # With random weights, of a text of the user's only.
+    decoder()
+    assert device.WARNINGS == []
+    decoder(data=__file__)
+    assert device.WARNINGS == [module("workload").BYTES_SPOKEN]
 
 
 def test_checkpoints_of_a_preset_without_config(folder: Path) -> None:

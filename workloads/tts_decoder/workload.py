@@ -40,7 +40,8 @@ from .text import BYTES, text_to_speak, tokenize
 AT_THE_END = 10**9
 """Codes are read when an utterance is done, which no race of steps reaches."""
 
-BYTES_SPOKEN = f"tts-decoder reads its text as {BYTES}; the checkpoint was trained on other tokens"
+BYTES_SPOKEN = f"tts-decoder reads its text as {BYTES}"
+OTHER_TOKENS = "; the checkpoint was trained on other tokens"
 
 
 def build(
@@ -66,8 +67,8 @@ def build(
         randomize(model, seed=seed)
     else:
         checkpoint.load(model, folder)
-        if text.tokenizer == BYTES:
-            warn_once(BYTES_SPOKEN)
+    if text.tokenizer == BYTES and (folder is not None or data is not None):
+        warn_once(BYTES_SPOKEN + (OTHER_TOKENS if folder is not None else ""))
     for weight in model.parameters():
         weight.requires_grad_(False)
     return Decoder(model, preset, place, seed=seed, text_ids=text.ids)
