@@ -23,7 +23,7 @@ from torch import Tensor
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Sizes, Sweep, Tolerance
 
 from . import _rows
-from ._seeds import BLUEPRINT, EPOCHS, LIFECYCLE, PARENT, STRATEGY
+from ._seeds import BLUEPRINT, EPOCHS, LIFECYCLE, PARENT, STRATEGY, SWEPT
 
 SET_LIFECYCLE, SET_BLUEPRINT, SET_EPOCHS, SET_STRATEGY = (tl.constexpr(1 << bit) for bit in range(4))
 COLUMNS = tl.constexpr(8)
@@ -310,7 +310,7 @@ SPEC = KernelSpec(
     sweeps=(
         Sweep(
             size="seeds",
-            values=(100, 200, 500, 1000, 2000, 5000, 10_000),
+            values=SWEPT,
             sizes=lambda seeds: {"updates": 0, "seeds": seeds, "length": 10, "by_id": 0},
             fixed="one update of each seed, so bytes grow with them",
         ),

@@ -25,7 +25,6 @@ ALPHA, HOLD, VELOCITY, LAST_ACCURACY, STABLE_ALPHA, FAILURES, PROGRESS, SEEN = r
 LOSSES = slice(8, 8 + WINDOW)
 ACCURACIES = slice(8 + WINDOW, 8 + 2 * WINDOW)
 COLUMNS = 8 + 2 * WINDOW
-EMA_RATE = 0.1
 Row = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
 
 

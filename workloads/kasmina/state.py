@@ -20,7 +20,6 @@ class SeedState(nn.Module):
 
     def __init__(self, seeds: int, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.seeds = seeds
         # At least float32: figures of a bfloat16 layer would say little.
         real = torch.promote_types(dtype, torch.float32)
         self.state_S8: Tensor
