@@ -74,6 +74,7 @@ def main() -> NoReturn:
     # Kineto prints two lines of its own at every trace; what it could not record shows in the trace.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     sys.unraisablehook = _unraisable
+    measuring.own_program()
     try:
         app()
     except Exception:  # noqa: BLE001 - a bug of ours is shown whole, apart from the user's errors

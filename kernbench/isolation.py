@@ -5,15 +5,12 @@ This side imports neither torch nor any kernel; the children come from ``childse
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import sysconfig
 import threading
 import time
@@ -25,22 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import kernbench
-from kernbench import hostmemory
-from kernbench.childserver import BEGAN, ENDED, PACKET
+from kernbench import hostmemory, servers
 from kernbench.errors import WorkloadFailed
 from kernbench.progress import Advance, Progress
+from kernbench.servers import ChildBroke as ChildBroke
+from kernbench.servers import Server
 from kernbench.worker import UNIT_BYTES, WHERE, Failure, Here, Job, Setting, Unit
 
-MODULES = ("torch", "kernbench.jobs")
-LOOK_SECONDS = 0.1
-"""How often it is looked at what a child holds and what it has begun."""
 DUMP_SECONDS = 0.3
 """A hanging child has this long to write down where it is."""
 LEAVE_SECONDS = 5.0
 END_SECONDS = 20.0
 """A killed process is gone by then, also one whose GPU context the driver has to take down."""
 SHOWN_FRAMES = 12
-TRITON_INTERPRET = "TRITON_INTERPRET"
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$', re.MULTILINE)
 
 
@@ -52,10 +46,6 @@ class Died(Exception):  # noqa: N818 - it names what happened to a child; the ca
         self.reason = reason
         self.unit = unit
         self.traceback_text = dump
-
-
-class ChildBroke(Exception):  # noqa: N818 - as above
-    """A job raised what it should have made a result of; the message is its traceback."""
 
 
 class Stopped(Exception):  # noqa: N818 - as above
@@ -87,7 +77,7 @@ def run(job: Job, take: Callable[[Any], None], terms: Terms, progress: Progress)
     if terms.in_process:
         return job.run(Here(take, progress))
     with (
-        contextlib.closing(_Child(_current_server(), job.imports)) as child,
+        contextlib.closing(_Child(servers.current(), job.imports)) as child,
         contextlib.closing(_Shown(progress)) as shown,
     ):
         child.connection.send((Setting(threads=terms.threads) if terms.threads else Setting(), job))
@@ -108,12 +98,6 @@ def run(job: Job, take: Callable[[Any], None], terms: Terms, progress: Progress)
                 case _:
                     shown.show(word, value)
         raise AssertionError("a child's messages end with its result or its death")
-
-
-def prepare(device: str) -> None:
-    """Start the server now, so that its imports run beside this process's own. A wrong guess costs only time."""
-    interpreted = device.startswith("cpu") or (device == "auto" and not Path("/dev/nvidiactl").exists())
-    _start_server("1" if interpreted else None)
 
 
 class _Shown:
@@ -143,13 +127,10 @@ class _Shown:
             self.open.pop()[0].close()
 
 
-# --- one child --------------------------------------------------------------------------------------------------------
-
-
 class _Child:
     """One process from its fork to its end, which :meth:`close` makes sure of."""
 
-    def __init__(self, server: _Server, imports: Sequence[str]) -> None:
+    def __init__(self, server: Server, imports: Sequence[str]) -> None:
         self.server = server
         self.kills = hostmemory.kills()
         self.began = time.monotonic()
@@ -170,7 +151,7 @@ class _Child:
         """
         looked = 0.0
         while True:
-            ready = channel.wait([self.connection, self.server.control], LOOK_SECONDS)
+            ready = channel.wait([self.connection, self.server.control], servers.LOOK_SECONDS)
             # What a child said before it died counts, so its words come before the news of its death.
             if self.connection in ready:
                 try:
@@ -182,7 +163,7 @@ class _Child:
                 self.server.read()
             elif self.pid in self.server.ended:
                 raise self._death()
-            if time.monotonic() >= looked + LOOK_SECONDS:
+            if time.monotonic() >= looked + servers.LOOK_SECONDS:
                 if terms.stop is not None and terms.stop.is_set():
                     raise Stopped
                 self._look(terms.seconds)
@@ -282,118 +263,3 @@ def _of_the_user(file: str) -> bool:
 def _shortened(file: str) -> str:
     path = Path(file)
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-# --- the server -------------------------------------------------------------------------------------------------------
-
-
-class _Server:
-    """The process that children are forked from, and the news of them, which any of several threads may take."""
-
-    def __init__(self, interpreted: str | None) -> None:
-        self.interpreted = interpreted
-        self.owner = os.getpid()
-        self.began: list[int] = []
-        self.ended: dict[int, int] = {}
-        self.is_ready = False
-        self.forking, self.reading = threading.Lock(), threading.Lock()
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {name: value for name, value in os.environ.items() if name != TRITON_INTERPRET}
-        if interpreted is not None:
-            environment[TRITON_INTERPRET] = interpreted
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}; from kernbench import childserver; "
-            f"childserver.serve({theirs.fileno()}, {MODULES!r})"
-        )
-        # What a kernel prints goes to standard error, for standard output is the record's; and a group of its own
-        # keeps Ctrl-C away, whose effect on the children this process decides.
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.DEVNULL, stdout=2, env=environment, pass_fds=[theirs.fileno()], process_group=0,
-        )  # fmt: skip
-        theirs.close()
-
-    def wait_until_ready(self) -> None:
-        while not self.is_ready:
-            self.read()
-
-    def fork(self, files: list[int], imports: Sequence[str]) -> int:
-        """A new child with these files and these modules; its process id."""
-        # One at a time, since the news of a beginning does not say whose child it is.
-        with self.forking:
-            self.wait_until_ready()
-            socket.send_fds(self.control, [" ".join(["+", *imports]).encode()], files)
-            while not self.began:
-                self.read()
-            return self.began.pop()
-
-    def read(self) -> None:
-        """Take one piece of news, or none if it does not come soon: another thread may have taken it.
-
-        Raises:
-            ChildBroke: there is no server any more.
-        """
-        with self.reading:
-            if channel.wait([self.control], LOOK_SECONDS):
-                self._take(self.control.recv(PACKET.size))
-
-    def _take(self, packet: bytes) -> None:
-        if not packet:
-            raise ChildBroke(f"the process that starts kernels ended with exit code {self.process.wait()}")
-        what, pid, status = PACKET.unpack(packet)
-        if what == BEGAN:
-            self.began.append(pid)
-        elif what == ENDED:
-            self.ended[pid] = status
-        else:
-            self.is_ready = True
-
-    def wait_for_end(self, pid: int, seconds: float) -> int | None:
-        """The wait status of a child, or None if it is still there after ``seconds``."""
-        deadline = time.monotonic() + seconds
-        while pid not in self.ended:
-            if channel.wait([self.control], min(LOOK_SECONDS, max(0.0, deadline - time.monotonic()))):
-                self.read()
-            elif time.monotonic() >= deadline:
-                return None
-        return self.ended[pid]
-
-    @property
-    def usable(self) -> bool:
-        return self.owner == os.getpid() and self.process.poll() is None
-
-    def close(self) -> None:
-        self.control.close()
-        if self.owner == os.getpid():
-            self.process.kill()
-            self.process.wait()
-
-
-_server: _Server | None = None
-_starting = threading.Lock()
-
-
-def _current_server() -> _Server:
-    """The server whose Triton was imported as this process would import it now."""
-    return _start_server(os.environ.get(TRITON_INTERPRET))
-
-
-def _start_server(interpreted: str | None) -> _Server:
-    with _starting:
-        return _started(interpreted)
-
-
-def _started(interpreted: str | None) -> _Server:
-    global _server
-    if _server is None or _server.interpreted != interpreted or not _server.usable:
-        if _server is None:
-            atexit.register(_end_server)
-        else:
-            _server.close()
-        _server = _Server(interpreted)
-    return _server
-
-
-def _end_server() -> None:
-    if _server is not None:
-        _server.close()

@@ -122,6 +122,7 @@ def with_harm(name, harm):
 
 
 HANG = with_harm("hang", hang)
+SLEEP = with_harm("sleep", sleep)
 READ = with_harm("read", read_nowhere)
 MEMORY = with_harm("memory", take_all_memory)
 EXIT = with_harm("exit", leave)

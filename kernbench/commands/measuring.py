@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -30,20 +31,34 @@ from kernbench.commands.options import (
 )
 from kernbench.errors import KernbenchError
 
+_program = False
+
+
+def own_program() -> None:
+    """From now on this process runs one command and nothing else, so that it may be copied."""
+    global _program
+    _program = True
+
 
 def prepared(device: str, in_process: bool) -> tuple[Any, Any]:
-    """The pipeline, and the request it takes. Their imports take seconds; the children's are started beside them."""
-    if not in_process:
-        from kernbench import isolation
+    """The pipeline, and the request it takes. Their imports take seconds, and the children need the same: those share
+    this process's, or, where it may come to use a GPU, which no copy of it could, are started beside them."""
+    from kernbench import childserver, servers
 
-        isolation.prepare(device)
-    # Triton's own functions are interpreted or not by how it is first imported, and the pipeline imports it.
-    from kernbench.device import resolve
+    on_cpu = device.startswith("cpu") or (device == "auto" and not servers.driver())
+    copied = _program and on_cpu and not in_process
+    if not in_process and not copied:
+        servers.prepare(device)
+    with childserver.imports() if _program else nullcontext():
+        # Triton's own functions are interpreted or not by how it is first imported, and the pipeline imports it.
+        from kernbench.device import resolve
 
-    resolve(device)
-    from kernbench import pipeline
-    from kernbench.request import Request
+        chosen = resolve(device)
+        from kernbench import pipeline
+        from kernbench.request import Request
 
+        if copied and chosen.type == "cpu":
+            servers.fork()
     return pipeline, Request
 
 
