@@ -144,3 +144,13 @@ def test_docking_as_upstream_has_it_is_done_as_before_and_said() -> None:
     found, _ = run(config, 2, 1)
     assert_same(found, expected)
     assert any("docks" in message for message in device.WARNINGS)
+
+
+def test_profile_k_has_its_attention_as_before_and_that_is_said() -> None:
+    config = small(synapses=module("synapses").TopKConfig(attn_topk=7))
+    device.WARNINGS.clear()
+    expected, _ = run(config, 2)
+    assert device.WARNINGS == []
+    found, _ = run(config, 2, 1)
+    assert_same(found, expected)
+    assert any("profile K runs as the baseline" in message for message in device.WARNINGS)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from kernbench.device import warn_once
 
-from .attention import SynapticAttention
+from .attention import SynapticAttention, TopKAttention
 from .noise import Noise
 from .presynaptic import State
+from .topk import EdgeState
 
 PresynAttention = Callable[..., tuple[Tensor, ...]]
 Attend = Callable[[SynapticAttention, Tensor, Tensor, Tensor, State, Noise | None], tuple[Tensor, State, Tensor]]
@@ -22,7 +23,9 @@ RATES = (
 )  # fmt: skip
 """The fields of the config that ``presyn_attention`` takes as they are, in its order; last it takes how many quanta."""
 TRANSPOSED = 'presyn_attention docks as "qk": layers with upstream\'s docking run as the baseline does'
+OF_PROFILE_P = "presyn_attention computes profile P's rule: attention of profile K runs as the baseline does"
 plain: Attend = SynapticAttention.attend
+plain_topk = TopKAttention.attend
 
 
 def adapt_presyn_attention(op: PresynAttention) -> Attend:
@@ -44,3 +47,11 @@ def adapt_presyn_attention(op: PresynAttention) -> Attend:
         return y_BHTD, State(calcium, buffer, pool, reserve, primed, state.clamp, energy), used
 
     return attend
+
+
+def attend_topk(
+    self: TopKAttention, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, state: EdgeState, noise: Noise | None
+) -> tuple[Tensor, EdgeState]:
+    """``TopKAttention.attend`` as it was, said aloud."""
+    warn_once(OF_PROFILE_P)
+    return plain_topk(self, q_BHTD, k_BHTD, v_BHTD, state, noise)

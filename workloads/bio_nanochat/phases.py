@@ -6,7 +6,7 @@ from kernbench.workload import Phase, Swap
 
 from . import fused, genetics_fused, graph, metrics, structure_fused, syncfree, topk
 from . import predictions as promised
-from .attention import SynapticAttention
+from .attention import SynapticAttention, TopKAttention
 from .moe import SynapticMoE
 from .neuroscore import NeuroScore
 from .postsynaptic_topk import TopKLinear
@@ -42,6 +42,7 @@ PHASES = (
         predict=promised.predict_presyn,
         swaps=(
             Swap(site=(SynapticAttention, "attend"), kernel="presyn_attention", adapt=fused.adapt_presyn_attention),
+            Swap(site=(TopKAttention, "attend"), use=fused.attend_topk, every=SOME_PRESETS),
         ),
     ),
     Phase(
