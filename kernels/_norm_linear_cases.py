@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from kernbench.spec import Case, Cost, Inputs, Sizes, Tolerance, Values
+from kernbench.spec import Case, Cost, Inputs, Peer, Sizes, Tolerance, Values
 
 CASES = (
     Case("ragged", rows=37, inner=101, outputs=53, bias=0, gelu=0),
@@ -73,3 +76,32 @@ def backward_cost(case: Case, dtype: torch.dtype) -> Cost:
         bytes_read=dtype.itemsize * ((1 + case["gelu"]) * rows * outputs + rows * inner + weights),
         bytes_written=dtype.itemsize * (rows * inner + weights + case["bias"] * outputs),
     )
+
+
+class _Unread(torch.autograd.Function):
+    """y as it is, and gradients of zero for tensors that it does not depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *unread: Tensor) -> Tensor:
+        ctx.unread = unread
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        return (dy, *map(torch.zeros_like, ctx.unread))
+
+
+def _without_norm(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float, gelu: bool,
+    norm_bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    z = functional.linear(x, weight, bias)
+    y = functional.gelu(z) if gelu else z
+    unread = [one for one in (norm_weight, norm_bias) if one is not None and one.requires_grad]
+    return _Unread.apply(y, *unread) if unread else y  # type: ignore[no-untyped-call]
+
+
+# Not the same function, so no error of it means anything, as long as it is of the size of the result.
+WITHOUT_NORM = Peer(
+    call=_without_norm, tolerance=Tolerance(floor_ulp=2.0**28), because="it is the linear layer alone, to be set beside"
+)

@@ -60,5 +60,6 @@ SPEC = KernelSpec(
     sizes=_norm_linear_cases.SIZES,
     values=_norm_linear_cases.VALUES,
     differentiable=True,
+    peers={"linear without the norm": _norm_linear_cases.WITHOUT_NORM},
     source="Ba, Kiros and Hinton, Layer Normalization, 2016, equation 3; torch.nn.functional.linear",
 )

@@ -65,6 +65,6 @@ SPEC = KernelSpec(
     sizes=_norm_linear_cases.SIZES,
     values={name: bounds for name, bounds in _norm_linear_cases.VALUES.items() if name != "norm_bias"},
     differentiable=True,
-    peers={"torch rms_norm": _torch},
+    peers={"torch rms_norm": _torch, "linear without the norm": _norm_linear_cases.WITHOUT_NORM},
     source="Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, equation 4; torch.nn.functional.linear",
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernbench import device, registry
+from kernbench import bench, device, registry
 from kernbench.spec import Case, Inputs, KernelSpec
 
 DEVICE = device.resolve("auto")
@@ -48,6 +48,20 @@ def test_rows_of_any_shape_come_back_in_it(spec: KernelSpec) -> None:
     torch.testing.assert_close(gradients(spec.optimized, inputs), gradients(spec.reference, inputs))
     inputs["x"] = torch.randn(20, device=DEVICE)
     torch.testing.assert_close(spec.optimized(**inputs), spec.reference(**inputs))
+
+
+@BOTH
+def test_the_linear_layer_alone_is_timed_beside_it(spec: KernelSpec) -> None:
+    case = Case("beside", rows=6, inner=40, outputs=33, bias=1, gelu=1)
+    rows = bench.bench_kernel(
+        spec, device=DEVICE, dtypes=["float32"], cases=[case], rounds=3, without=frozenset({"compile"})
+    )
+    found = {row.direction: row for row in rows if row.implementation == "linear without the norm"}
+    assert found.keys() == {"forward", "backward"}
+    for row in found.values():
+        assert row.seconds is not None, row.note
+        assert row.label == bench.LESS_EXACT
+        assert "it is the linear layer alone" in row.note
 
 
 @BOTH
