@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,6 +44,12 @@ def run(config: Any, numbers: tuple[int, ...], steps: int, dtype: torch.dtype = 
     return built
 
 
+@functools.cache
+def baseline(config: Any, steps: int, dtype: torch.dtype = torch.float64) -> Any:
+    """A run without phases, once for all tests that look at it and do not step it on."""
+    return run(config, (), steps, dtype)
+
+
 def assert_same_state(after: Any, before: Any, *, rtol: float) -> None:
     """Integers equal, other tensors within ``rtol`` of the largest element."""
     states = [compare.leaves(built.state_dict(), "") for built in (after, before)]
@@ -80,16 +87,14 @@ def test_all_seeds_at_once_train_like_one_by_one(preset: str) -> None:
 @pytest.mark.parametrize("numbers", PLANS)
 def test_seeds_that_do_not_fill_the_width(sizes: dict[str, int], numbers: tuple[int, ...]) -> None:
     config = small(schedules=(0, 1, 3), **sizes)
-    before, after = (run(config, arm, 12) for arm in ((), numbers))
-    assert_same_state(after, before, rtol=1e-9)
+    assert_same_state(run(config, numbers, 12), baseline(config, 12), rtol=1e-9)
 
 
 @pytest.mark.parametrize("numbers", PLANS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_phases_train_like_the_baseline_in_float32(preset: str, numbers: tuple[int, ...]) -> None:
     config = workload().presets[preset]
-    before, after = (run(config, arm, 20, torch.float32) for arm in ((), numbers))
-    assert_same_state(after, before, rtol=1e-4)
+    assert_same_state(run(config, numbers, 20, torch.float32), baseline(config, 20, torch.float32), rtol=1e-4)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-schedules"])
@@ -218,11 +223,11 @@ def test_schedules_agree_on_whatever_they_are_shown() -> None:
 
 def test_arms_alternate_on_one_object() -> None:
     config = workload().presets["tiny-schedules"]
-    baseline, built = run(config, (), 16), training(config)
+    built = training(config)
     for index in range(16):
         with swapped(built, ((), *PLANS)[index % (len(PLANS) + 1)]):
             built.step(index)
-    assert_same_state(built, baseline, rtol=1e-9)
+    assert_same_state(built, baseline(config, 16), rtol=1e-9)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -319,12 +324,12 @@ def test_the_compiled_peer_trains_like_the_baseline(preset: str, monkeypatch: py
     # The graphs are what is in question here; generating code for them would take minutes.
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend="aot_eager"))
     config = workload().presets[preset]
-    built, baseline = training(config), run(config, (), 12)
+    built = training(config)
     (peer,) = workload().peers
     peer.prepare(built)
     for index in range(12):
         built.step(index)
-    assert_same_state(built, baseline, rtol=1e-9)
+    assert_same_state(built, baseline(config, 12), rtol=1e-9)
 
 
 @pytest.mark.gpu
