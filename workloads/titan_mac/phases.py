@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernbench.device import warn_once
 
-from .cms import Momenta, gradient_of
+from .cms import Momenta, gradient_of, keep
 from .memory import NeuralMemory
 from .optimizer import DeepNestedOptimizer, LearningRateController
 from .training import LOG_FREQ, LOSSES_KEPT, Training
@@ -86,11 +86,6 @@ def step_on_device(self: DeepNestedOptimizer, loss: Tensor) -> None:
         keep(self.multipliers_G, self.controller(self.statistics_G3), loss_ok)
     norm = self.clip_gradients()
     self.move_parameters(self.config.base_lr * self.multipliers_G, loss_ok & torch.isfinite(norm))
-
-
-def keep(state: Tensor, new: Tensor, ok: Tensor) -> None:
-    """Write ``new`` into ``state`` where ``ok``."""
-    state.copy_(torch.where(ok, new, state))
 
 
 def meta_update(self: DeepNestedOptimizer) -> None:
