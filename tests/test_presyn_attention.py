@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernbench import device, registry
@@ -189,3 +191,30 @@ def test_memory_grows_with_tokens_and_not_with_their_square() -> None:
         torch.autograd.grad(sum(one.float().sum() for one in results[:7]), sources)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] < 8.5 * peaks[0]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _exponentials(out, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program takes ROUNDS powers of two of each of BLOCK numbers, one after the other; out has the last ones."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = place.to(tl.float32) * 1e-6
+    for _ in range(ROUNDS):
+        x = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [-x], tl.float32, is_pure=True, pack=1)
+    tl.store(out + place, x)
+
+
+@pytest.mark.gpu
+def test_the_forward_pass_takes_longer_than_its_special_functions() -> None:
+    """The limit that they set, at the rate that this GPU was seen to do them: 1.5 a pair over keys, 2 over queries."""
+    programs, block, rounds, pairs = 4096, 1024, 512, 4 * 12 * 2048 * 2049 / 2
+    out = torch.empty(programs * block, device="cuda")
+    milliseconds = triton.testing.do_bench(lambda: _exponentials[(programs,)](out, rounds, block, num_warps=4))
+    # The fixed point of 2^-x, so that every round was done.
+    torch.testing.assert_close(out, torch.full_like(out, 0.6411857), rtol=1e-4, atol=0)
+    rate = programs * block * rounds / milliseconds
+    inputs = drawn(torch.bfloat16, batch=4, heads=12, tokens=2048, dim=64)
+    with torch.no_grad():
+        taken = triton.testing.do_bench(lambda: SPEC.optimized(**inputs))
+    limit = 3.5 * pairs / rate
+    print(f"{rate * 1e3:.3g} exponentials a second: {limit:.3f} ms of {taken:.3f} ms forward")
+    assert 0.05 < limit < taken
