@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bio_ranks import Differentiate, at_once
 from ranked_workload import LATE_SECONDS
 from terminal import run
 
@@ -253,22 +254,7 @@ def test_bio_nanochat_is_profiled_on_two_ranks(ranked):
 
 def test_gradients_of_bio_nanochat_are_means_and_are_sent_while_backward_runs():
     store, port = group.host_store(60)
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path]), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(here / "bio_gradients.py"), str(rank), "2", str(port)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        out, error = process.communicate(timeout=200)
-        assert process.returncode == 0, error[-3000:]
-        told = json.loads(out.splitlines()[-1])
+    for told in at_once([Differentiate(rank, 2, port) for rank in range(2)]):
         assert told["off"] < 1e-12 * told["largest"]
         assert told["own_off"] > 1e-3 * told["largest"]
         assert told["sent_in_backward"] == told["buckets"] > 3
