@@ -70,6 +70,8 @@ class Tiles(NamedTuple):
 
 
 MOST_CHUNKS = 16
+MOST_INTERPRETED = 16
+"""Programs of the interpreter, which takes about as long for one of many rows as for one of few."""
 TILE_BYTES = 2**14
 """Of weights in a program: 132 multiprocessors with four programs each ask for 8.6 MB at once."""
 CONFIGURATIONS = tuple(
@@ -120,6 +122,9 @@ def linear_plan(
     if pair * rows >= MOST_ROWS:
         raise ValueError(f"a weight with fewer than {MOST_ROWS} rows can be multiplied, and this one has {pair * rows}")
     chosen = Tiles(*tiles).fitted(inner) if tiles else linear_tiles(rows, inner, itemsize, table, pair)
+    if not tiles and INTERPRETED.value:
+        fewest = triton.next_power_of_2(-(-rows // (chosen.steps * MOST_INTERPRETED)))
+        chosen = chosen._replace(rows=max(chosen.rows, fewest))
     chunks = -(-inner // chosen.columns)
     even = inner == chunks * chosen.columns
     return Plan(
