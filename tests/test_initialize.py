@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from terminal import run
 
-from kernbench import initialize, journal
+from kernbench import initialize, isolation, jobs, journal
 from kernbench.errors import KernbenchError
+from kernbench.progress import Silent
+from kernbench.worker import Tell
 
 CREATED = ["workloads/my_model.py", "kernels/my_kernel.py", "reports/.gitkeep", "JOURNAL.md", ".gitignore"]
 
@@ -72,14 +77,33 @@ print(json.dumps({"before": losses(), "after": losses(0, 1)}))
 """
 
 
-def run_in(folder: Path, code: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "KERNBENCH_WORKSPACE"}
-    environment["TRITON_INTERPRET"] = "1"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@dataclass(frozen=True)
+class Program:
+    """A job that returns what a program prints that runs in a process of its own."""
+
+    imports: ClassVar[tuple[str, ...]] = jobs.COMPILER
+    code: str
+
+    def run(self, tell: Tell) -> str:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(self.code, {})
+        return printed.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A new workspace that is found because it is the current folder; its kernels are interpreted."""
+    initialize.init(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KERNBENCH_WORKSPACE", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return tmp_path
+
+
+def printed_by(code: str) -> str:
+    found: str = isolation.run(Program(code), lambda said: None, isolation.Terms(200), Silent())
+    return found
 
 
 def test_a_workspace_appears_where_there_was_nothing(tmp_path: Path) -> None:
@@ -121,35 +145,32 @@ def test_a_file_where_a_folder_should_be_is_an_error(tmp_path: Path) -> None:
         initialize.init(tmp_path)
 
 
-def test_the_kernel_agrees_with_its_reference_on_all_cases(tmp_path: Path) -> None:
-    initialize.init(tmp_path)
-    assert run_in(tmp_path, COMPARE_ALL_CASES) == "compared\n"
+@pytest.mark.usefixtures("folder")
+def test_the_kernel_agrees_with_its_reference_on_all_cases() -> None:
+    assert printed_by(COMPARE_ALL_CASES) == "compared\n"
 
 
-def test_the_model_learns_and_its_phases_do_not_change_what_it_learns(tmp_path: Path) -> None:
-    initialize.init(tmp_path)
-    losses = json.loads(run_in(tmp_path, TRAIN_WITH_AND_WITHOUT_THE_KERNEL))
+@pytest.mark.usefixtures("folder")
+def test_the_model_learns_and_its_phases_do_not_change_what_it_learns() -> None:
+    losses = json.loads(printed_by(TRAIN_WITH_AND_WITHOUT_THE_KERNEL))
     assert losses["before"][-1] < 0.9 * losses["before"][0]
     assert losses["after"] == pytest.approx(losses["before"], rel=1e-5)
 
 
-def kernbench(folder: Path, *arguments: str) -> dict[str, Any]:
+def kernbench(*arguments: object) -> dict[str, Any]:
     """The record that a command prints. Whether a swap wins is not asked here, so exit code 1 is fine."""
-    done = subprocess.run(
-        [sys.executable, "-m", "kernbench", *arguments, "--device", "cpu", "--json"],
-        cwd=folder, capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
-    assert done.returncode in (0, 1), done.stderr
+    done = run(*arguments, "--device", "cpu", "--json", "--quiet")
+    assert done.exit_code in (0, 1), done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
 def test_a_kernel_of_the_user_is_swapped_into_a_model_of_the_user(workspace: Path) -> None:
     initialize.init(workspace)
-    found = kernbench(workspace, "profile", "./workloads/my_model.py", "--steps", "3")
+    found = kernbench("profile", "./workloads/my_model.py", "--steps", 3)
     (stall,) = (item for item in found["stalls"] if item["class"] != "cpu-tensor")  # AdamW's step counters
     assert (stall["source"], stall["count_per_step"]) == ("self.loss_sum += loss.item()", 1)
-    found = kernbench(workspace, "swap", "--phase", "1", "--steps", "3", "--rounds", "3")
+    found = kernbench("swap", "--phase", 1, "--steps", 3, "--rounds", 3)
     assert found["workload"]["name"] == "my-model"
     assert found["parity"]
     assert [result["reason"] for result in found["parity"] if not result["passed"]] == []
