@@ -46,6 +46,14 @@ def in_float64(inputs: Inputs) -> Inputs:
     }
 
 
+def test_the_interpreter_takes_few_programs_unless_tiles_are_given() -> None:
+    decode: Any = module(LINEAR[0])._decode
+    if not decode.INTERPRETED.value:
+        pytest.skip("kernels are compiled here")
+    assert decode.linear_plan(3000, 256, 4, None, {}).programs in range(2, 17)
+    assert decode.linear_plan(3000, 256, 4, decode.Tiles(4, 256, 4), {}).programs == 750
+
+
 @pytest.mark.parametrize("name", LINEAR)
 def test_every_tile_gives_the_same_product(name: str) -> None:
     inputs = spec(name).make_inputs(Case("ragged", outputs=11, inner=601), torch.float32, DEVICE, 0)
