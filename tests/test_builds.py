@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import subprocess
@@ -298,16 +297,16 @@ def first_and_last(declaration: KernelSpec) -> tuple[str, ...]:
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_kernels_that_ship_build_for_all_architectures(group: int) -> None:
     """Their first cases, in the first and last dtype; ``kernbench bench --compile-only`` has the whole matrix."""
-    # Those of the same dtypes in one process, which takes longer to start than to build most of them.
-    specs = sorted(map(spec, SHIPPED[group::GROUPS]), key=first_and_last)
-    for dtypes, members in itertools.groupby(specs, first_and_last):
-        firsts = {declaration.name: [declaration.cases[0].name] for declaration in members}
-        rows = list(builds.compile_kernels([spec(name) for name in firsts], cases=firsts, dtypes=dtypes))
-        assert [row for row in rows if not row.passed] == []
-        served = {(row.kernel, row.arch, row.dtype, case) for row in rows for case in row.cases}
-        assert served == {
-            (name, arch, dtype, case) for name, [case] in firsts.items() for arch in builds.ARCHS for dtype in dtypes
-        }
+    # In one process, which takes longer to start than to build most of them.
+    specs = [spec(name) for name in SHIPPED[group::GROUPS]]
+    firsts = {declaration.name: [declaration.cases[0].name] for declaration in specs}
+    dtypes = {declaration.name: first_and_last(declaration) for declaration in specs}
+    rows = list(builds.compile_kernels(specs, cases=firsts, dtypes=dtypes))
+    assert [row for row in rows if not row.passed] == []
+    served = {(row.kernel, row.arch, row.dtype, case) for row in rows for case in row.cases}
+    assert served == {
+        (name, arch, dtype, case) for name, [case] in firsts.items() for arch in builds.ARCHS for dtype in dtypes[name]
+    }
 
 
 def test_the_exemplars_pass_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ from kernbench.spec import Case, KernelSpec
 if TYPE_CHECKING:
     import torch
 
+    Dtypes = Sequence[str | torch.dtype]
+
 ARCHS = ("sm_80", "sm_90", "sm_100")
 SHARED_LIMIT_BYTES = {
     "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024,
@@ -57,7 +59,10 @@ class Request(msgspec.Struct):
 
 
 class Event(msgspec.Struct):
-    """Work that begins, with the rows that its failure would be, or that is ``done``, with its results if any."""
+    """Work that begins, with the rows that its failure would be, or that is ``done``, with its results if any.
+
+    The first of a process says that it has loaded the kernels, and names no work.
+    """
 
     work: str
     rows: list[Build] = []
@@ -80,7 +85,7 @@ def compile_kernels(
     specs: Sequence[KernelSpec],
     *,
     archs: Sequence[str] = ARCHS,
-    dtypes: Sequence[str | torch.dtype] | None = None,
+    dtypes: Dtypes | Mapping[str, Dtypes] | None = None,
     cases: Sequence[Case | str] | Mapping[str, Sequence[Case | str]] | None = None,
     progress: Progress | None = None,
     silent_seconds: float = SILENT_SECONDS,
@@ -94,16 +99,18 @@ def compile_kernels(
     Args:
         specs: registered kernels; what they allow is taken from here.
         archs: keys of ``SHARED_LIMIT_BYTES``.
-        dtypes: by default those of each tolerance.
-        cases: by default all, the large ones too; by kernel, if these are not the same for all.
-        silent_seconds: the process is ended when it reports nothing for so long.
+        dtypes: by default those of each tolerance; by kernel, if these are not the same for all.
+        cases: by default all, the large ones too; by kernel, as with dtypes.
+        silent_seconds: the process is ended when it reports nothing for so long, once it has begun.
 
     Raises:
         KernbenchError: an unknown architecture, case or dtype.
         WorkloadFailed: the process ends before it has called a kernel: a file of kernels fails without the interpreter.
     """
-    of = cases if isinstance(cases, Mapping) else dict.fromkeys((spec.name for spec in specs), cases)
-    wanted = [Wanted(spec.name, _dtypes(spec, dtypes), _cases(spec, of.get(spec.name))) for spec in specs]
+    names = [spec.name for spec in specs]
+    of = cases if isinstance(cases, Mapping) else dict.fromkeys(names, cases)
+    into = dtypes if isinstance(dtypes, Mapping) else dict.fromkeys(names, dtypes)
+    wanted = [Wanted(spec.name, _dtypes(spec, into.get(spec.name)), _cases(spec, of.get(spec.name))) for spec in specs]
     chosen = [registry.nearest(arch, SHARED_LIMIT_BYTES, "architecture") for arch in archs]
     allowed = {spec.name: spec.allowed for spec in specs}
     return _built(wanted, chosen, allowed, progress or Silent(), silent_seconds)
@@ -201,13 +208,14 @@ class _Process:
 
 def _lines(stream: IO[bytes], seconds: float) -> Iterator[bytes | None]:
     """Whole lines as they come; None, as the last one, after so many seconds without anything."""
-    rest = b""
+    rest, patience = b"", max(seconds, SILENT_SECONDS)  # a process takes long to begin where others are at work
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
         while True:
-            if not selector.select(seconds):
+            if not selector.select(patience):
                 yield None
                 return
+            patience = seconds
             received = os.read(stream.fileno(), 2**16)
             if not received:
                 return

@@ -42,8 +42,9 @@ class _Worker:
             self._output.flush()
 
     def run(self) -> None:
-        for wanted in self.request.wanted:
-            spec = registry.kernel(wanted.kernel).declaration
+        specs = [registry.kernel(wanted.kernel).declaration for wanted in self.request.wanted]
+        self.send(Event(work="", done=True))
+        for wanted, spec in zip(self.request.wanted, specs, strict=True):
             for dtype in wanted.dtypes:
                 self._record(spec, dtype, [case for case in spec.cases if case.name in wanted.cases])
         found = [launch for launch in self._recorder.launches if launch.serves]
