@@ -203,6 +203,8 @@ def time(
     subjects = _subjects(request, names, case)
     sweeps: list[record.Sweep] = []
     if over is not None:
+        if request.preset is not None:
+            raise KernbenchError("--preset chooses the size of a step; --sweep times kernels, so leave one of them out")
         known = {name: found.declaration for name, found in registry.kernels().items()}
         plans = [settings.workload for _, settings in subjects.workloads]
         specs = [spec for spec, _ in subjects.kernels] + sweep.kernels_of(plans, known, sweep.size_of(over))
@@ -313,6 +315,8 @@ def _subjects(request: Request, names: Sequence[str], case: str | None) -> _Subj
     others = [name for name in names if name not in known]
     if request.weights is not None and not others:
         raise KernbenchError("--weights goes with a workload; kernels are checked and timed on inputs of their own")
+    if case is not None and others:
+        raise KernbenchError(f"--case goes with kernels; a step of {others[0]} has none, so leave it out")
     for name in others:
         if ".py" not in name:
             registry.nearest(name, [*known, *registry.workloads()], "kernel or workload")

@@ -18,6 +18,9 @@ from kernbench.registry import Workspace
 from kernbench.spec import KernelSpec
 from kernbench.workload import Phase, Workload
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""What a workload may compute in."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -59,8 +62,7 @@ def settings(request: Request, reference: str) -> Settings:
     preset = request.preset or workload.default_preset
     registry.nearest(preset, workload.presets, f"preset of {workload.name}")
     dtype = request.dtype or workload.default_dtype(preset)
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise KernbenchError(f"there is no dtype {dtype!r}; use float32, bfloat16, float16 or float64")
+    registry.nearest(dtype, DTYPES, "dtype of a workload")
     if request.data is not None and not Path(request.data).is_file():
         raise KernbenchError(f"--data {request.data}: there is no such file")
     if request.weights is not None:

@@ -75,6 +75,9 @@ def test_a_sweep_of_nothing_is_no_declaration(values: tuple[int, ...]) -> None:
         (("seed_blend", "--sweep", ""), "names no size"),
         (("seed_blend", "--sweep", "seeds", "--case", "even"), "leave out --case"),
         (("titan-mac", "--sweep", "seeds"), "declares no sizes to sweep"),
+        (("kasmina", "--sweep", "seeds", "--preset", "tiny"), "leave one of them out"),
+        (("kasmina", "--case", "even"), "--case goes with kernels"),
+        (("kasmina", "--dtype", "int8"), "no dtype of a workload named 'int8'"),
     ],
 )
 def test_wrong_input_is_one_sentence(toy_workspace: Path, typed: tuple[str, ...], says: str) -> None:
