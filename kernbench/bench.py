@@ -54,8 +54,8 @@ OURS = ("eager", "compile")
 LAUNCH_FLOORS = 3
 # From this share of the device's time on, the time as called is shown beside it.
 HOST_SHARE = 0.8
-# Up to this, an event pair holds as much launch as kernel, so a replayed graph is shown beside it.
-GRAPH_BELOW_SECONDS = 50e-6
+# Up to this, launching may cost as much as what is launched, so a replayed graph is shown beside it.
+GRAPH_BELOW_SECONDS = 200e-6
 
 
 def bench_kernel(

@@ -257,8 +257,8 @@ class Witness:
             found |= compare.leaves(inputs[name], name)
         return found
 
-    def _nudged(self, calls: int, in_place: tuple[tuple[str, str], ...]) -> Leaves:
-        return self._run(modes.nudge(self._values, self._seed), calls, in_place)
+    def _nudged(self, calls: int, in_place: tuple[tuple[str, str], ...], draw: int) -> Leaves:
+        return self._run(modes.nudge(self._values, self._seed + draw), calls, in_place)
 
 
 def slower_when_checked(blocks: Sequence[tuple[float, Sequence[float]]], resolution: float = 0.0) -> str:

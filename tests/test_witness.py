@@ -98,6 +98,19 @@ def test_other_rounding_is_right(dtype: str) -> None:
     assert row.seconds is not None
 
 
+def test_rounding_where_eager_does_not_round_is_right() -> None:
+    def exact(x: Tensor, total: Tensor) -> Tensor:
+        total.add_(x)
+        return x * 4
+
+    def rounds(x: Tensor, total: Tensor) -> Tensor:
+        total.add_(x)
+        return x * 3 + x
+
+    row = row_of(rounds, reference=exact)
+    assert (row.label, row.note) == ("", "")
+
+
 def test_a_buffer_that_is_returned_again_and_again_is_right() -> None:
     kept: dict[torch.Size, Tensor] = {}
 
