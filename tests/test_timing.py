@@ -187,9 +187,9 @@ def test_what_a_kernel_patches_later_is_not_what_measures(monkeypatch: pytest.Mo
     monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
     monkeypatch.setattr(torch.cuda, "Event", None)
     monkeypatch.setattr(torch.cuda, "synchronize", None)
-    until = time.monotonic() + 2e-3
 
     def step(_: int) -> None:
+        until = time.monotonic() + 2e-3
         while time.monotonic() < until:
             pass
 
