@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kernbench.kinetopiece import Piece
@@ -20,9 +20,11 @@ GZIP = b"\x1f\x8b"
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _START = f"import sys; sys.path.insert(0, {str(_PACKAGE)!r}); from kernbench import tracefile; tracefile.serve()"
-# Bytes that its reader decodes before a process that starts with it, or started before it, has loaded its modules.
-_HEAD_START, _HEAD_START_IF_PREPARED = 26 << 20, 4 << 20
-_SMALLEST_COMPRESSED = 1 << 20
+_PIPE_BYTES = 1 << 20
+# Bytes that its reader decodes before a process that starts at the same time, or with the reader's own modules still to
+# be loaded, is where it begins.
+_HEAD_START, _HEAD_START_IF_PREPARED = 26 << 20, -6 << 20
+_SMALLEST, _SMALLEST_COMPRESSED = 16 << 20, 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,25 +38,21 @@ class Part:
 
 
 class Helper:
-    """A process that decodes one part; :meth:`close` ends it, as the end of this process does."""
+    """A process that decodes what follows byte ``split`` of a file's text; :meth:`close` ends it."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path, split: int) -> None:
+        self.split = split
         try:
             self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-                [sys.executable, "-c", _START],
-                stdin=subprocess.PIPE,
+                [sys.executable, "-c", _START, str(path), str(split)],
+                bufsize=_PIPE_BYTES,
+                pipesize=_PIPE_BYTES,
+                stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
             )
         except OSError:
             self._process = None
-
-    def begin(self, path: Path, split: int, closing: bytes) -> None:
-        """Let it decode what follows byte ``split`` of the text; ``closing`` is as in ``tracefile.latter_part``."""
-        if self._process is not None and self._process.stdin is not None:
-            with contextlib.suppress(OSError):  # It died; then there will be no part either.
-                pickle.dump((path, split, closing), self._process.stdin)
-                self._process.stdin.flush()
 
     def part(self) -> Part | None:
         """Wait for the part; None if the process could not start, died, or found the text damaged.
@@ -77,40 +75,41 @@ class Helper:
             self._process = None
 
 
-_prepared: list[Helper] = []
+_prepared: dict[Path, Helper] = {}
 
 
 def prepare(path: Path) -> None:
-    """Start the process for this file, if it is large, so that it loads its modules while the caller loads its own."""
+    """Start the process for this file, if it is large, while what reads the file has its modules still to load."""
+    split = _split(path, _HEAD_START_IF_PREPARED)
+    if split is not None:
+        _prepared[path] = Helper(path, split)
+
+
+def helper(path: Path) -> Helper | None:
+    """The process that was prepared for this file, else one that starts now; None for a small file."""
+    if path in _prepared:
+        return _prepared.pop(path)
+    split = _split(path, _HEAD_START)
+    return Helper(path, split) if split is not None else None
+
+
+def _split(path: Path, head_start: int) -> int | None:
+    """Where in the text of a large file a helper begins, so that both end at about the same time."""
+    if (os.cpu_count() or 1) < 2 or not sys.executable:
+        return None
     with contextlib.suppress(OSError), path.open("rb") as file:
-        if _middle(file, _HEAD_START_IF_PREPARED) is not None:
-            _prepared.append(Helper())
+        size = os.fstat(file.fileno()).st_size
+        if file.read(2) == GZIP and size > _SMALLEST_COMPRESSED:
+            # The last member's size modulo 2^32, which is the text's in nearly all files; else the halves are unequal.
+            file.seek(-4, os.SEEK_END)
+            size = max(int.from_bytes(file.read(4), "little"), size)
+        if size > _SMALLEST + 2 * max(head_start, 0):
+            return size // 2 + head_start
+    return None
 
 
-def helper() -> Helper:
-    """The process that was prepared, else one that starts now."""
-    return _prepared.pop() if _prepared else Helper()
-
-
-def split(file: BinaryIO) -> int | None:
-    """Where in the text of a file a helper begins, so that both end at about the same time; None for a small file."""
-    return _middle(file, _HEAD_START_IF_PREPARED if _prepared else _HEAD_START)
-
-
-def _middle(file: BinaryIO, head_start: int) -> int | None:
-    size, head = os.fstat(file.fileno()).st_size, file.read(2)
-    if head == GZIP and size > _SMALLEST_COMPRESSED:
-        # The last member's size modulo 2^32, which is the text's in nearly all files; else the halves are unequal.
-        file.seek(-4, os.SEEK_END)
-        size = max(int.from_bytes(file.read(4), "little"), size)
-    file.seek(0)
-    middle = size // 2 + head_start
-    return middle if middle < size and (os.cpu_count() or 1) > 1 and sys.executable else None
-
-
-def serve(decode: Callable[[Path, int, bytes], Part]) -> None:
-    """What the helper process does. If it fails, or nothing is asked of it, it ends without a part."""
+def serve(decode: Callable[[Path, int], Part]) -> None:
+    """What the helper process does. If it fails, it ends without a part."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(EOFError):
-        path, begins, closing = pickle.load(sys.stdin.buffer)  # noqa: S301 (written by our own code)
-        pickle.dump(decode(path, begins, closing), sys.stdout.buffer, protocol=5)
+    path, split = sys.argv[1:]
+    pickle.dump(decode(Path(path), int(split)), sys.stdout.buffer, protocol=5)

@@ -140,7 +140,7 @@ class _Gathered:
     def column(self, group: str, column: str) -> Ints:
         """One column of a group; -1 throughout for one that the group's events do not have."""
         pieces = self._columns[group, column]
-        return np.concatenate(pieces) if pieces else np.full(self._rows(group), -1, np.int64)
+        return np.concatenate(pieces, dtype=np.int64) if pieces else np.full(self._rows(group), -1, np.int64)
 
     def columns(self, group: str, origin: float) -> Columns:
         """One group whole, times in nanoseconds from ``origin``, which is in microseconds.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
@@ -170,6 +170,21 @@ def of_events(events: list[Event]) -> Piece:
             collectives = {row: _collective(arg) for row, arg in enumerate(args) if arg.collective is not None}
         columns[group] = found
     return Piece(len(events), columns, list(names), list(threads), list(shapes), collectives)
+
+
+def narrowed(piece: Piece) -> Piece:
+    """The same with int32 columns, where these hold all numbers of a column: half as much to hand over."""
+    limit = np.iinfo(np.int32)
+    columns = {
+        group: {
+            column: values.astype(np.int32)
+            if values.dtype == np.int64 and np.all((values >= limit.min) & (values <= limit.max))
+            else values
+            for column, values in found.items()
+        }
+        for group, found in piece.columns.items()
+    }
+    return replace(piece, columns=columns)
 
 
 def _shapes(args: list[Args], numbers: Numbering[Shapes]) -> Ints:

@@ -135,7 +135,7 @@ def load(path: Path) -> Trace:
         KernbenchError: the file is absent, damaged, truncated, no trace, or holds no operator and no device event.
     """
     table = kineto.read(path)
-    columns = _host_columns(table)
+    columns, order = _host_columns(table)
     if not len(columns["kind"]) and not len(table.device):
         raise KernbenchError(f"{path} holds no operator and no device event; profile at least one whole step")
     steps = tracesteps.marked(columns, table.names, table.device)
@@ -143,8 +143,10 @@ def load(path: Path) -> Trace:
         # Our own traces start and stop outside the steps; others may begin and end with the profiler's synchronisation.
         own = tracesteps.profiler_calls(columns, table.names)
         steps = tracesteps.without_profiler(steps, columns, own)
-        columns = {column: np.delete(values, own) for column, values in columns.items()}
-    beside = {column: columns.pop(column) for column in ("sequence", "forward_thread", "external", "size", "shapes")}
+        columns, order = {column: np.delete(values, own) for column, values in columns.items()}, np.delete(order, own)
+    columns["correlation"] = _beside(table, order, "correlation")
+    beside = {column: _beside(table, order, column) for column in ("sequence", "forward_thread", "external", "size")}
+    beside["shapes"] = np.append(table.op_shapes, np.full(len(table.calls) + len(table.annotations), -1))[order]
     host = _host(columns, beside, steps, table.names)
     device, collectives = tracedevice.work(table, host, steps, beside["external"], beside["size"])
     device_syncs, waits = tracedevice.syncs(table, host)
@@ -176,24 +178,31 @@ def load(path: Path) -> Trace:
     )
 
 
-def _host_columns(table: kineto.Tables) -> dict[str, Ints]:
-    """The three kinds of host events in one sorted table; -1 where a kind lacks a column."""
-    parts = ((OP, table.ops), (CALL, table.calls), (ANNOTATION, table.annotations))
+def _host_columns(table: kineto.Tables) -> tuple[dict[str, Ints], Ints]:
+    """The three kinds of host events in one table, sorted, without their arguments; the row of ``_parts`` of each."""
+    parts = _parts(table)
     columns = {
-        column: np.concatenate([getattr(part, column) for _, part in parts])
+        column: np.concatenate([getattr(part, column) for part in parts.values()])
         for column in ("name", "thread", "start_ns", "end_ns")
     }
-    for column in ("correlation", "sequence", "forward_thread", "external", "size"):
-        columns[column] = np.concatenate(
-            [part.numbers.get(column, np.full(len(part), -1, np.int64)) for _, part in parts]
-        )
-    columns["shapes"] = np.full(len(columns["name"]), -1, np.int64)
-    columns["shapes"][: len(table.ops)] = table.op_shapes
-    columns["kind"] = np.concatenate([np.full(len(part), kind, np.int64) for kind, part in parts])
+    columns["kind"] = np.repeat(list(parts), list(map(len, parts.values())))
     # Annotations first where start and end agree: an annotation encloses what it was written around.
     outer_first = np.array([1, 2, 0])[columns["kind"]]
     order = np.lexsort((outer_first, -columns["end_ns"], columns["start_ns"], columns["thread"]))
-    return {column: values[order] for column, values in columns.items()}
+    for column in columns:
+        # One after the other: fresh memory takes longer to get than to fill.
+        columns[column] = columns[column][order]
+    return columns, order
+
+
+def _beside(table: kineto.Tables, order: Ints, column: str) -> Ints:
+    """An argument of the host events in their order; -1 where a kind lacks it."""
+    parts = _parts(table).values()
+    return np.concatenate([part.numbers.get(column, np.full(len(part), -1)) for part in parts])[order]
+
+
+def _parts(table: kineto.Tables) -> dict[int, kineto.Columns]:
+    return {OP: table.ops, CALL: table.calls, ANNOTATION: table.annotations}
 
 
 def _host(columns: dict[str, Ints], beside: dict[str, Ints], steps: Steps, names: list[str]) -> Host:

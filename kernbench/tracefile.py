@@ -26,6 +26,8 @@ _EVENTS = re.compile(rb'"traceEvents"\s*:\s*\[')
 _BETWEEN = re.compile(rb'\}\s*,\s*(?=\{\s*"(?:ph|cat|name|pid|tid|ts|dur|args|id|s|bp)"\s*:)')
 _BYTE = re.compile(r" \(byte \d+\)")
 _COMPRESSED_READ = 1 << 20
+# What a bare list of events lacks to be read as the end of an object that has one.
+_BARE_CLOSING = b"}"
 
 
 class Metadata(Struct, kw_only=True):
@@ -49,9 +51,9 @@ def read(path: Path, take: Callable[[T], None], decode: Callable[[list[Event]], 
     pieces = None
     try:
         with ThreadPoolExecutor(1) as ahead, path.open("rb") as file:
-            split = decodehelper.split(file) if decode is kinetopiece.of_events else None
-            pieces = _Pieces(_read_ahead(_windows(file), ahead), take, decode)
-            return pieces.run(path, split)
+            helper = decodehelper.helper(path) if decode is kinetopiece.of_events else None
+            pieces = _Pieces(_read_ahead(_windows(file), ahead), take, decode, helper)
+            return pieces.run(path)
     except (EOFError, zlib.error) as error:
         raise KernbenchError(f"{path} is cut off or damaged ({error}); record or copy the trace again") from None
     except OSError as error:
@@ -68,21 +70,22 @@ def read(path: Path, take: Callable[[T], None], decode: Callable[[list[Event]], 
             pieces.close()
 
 
-def latter_part(path: Path, split: int, closing: bytes) -> Part:
+def latter_part(path: Path, split: int) -> Part:
     """Decode what follows the first boundary between two events from byte ``split`` of the text on.
-
-    Args:
-        closing: what the text lacks at its end to be one JSON object.
 
     Raises:
         EOFError, OSError, zlib.error, msgspec.MsgspecError: no such part can be read.
     """
     _keep_freed_memory()
     decoded_pieces: list[Piece] = []
+    with path.open("rb") as file:
+        bare = next(_windows(file), b"").lstrip()[:1] == b"["
     with ThreadPoolExecutor(1) as ahead, path.open("rb") as file:
         windows = _read_ahead(_windows(file, split), ahead)
-        start, metadata = _Pieces(windows, decoded_pieces.append, kinetopiece.of_events).run_latter(closing)
-    return Part(split + start, decoded_pieces, bytes(metadata.devices), bytes(metadata.distributed))
+        latter = _Pieces(windows, decoded_pieces.append, kinetopiece.of_events)
+        start, metadata = latter.run_latter(_BARE_CLOSING if bare else b"")
+    part = [kinetopiece.narrowed(piece) for piece in decoded_pieces]
+    return Part(split + start, part, bytes(metadata.devices), bytes(metadata.distributed))
 
 
 def serve() -> None:
@@ -99,25 +102,30 @@ class _Pieces(Generic[T]):
     boundary between two events, but was none), all that is left is decoded at once.
     """
 
-    def __init__(self, windows: Iterator[bytes], take: Callable[[T], None], decode: Callable[[list[Event]], T]) -> None:
+    def __init__(
+        self,
+        windows: Iterator[bytes],
+        take: Callable[[T], None],
+        decode: Callable[[list[Event]], T],
+        helper: Helper | None = None,
+    ) -> None:
         self._windows = windows
         self._take = take
         self._decode = decode
-        self._helper: Helper | None = None
-        self._split = 0
+        self._helper = helper
         self._text = b""
         self._came = 0
         self._ended = False
 
-    def run(self, path: Path, split: int | None) -> Metadata:
-        """Decode the whole file; from byte ``split`` of its text on, if given, in a helper process."""
+    def run(self, path: Path) -> Metadata:
+        """Decode the whole file, the latter part of it in the helper process if there is one."""
         self._more()
         while not self._text.strip():
             if self._ended:
                 raise KernbenchError(f"{path} is empty; name a Kineto trace (.json or .json.gz)")
             self._more()
         if self._text.lstrip()[:1] == b"[":
-            before, closing = Metadata(events=[]), b"}"
+            before, closing = Metadata(events=[]), _BARE_CLOSING
             self._text = self._text.lstrip()[1:]
         else:
             while (start := _EVENTS.search(self._text)) is None and not self._ended:
@@ -129,9 +137,6 @@ class _Pieces(Generic[T]):
             except msgspec.DecodeError:
                 return self._rest()
             self._text = self._text[start.end() :]
-        if split is not None:
-            self._helper, self._split = decodehelper.helper(), split
-            self._helper.begin(path, split, closing)
         after = self._events(closing)
         return Metadata(
             events=[],
@@ -155,7 +160,7 @@ class _Pieces(Generic[T]):
     def _events(self, closing: bytes) -> Metadata:
         """Decode all events that are left; what the file says after them."""
         if self._helper is not None:
-            self._pieces(self._split)
+            self._pieces(self._helper.split)
             if (metadata := self._helped()) is not None:
                 return metadata
         self._pieces()
@@ -172,7 +177,7 @@ class _Pieces(Generic[T]):
     def _helped(self) -> Metadata | None:
         """Decode up to where the helper began and take what it decoded; None if there is nothing to take."""
         assert self._helper is not None
-        cut = self._boundary(max(self._split - self._position, 0))
+        cut = self._boundary(max(self._helper.split - self._position, 0))
         if cut is None or not self._decode_to(cut):
             return None
         part = self._helper.part()

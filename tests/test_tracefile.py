@@ -139,7 +139,7 @@ def test_the_helper_may_begin_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
     helped = use_helper(monkeypatch)
     size = path.stat().st_size
     for split in (1, 60, size // 3, size - 2000, size - 1, 2 * size):
-        monkeypatch.setattr(decodehelper, "split", lambda _, at=split: at)
+        monkeypatch.setattr(decodehelper, "_split", lambda *_, at=split: at)
         assert same(kineto.read(path), whole), split
     assert len(helped) >= 1
 
@@ -194,24 +194,18 @@ def test_a_helper_that_was_prepared_is_the_one_that_decodes(
     path = tmp_path / "large.json"
     path.write_text(json.dumps(document()))
     helped = use_helper(monkeypatch)
-    decodehelper.prepare(tmp_path / "absent.json")
-    monkeypatch.setattr(decodehelper, "_HEAD_START_IF_PREPARED", path.stat().st_size)
-    decodehelper.prepare(path)
-    assert decodehelper._prepared == [], "a small file needs none"
     monkeypatch.setattr(decodehelper, "_HEAD_START_IF_PREPARED", 0)
+    decodehelper.prepare(tmp_path / "absent.json")
+    monkeypatch.setattr(decodehelper, "_SMALLEST", path.stat().st_size)
     decodehelper.prepare(path)
-    assert len(decodehelper._prepared) == 1
+    assert decodehelper._prepared == {}, "neither an absent file nor a small one needs it"
+    monkeypatch.setattr(decodehelper, "_SMALLEST", 0)
+    decodehelper.prepare(path)
+    assert list(decodehelper._prepared) == [path]
     monkeypatch.setattr(decodehelper, "Helper", None)
     assert same(kineto.read(path), whole)
     assert len(helped) == 1
-    assert decodehelper._prepared == []
-
-
-def test_a_prepared_helper_ends_with_the_process_that_asked_nothing_of_it() -> None:
-    process = decodehelper.Helper()._process
-    assert process is not None and process.stdin is not None
-    process.stdin.close()
-    assert process.wait(timeout=60) == 0
+    assert decodehelper._prepared == {}
 
 
 def test_damage_in_the_helpers_part_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +223,7 @@ def use_helper(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(tracefile, "WINDOW", 3000)
     monkeypatch.setattr(tracefile, "_COMPRESSED_READ", 500)
     monkeypatch.setattr(decodehelper, "_HEAD_START", 0)
+    monkeypatch.setattr(decodehelper, "_SMALLEST", 0)
     monkeypatch.setattr(decodehelper, "_SMALLEST_COMPRESSED", 500)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     received: list[int] = []
