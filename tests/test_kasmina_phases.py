@@ -145,7 +145,12 @@ def test_a_graph_is_looked_up_once_for_what_stands_in_place(monkeypatch: pytest.
     looked: list[Any] = []
     monkeypatch.setattr(graph, "Captured", type("Captured", (), {}))
     functions_at = graph.functions_at
-    monkeypatch.setattr(graph, "functions_at", lambda sites: looked.append(sites) or functions_at(sites))
+
+    def counted(sites: Any) -> Any:
+        looked.append(sites)
+        return functions_at(sites)
+
+    monkeypatch.setattr(graph, "functions_at", counted)
     built, cpu = training(small()), torch.device("cpu")
     every, few = planned(PLANS[-1]), planned((0, 1, 4))
     found = []
