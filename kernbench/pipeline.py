@@ -95,12 +95,15 @@ def swaps(request: Request, number: int | None, progress: Progress) -> Iterator[
     with state.swap_lock(workspace.root):
         settings = asked.settings(request, reference)
         if number is not None:
-            numbers = [number]
-        else:
+            yield _swap(request, settings, number, workspace, progress)
+            return
+        for phase in settings.workload.phases:
             active = asked.active(settings.workload, request, workspace)
-            numbers = [phase.number for phase in settings.workload.phases if phase.number not in active]
-        for one in numbers:
-            yield _swap(request, settings, one, workspace, progress)
+            if lacking := [one for one in phase.needs if one not in active]:
+                names = " and ".join(map(str, lacking))
+                progress.note(f"phase {phase.number} ({phase.title}) is left out: it needs phase {names}, not kept")
+            elif phase.number not in active:
+                yield _swap(request, settings, phase.number, workspace, progress)
 
 
 def _swap(

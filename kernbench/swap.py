@@ -211,7 +211,8 @@ def plan(
         kernels: finds a kernel spec by name.
 
     Raises:
-        KernbenchError: unknown phase, implementation or kernel; a site that matches nothing; two claims on one site.
+        KernbenchError: unknown phase, implementation or kernel; a phase without one that it needs; a site that matches
+            nothing; two claims on one site.
     """
     known = [phase.number for phase in workload.phases]
     for number in numbers:
@@ -220,6 +221,9 @@ def plan(
                 f"{workload.name} has no phase {number}; its phases are {', '.join(map(str, known)) or 'none'}"
             )
     phases = workload.phases_numbered(numbers)
+    for phase in phases:
+        if missing := [number for number in phase.needs if number not in numbers]:
+            raise KernbenchError(_lacking(workload, phase, missing))
     claims: list[Claim] = []
     specs: dict[str, KernelSpec] = {}
     for phase in phases:
@@ -233,6 +237,15 @@ def plan(
                 specs[spec.name] = spec
             claims.append(Claim(phase, swap, _adapted(swap, _implementation(spec, chosen)), chosen))
     return Plan(workload, phases, claims, list(specs.values()))
+
+
+def _lacking(workload: Workload, phase: Phase, missing: Sequence[int]) -> str:
+    needs = ",".join(map(str, phase.needs))
+    return (
+        f"phase {phase.number} of {workload.name} needs phase{'s' * (len(missing) > 1)} "
+        f"{' and '.join(map(str, missing))} in place: keep {'them' if len(missing) > 1 else 'it'} first, or name all: "
+        f"swap --phase {phase.number} --phases {needs}, profile --phases {needs},{phase.number}"
+    )
 
 
 def _implementation(spec: KernelSpec, name: str) -> Callable[..., Any]:

@@ -62,7 +62,7 @@ class Phase:
     """One planned set of swaps, with what it promises before it is measured.
 
     ``claim`` is the source document's figure in its own words; ``predicts`` is ours, and ``predict`` puts it in figures
-    from the profile of the side before.
+    from the profile of the side before. ``needs`` numbers the phases without which this one cannot run.
     """
 
     number: int
@@ -72,6 +72,7 @@ class Phase:
     flag: str = ""
     claim: str = ""
     predict: Callable[[ProfileRecord], Prediction] | None = None
+    needs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,8 @@ class Workload:
         curves: a training run to follow.
 
     Raises:
-        ValueError: no presets, two phases with one number, or curves of a preset that is not there.
+        ValueError: no presets, two phases with one number, one that needs a phase not before it, or curves of a preset
+            that is not there.
     """
 
     name: str
@@ -181,6 +183,11 @@ class Workload:
         numbers = [phase.number for phase in self.phases]
         if len(set(numbers)) != len(numbers):
             raise ValueError(f"workload {self.name!r} has two phases of one number: {numbers}")
+        for place, phase in enumerate(self.phases):
+            if not set(phase.needs) <= set(numbers[:place]):
+                raise ValueError(
+                    f"phase {phase.number} of workload {self.name!r} needs phases {phase.needs}; name ones before it"
+                )
         strange = sorted(set(self.curves.presets) - set(self.presets)) if self.curves else []
         if strange:
             raise ValueError(

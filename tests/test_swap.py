@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from kernbench import sites, swap
+from kernbench import pipeline, registry, sites, swap
+from kernbench import request as asked
 from kernbench.errors import KernbenchError
+from kernbench.progress import Silent
 from kernbench.spec import Case, Cost, KernelSpec, Tolerance
 from kernbench.workload import Phase, Swap, Workload
 
@@ -416,3 +418,51 @@ def test_an_empty_plan_changes_nothing():
     with planned.applied(Built(model=None)) as receipt:
         assert Owner().method(1) == 2
     assert (planned.numbers, planned.implementations, receipt.hits(1)) == ((), {}, [])
+
+
+def needy(*needs):
+    """A workload of two phases, the second of which needs others."""
+    phases = [
+        Phase(number=number, title=f"title {number}", predicts="nothing", needs=needs if number else (), swaps=())
+        for number in (0, 1)
+    ]
+    return Workload(name="needy", unit="steps", summary="", presets={"tiny": {}}, build=Built, phases=tuple(phases))
+
+
+def test_a_phase_goes_in_with_the_phases_that_it_needs():
+    workload = needy(0)
+    assert swap.plan(workload, [0, 1], use={}, kernels=str).numbers == (0, 1)
+    with pytest.raises(KernbenchError, match="phase 1 of needy needs phase 0 in place: keep it first, or name all"):
+        swap.plan(workload, [1], use={}, kernels=str)
+    for needs in (1, 2):
+        with pytest.raises(ValueError, match="phase 1 of workload 'needy' needs phases"):
+            needy(needs)
+
+
+def test_swap_all_leaves_a_phase_out_whose_needs_are_not_kept(toy_workspace, monkeypatch):
+    file = toy_workspace / "workloads" / "toy.py"
+    text = file.read_text()
+    file.write_text(text.replace("number=1,", "number=1, needs=(0,),"))
+    assert file.read_text() != text
+    tried, notes, kept = [], [], {}
+
+    class Noting(Silent):
+        def note(self, text):
+            notes.append(text)
+
+    def tries(request, settings, number, *_):
+        tried.append(number)
+
+    monkeypatch.setattr(pipeline, "_swap", tries)
+    monkeypatch.setattr(asked, "active", lambda *_: kept)
+    request = asked.Request(command="kernbench swap --all", workload="toy", device="cpu", in_process=True)
+    list(pipeline.swaps(request, None, Noting()))
+    every = [phase.number for phase in registry.workload("toy").declaration.phases]
+    assert tried == [number for number in every if number != 1]
+    assert (
+        [note for note in notes if "left out" in note] == [note for note in notes if "it needs phase 0" in note] != []
+    )
+    kept[0] = "python"
+    tried.clear()
+    list(pipeline.swaps(request, None, Noting()))
+    assert tried == every[1:]

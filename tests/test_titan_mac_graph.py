@@ -44,8 +44,8 @@ def test_all_phases_together_train_like_the_baseline(variant: str, optimizer: st
 
 
 def test_it_asks_for_phase_0() -> None:
-    with pytest.raises(KernbenchError, match="keep phase 0 first, or type --phases 0,6"):
-        run(small(), (6,), 1)
+    with pytest.raises(KernbenchError, match="needs phase 0 in place: keep it first, or name all: swap --phase 6 "):
+        asked.plan(workload(), {6: "python"})
 
 
 def test_what_the_count_decides_makes_graphs_of_their_own() -> None:

@@ -151,11 +151,8 @@ def test_sync_free_sampling_reads_nothing(numbers: tuple[int, ...]) -> None:
 
 def test_the_graph_needs_the_phases_that_make_it_possible() -> None:
     for numbers in ((4,), (0, 4), (3, 4)):
-        built = decoder()
-        with plan(*numbers).applied(built), pytest.raises(KernbenchError, match="phases 0 and 3"):
-            built.step(0)
-        # Nothing of the attempt is left.
-        assert stepped(built, 3) == stepped(decoder(), 3)
+        with pytest.raises(KernbenchError, match="keep (it|them) first, or name all: swap --phase 4 --phases 0,3, "):
+            plan(*numbers)
 
 
 def test_without_a_gpu_the_graph_says_that_it_is_none() -> None:
@@ -164,10 +161,8 @@ def test_without_a_gpu_the_graph_says_that_it_is_none() -> None:
 
 
 def test_phase_6_needs_the_phase_that_reads_its_codes() -> None:
-    built = decoder()
-    with plan(6).applied(built), pytest.raises(KernbenchError, match="keep phase 0 first"):
-        built.step(0)
-    assert stepped(built, 3) == stepped(decoder(), 3)
+    with pytest.raises(KernbenchError, match="phase 6 of tts-decoder needs phase 0 in place"):
+        plan(6)
 
 
 def test_sampled_acoustic_codes_are_left_to_phase_0_aloud() -> None:

@@ -20,7 +20,7 @@ from kernbench.capturing import functions_at, has_hooks, on_stream
 from kernbench.device import warn_once
 from kernbench.errors import KernbenchError
 
-from . import parallel, syncfree
+from . import parallel
 from .moe import Routed
 from .neuroscore import NeuroScore
 from .training import Training
@@ -68,7 +68,7 @@ def fixed_batch(self: Training, index: int) -> tuple[Tensor, Tensor]:
     """``Training.batch`` at the same address every time, where a graph reads it.
 
     Raises:
-        KernbenchError: the step cannot be captured, because a phase is not in place.
+        KernbenchError: scores of experts would be read, because phase 2 is not in place.
     """
     refuse_reads(self)
     tokens_BT, next_BT = _batch(self, index)
@@ -81,17 +81,11 @@ def fixed_batch(self: Training, index: int) -> tuple[Tensor, Tensor]:
 
 
 def refuse_reads(training: Training) -> None:
-    """Raises KernbenchError where a step would read the device, which no graph can hold."""
-    needed = {
-        0: inspect.unwrap(Training.clip_gradients) is syncfree.clip_gradients,
-        2: not training.scores or inspect.unwrap(NeuroScore.observe) is not _observe,
-    }
-    missing = [number for number, there in needed.items() if not there]
-    if missing:
-        numbers = ",".join(map(str, (*needed, NUMBER) if training.scores else (0, NUMBER)))
+    """Raises KernbenchError where scores would be read from the device, which no graph can hold."""
+    if training.scores and inspect.unwrap(NeuroScore.observe) is _observe:
         raise KernbenchError(
-            f"phase {NUMBER} of bio-nanochat captures a step without host reads: keep phase "
-            f"{' and '.join(map(str, missing))} first, or type --phases {numbers}"
+            f"phase {NUMBER} of bio-nanochat captures a step without host reads, and this preset scores its experts: "
+            f"keep phase 2 first, or type --phases 0,2,{NUMBER}"
         )
 
 

@@ -104,6 +104,7 @@ PHASES = (
     ),
     Phase(
         number=graph.NUMBER,
+        needs=(0,),
         title="CUDA graph of the step",
         flag="BIO_GRAPH",
         claim=promised.SYNC_CLAIM,

@@ -5,7 +5,6 @@ Shapes: B batch, F pixels.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from kernbench.capturing import functions_at, on_stream
 from kernbench.device import warn_once
-from kernbench.errors import KernbenchError
 
 from . import together
 from .layer import KasminaLayer
@@ -57,13 +55,8 @@ class Standing:
 
 
 def run_batch(self: Training, images_BF: Tensor, classes_B: Tensor) -> Tensor | None:
-    """``Training.run_batch`` by a replay, or where there is no GPU by the same code as it stands.
-
-    Raises:
-        KernbenchError: the step cannot be captured, because phase 0 is not in place.
-    """
+    """``Training.run_batch`` by a replay, or where there is no GPU by the same code as it stands."""
     if images_BF.device.type != "cuda":
-        require_phase_0()
         warn_once(UNCAPTURED)
         return _run_batch(self, images_BF, classes_B)
     captured = captured_of(self, images_BF.device)
@@ -83,26 +76,13 @@ def run_batch(self: Training, images_BF: Tensor, classes_B: Tensor) -> Tensor | 
     return None if captured.loss is None else captured.loss.clone()
 
 
-def require_phase_0() -> None:
-    """Refuse a step that reads, by KernbenchError."""
-    if inspect.unwrap(KasminaLayer.forward) is not together.forward:
-        raise KernbenchError(
-            "phase 4 of kasmina captures a step without host reads: keep phase 0 first, or type --phases 0,4"
-        )
-
-
 def captured_of(self: Training, device: torch.device) -> Captured:
     """The graph of what is in place, captured or yet to be: by the functions that a step consists of, without what
-    counts their calls, and by where the schedules' memory lies.
-
-    Raises:
-        KernbenchError: phase 0 is not in place.
-    """
+    counts their calls, and by where the schedules' memory lies."""
     schedules = self.model.kasmina.schedules
     functions = tuple([getattr(owner, name) for owner, name in SITES])
     standing: Standing | None = self.standing
     if standing is None or standing.functions != functions or standing.memory is not schedules.rows_SK:
-        require_phase_0()
         memory = schedules.on_device(device)
         captured = self.captured.setdefault((memory.data_ptr(), *functions_at(SITES)), Captured())
         self.standing = standing = Standing(functions, memory, captured)

@@ -52,6 +52,7 @@ PHASES = (
     ),
     Phase(
         number=4,
+        needs=(0,),
         title="CUDA graph of the step",
         flag="KASMINA_GRAPH",
         claim=promised.GRAPH_CLAIM,

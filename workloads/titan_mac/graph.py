@@ -8,7 +8,6 @@ whether the network is trained.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +17,11 @@ from torch import Tensor
 
 from kernbench.capturing import functions_at, has_hooks, on_stream
 from kernbench.device import warn_once
-from kernbench.errors import KernbenchError
 
 from .adamw import DeviceState
 from .cms import TRAIN_EVERY, active_levels
 from .optimizer import DeepNestedOptimizer
-from .phases import step_on_device, step_optimizer
+from .phases import step_on_device
 from .plan import PHASES
 from .training import Training
 
@@ -64,16 +62,7 @@ class Graphs:
 
 
 def fixed_batch(self: Training, index: int) -> Tensor:
-    """``Training.batch`` at the same address every time, where there is a GPU.
-
-    Raises:
-        KernbenchError: the step cannot be captured, because phase 0 is not in place.
-    """
-    if inspect.unwrap(DeepNestedOptimizer.step) is not inspect.unwrap(step_optimizer):
-        raise KernbenchError(
-            f"phase {NUMBER} of titan-mac captures a step without host reads: keep phase 0 first, or type "
-            f"--phases 0,{NUMBER}"
-        )
+    """``Training.batch`` at the same address every time, where there is a GPU."""
     tokens_BT = _batch(self, index)
     if tokens_BT.device.type != "cuda":
         return tokens_BT

@@ -122,6 +122,7 @@ WORKLOAD = Workload(
         *PHASES,
         Phase(
             number=NUMBER,
+            needs=(0,),
             title="CUDA graph of the step",
             flag="TITAN_GRAPH",
             predicts=GRAPH_PROMISE,

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from kernbench.device import warn_once
-from kernbench.errors import KernbenchError
 
 from . import sampling
 from .config import SamplingConfig
 from .decoder import Decoder
-from .syncfree import reads_nothing, resident
+from .syncfree import resident
 
 KEY = "choices"
 SAMPLED = "phase 6 of tts-decoder takes the most likely acoustic codes; where they are sampled, phase 0 chooses them"
@@ -82,12 +81,7 @@ def next_token(
 
 
 def add_code(self: Decoder, logits_1V: Tensor, group: int, sum_11H: Tensor) -> tuple[Tensor, Tensor]:
-    """``Decoder.add_code`` in one operator.
-
-    Raises:
-        KernbenchError: phase 0 is not in place, so that codes would be looked for on the host.
-    """
-    _check_phase()
+    """``Decoder.add_code`` in one operator."""
     if _samples(self):
         warn_once(SAMPLED)
         return _add_code(self, logits_1V, group, sum_11H)
@@ -116,14 +110,6 @@ def add_token(self: Decoder, logits_1V: Tensor) -> Tensor:
         _kept(self).arrived, settings.penalty, settings.temperature, settings.top_k, settings.top_p, self.forced_MG,
     )  # fmt: skip
     return wide_V[None]
-
-
-def _check_phase() -> None:
-    if not reads_nothing():
-        raise KernbenchError(
-            "phase 6 of tts-decoder leaves the codes on the device, where only phase 0 reads them: keep phase 0 first, "
-            "or name it: swap --phase 6 --phases 0, profile --phases 0,6"
-        )
 
 
 def _samples(decoder: Decoder) -> bool:

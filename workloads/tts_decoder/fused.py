@@ -56,5 +56,4 @@ def adapt_qk_norm_rope_cache(op: Callable[..., Tensor]) -> Callable[..., Mixed]:
         )  # fmt: skip
         return Mixed(q_BNTD, *cache.visible(layer, q_BTND.shape[1]))
 
-    rotate_and_store.in_room = True  # type: ignore[attr-defined]
     return rotate_and_store

@@ -6,7 +6,6 @@ for the end token.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,13 +17,12 @@ from torch.nn import functional
 
 from kernbench.capturing import functions_at
 from kernbench.device import warn_once
-from kernbench.errors import KernbenchError
 
 from . import choices, onerow
 from .decoder import Decoder
 from .model import MLP, Attention, Mixed, Stack
 from .speech import SpeechModel
-from .syncfree import reads_nothing, resident
+from .syncfree import resident
 
 KEY = "graph"
 EAGER_FRAMES = 2
@@ -72,17 +70,7 @@ class Counting:
 
 
 def run_frame(self: Decoder) -> None:
-    """``Decoder.run_frame`` through a CUDA graph.
-
-    Raises:
-        KernbenchError: the frame cannot be captured, because phases 0 and 3 are not in place.
-    """
-    _check_phases()
-    replayed_frame(self)
-
-
-def replayed_frame(self: Decoder) -> None:
-    """Decode the next frame by a replay, or where there is no GPU by the same code as it stands."""
+    """``Decoder.run_frame``: the next frame by a replay, or where there is no GPU by the same code as it stands."""
     resident(self).catch_up(self)
     kept = _counting(self)
     with _on_device(self, kept):
@@ -106,18 +94,6 @@ def attend(self: Attention, mixed: Mixed, bias_TS: Tensor | None) -> Tensor:
         )
     grouped = queries.reshape(1, self.config.kv_heads, -1, self.config.head_dim)
     return functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias_TS).reshape(queries.shape)
-
-
-def _check_phases() -> None:
-    in_place = (
-        reads_nothing(),
-        getattr(inspect.unwrap(Attention.rotate_and_store), "in_room", False),
-    )
-    if not all(in_place):
-        raise KernbenchError(
-            "phase 4 of tts-decoder captures a frame without host reads and with a cache that stays where it is: "
-            "keep phases 0 and 3 first, or name them: swap --phase 4 --phases 0,3, profile --phases 0,3,4"
-        )
 
 
 def _counting(decoder: Decoder) -> Counting:

@@ -42,7 +42,7 @@ def run_frame(self: Decoder) -> None:
     cache.truncate(0)
     cache.count_on_device()
     try:
-        graph.replayed_frame(self)
+        graph.run_frame(self)
     finally:
         cache.count_on_host()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
 
 import torch
@@ -129,11 +128,3 @@ def read_codes(self: Decoder) -> list[list[int]]:
     """``Decoder.read_codes`` as one read of all frames."""
     codes: list[list[int]] = self.codes_MG[self.config.prompt : self.position].tolist()
     return codes
-
-
-acoustic_code.reads_nothing = True  # type: ignore[attr-defined]
-
-
-def reads_nothing() -> bool:
-    """Whether codes stay on the device: this phase is in place, however its calls are counted."""
-    return getattr(inspect.unwrap(Decoder.acoustic_code), "reads_nothing", False)

@@ -126,6 +126,7 @@ WORKLOAD = Workload(
         ),
         Phase(
             number=4,
+            needs=(0, 3),
             title="CUDA graph of the frame",
             flag="TTS_CUDA_GRAPH",
             predicts=predictions.GRAPH_PROMISE,
@@ -156,6 +157,7 @@ WORKLOAD = Workload(
         ),
         Phase(
             number=6,
+            needs=(0,),
             title="one launch to choose a code",
             flag="TTS_CHOICES",
             predicts=predictions.CHOICES_PROMISE,
