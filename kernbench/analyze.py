@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kernbench import host, registry, runfolder, trace
+from kernbench import host, registry, runfolder
 from kernbench.analysis import breakdown, communication, findings, hotspots, idle, launches, stalls, timeline, whatif
 from kernbench.analysis.whole import enrich
 from kernbench.errors import KernbenchError
 from kernbench.progress import Progress
 from kernbench.publish import Outcome, publish
 from kernbench.record import AnalyzeRecord, Communication
-from kernbench.trace import Trace
+from kernbench.traces import trace
+from kernbench.traces.trace import Trace
 
 GROUP = "analyze"
 """The folder under reports/ that runs of this command go to."""

@@ -11,30 +11,30 @@ from typing import Any
 
 import torch
 
-from kernbench.arms import FAILED as FAILED
-from kernbench.arms import WRONG as WRONG
-from kernbench.arms import Race as Race
-from kernbench.arms import race as race
-from kernbench.arms import reason, speedup
-from kernbench.arms import workload_results as workload_results
-from kernbench.backward import BACKWARD, BOTH, FORWARD, backward_of, compiled
-from kernbench.backward import Direction as Direction
-from kernbench.calls import AS_CALLED, ColdCalls, HostCalls, InputSets
-from kernbench.ceilings import cache_bytes, measure_ceilings
 from kernbench.errors import KernbenchError
+from kernbench.measurement.arms import FAILED as FAILED
+from kernbench.measurement.arms import WRONG as WRONG
+from kernbench.measurement.arms import Race as Race
+from kernbench.measurement.arms import race as race
+from kernbench.measurement.arms import reason, speedup
+from kernbench.measurement.arms import workload_results as workload_results
+from kernbench.measurement.backward import BACKWARD, BOTH, FORWARD, backward_of, compiled
+from kernbench.measurement.backward import Direction as Direction
+from kernbench.measurement.calls import AS_CALLED, ColdCalls, HostCalls, InputSets
+from kernbench.measurement.ceilings import cache_bytes, measure_ceilings
+from kernbench.measurement.replays import GraphCalls
+from kernbench.measurement.roofline import Held, higher, place
+from kernbench.measurement.statistics import bootstrap_median
+from kernbench.measurement.timing import Interleaved as Interleaved
+from kernbench.measurement.timing import interleave as interleave
+from kernbench.measurement.timing import time_steps as time_steps
+from kernbench.measurement.timing import timed_block as timed_block
+from kernbench.measurement.timing import warm_up as warm_up
+from kernbench.measurement.witness import Allowance, WrongResult
 from kernbench.parity.integrity import Watch, watched
 from kernbench.progress import Advance, Progress, Silent
 from kernbench.record import BenchResult, Ceilings, Clocks
-from kernbench.replays import GraphCalls
-from kernbench.roofline import Held, higher, place
 from kernbench.spec import Case, Cost, KernelSpec, Peer
-from kernbench.statistics import bootstrap_median
-from kernbench.timing import Interleaved as Interleaved
-from kernbench.timing import interleave as interleave
-from kernbench.timing import time_steps as time_steps
-from kernbench.timing import timed_block as timed_block
-from kernbench.timing import warm_up as warm_up
-from kernbench.witness import Allowance, WrongResult
 
 Implementations = Mapping[str, Callable[..., object]]
 

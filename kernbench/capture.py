@@ -18,12 +18,12 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from kernbench import ranges
-from kernbench.cudasync import Report, RuntimeWatch, match_waits, merge, runtime_calls
+from kernbench.measurement.timing import collector_off
 from kernbench.record import LineLog, SourceLine
-from kernbench.sourcelines import SourceTable
-from kernbench.syncwatch import SyncWatch
-from kernbench.timing import collector_off
-from kernbench.trim import trim
+from kernbench.traces.trim import trim
+from kernbench.watching.cudasync import Report, RuntimeWatch, match_waits, merge, runtime_calls
+from kernbench.watching.sourcelines import SourceTable
+from kernbench.watching.syncwatch import SyncWatch
 from kernbench.workload import Built
 
 __all__ = ["cuda_line_pass", "line_pass", "trace_steps", "trim"]

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from msgspec import structs
 
-from kernbench import evidence, host, record, registry, runfolder, statistics, trace, verdict
+from kernbench import evidence, host, record, registry, runfolder, verdict
 from kernbench.analysis import breakdown, hotspots, idle, launches, stalls, timeline
 from kernbench.analysis.difference import difference
 from kernbench.errors import KernbenchError
+from kernbench.measurement import statistics
 from kernbench.publish import Outcome, index, render
 from kernbench.record import AnalyzeRecord, ProfileRecord
-from kernbench.trace import Trace
+from kernbench.traces import trace
+from kernbench.traces.trace import Trace
 
 TRACE = "trace"
 """The preset that the workload of a trace is recorded with: nobody knows the real one."""

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from kernbench import record
 from kernbench.errors import KernbenchError
-from kernbench.measure import Settings, Side, workload_errors
+from kernbench.measurement.measure import Settings, Side, workload_errors
 from kernbench.parity import trajectory
 from kernbench.parity.modes import nudge
 from kernbench.swap import Plan

@@ -13,9 +13,9 @@ import torch
 
 import kernbench
 from kernbench import host, interpreting, nvml, record
-from kernbench.ceilings import cpu_cache_bytes
-from kernbench.ceilings import measure_ceilings as measure_ceilings
 from kernbench.errors import KernbenchError
+from kernbench.measurement.ceilings import cpu_cache_bytes
+from kernbench.measurement.ceilings import measure_ceilings as measure_ceilings
 from kernbench.probes import capabilities as capabilities
 
 GIT_TIMEOUT_SECONDS = 30

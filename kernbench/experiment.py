@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from kernbench import kernelruns, record, swap, verdict, workloadruns
-from kernbench.jobs import interpreted
-from kernbench.measure import Settings
+from kernbench import record, swap, verdict
+from kernbench.children import kernelruns, workloadruns
+from kernbench.children.jobs import interpreted
+from kernbench.measurement.measure import Settings
 from kernbench.request import Request
 from kernbench.runfolder import Run
 from kernbench.workload import Phase

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from kernbench import ceilings, record
+from kernbench import record
 from kernbench.errors import WorkloadFailed
-from kernbench.roofline import IMPOSSIBLE_SHARE
+from kernbench.measurement import ceilings
+from kernbench.measurement.roofline import IMPOSSIBLE_SHARE
 
 
 def figures_of(built: Any, seconds: float, name: str) -> list[record.Figure]:

@@ -11,11 +11,13 @@ from statistics import median
 
 from msgspec import Struct
 
-from kernbench import evidence, record, registry, statistics, trace
+from kernbench import evidence, record, registry
 from kernbench.analysis import idle, launches, stalls
 from kernbench.errors import KernbenchError
+from kernbench.measurement import statistics
 from kernbench.record import AnalyzeRecord, ProfileRecord, Stall
 from kernbench.report import units
+from kernbench.traces import trace
 
 MAX_SLOWDOWN = "2%"
 MAX_LAUNCHES = "+0"

@@ -21,11 +21,12 @@ from torch import distributed
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from kernbench import device as devices
-from kernbench import record, trace
+from kernbench import record
 from kernbench.analysis import communication
 from kernbench.errors import WorkloadFailed
 from kernbench.ranks import LOOPBACK, Place
-from kernbench.trim import trim
+from kernbench.traces import trace
+from kernbench.traces.trim import trim
 
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 """What carries the collectives of a device's tensors."""

@@ -12,30 +12,15 @@ from typing import Any
 import torch
 
 import kernbench
-from kernbench import (
-    claims,
-    device,
-    experiment,
-    journal,
-    kernelruns,
-    measure,
-    ranges,
-    rankruns,
-    record,
-    registry,
-    runfolder,
-    state,
-    statistics,
-    supervised,
-    sweep,
-    workloadruns,
-)
+from kernbench import claims, device, experiment, journal, ranges, record, registry, runfolder, state, sweep
 from kernbench import request as asked
-from kernbench.backward import BACKWARD, BOTH, FORWARD
 from kernbench.bench import directions_of
+from kernbench.children import kernelruns, rankruns, supervised, workloadruns
+from kernbench.children.jobs import interpreted
 from kernbench.compilation import builds
 from kernbench.errors import KernbenchError
-from kernbench.jobs import interpreted
+from kernbench.measurement import measure, statistics
+from kernbench.measurement.backward import BACKWARD, BOTH, FORWARD
 from kernbench.parity import sanitizer
 from kernbench.progress import Progress
 from kernbench.publish import Outcome, publish

@@ -13,7 +13,7 @@ import torch
 
 from kernbench import device, registry, state, swap
 from kernbench.errors import KernbenchError
-from kernbench.measure import Settings
+from kernbench.measurement.measure import Settings
 from kernbench.registry import Workspace
 from kernbench.spec import KernelSpec
 from kernbench.workload import Phase, Workload

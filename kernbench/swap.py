@@ -16,7 +16,7 @@ from kernbench.errors import KernbenchError
 from kernbench.record import SiteHit
 from kernbench.sites import Attribute, AttributePatch, ForwardPatch, Match, ModulePatch, Patch
 from kernbench.spec import KernelSpec
-from kernbench.syncwatch import current_phase
+from kernbench.watching.syncwatch import current_phase
 from kernbench.workload import Built, Phase, Swap, Workload
 
 IMPLEMENTATIONS = ("triton", "compile", "eager")

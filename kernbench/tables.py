@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import pandas
 
-from kernbench import evidence, trace
+from kernbench import evidence
 from kernbench.analysis import stalls
 from kernbench.analysis.families import FAMILIES, kind_of_device, of_device
 from kernbench.analysis.idle import busy_intervals, step_windows
 from kernbench.errors import KernbenchError
-from kernbench.nesting import Ints
 from kernbench.record import Stall
-from kernbench.trace import Trace
+from kernbench.traces import trace
+from kernbench.traces.nesting import Ints
+from kernbench.traces.trace import Trace
 
 HOST_KINDS = ("op", "call", "annotation")
 _MODULE = "nn.Module: "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kernbench.measurement.statistics import CONFIDENCE
 from kernbench.record import ParityResult, Ratio, SiteHit, Verdict
-from kernbench.statistics import CONFIDENCE
 
 REASONS_SHOWN = 3
 

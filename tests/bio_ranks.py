@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import torch
 from bio_parts import CPU, module, small, training
 
-from kernbench import group, isolation, jobs, registry, swap
+from kernbench import group, registry, swap
+from kernbench.children import isolation, jobs
+from kernbench.children.worker import Job, Tell
 from kernbench.progress import Silent
 from kernbench.ranks import local_places
-from kernbench.worker import Job, Tell
 
 BATCH = 3
 

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 import kernbench
-from kernbench import capture, device, runfolder, trace
+from kernbench import capture, device, runfolder
 from kernbench.analysis.findings import findings
 from kernbench.analysis.stalls import stalls
 from kernbench.analysis.whatif import whatif
 from kernbench.record import Cause, Change, Finding, WhatIf
+from kernbench.traces import trace
 
 RELATIVE, OF_STEP = 0.2, 0.03
 """A prediction holds within this share of the measured saving, or this share of the step."""

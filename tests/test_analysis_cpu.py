@@ -14,10 +14,10 @@ from kineto_builder import KinetoBuilder
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernbench import trace
 from kernbench.analysis import breakdown, families, hotspots, idle, launches, stalls, timeline
 from kernbench.analysis.attribution import line_of_rows
 from kernbench.record import HostRead, LineLog, SourceLine
+from kernbench.traces import trace
 
 STEPS = 3
 

@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kineto_builder import AUTOGRAD, KinetoBuilder
 
-from kernbench import trace
 from kernbench.analysis import breakdown, findings, hotspots, idle, launches, stalls, timeline
 from kernbench.analysis.intervals import Intervals, union
-from kernbench.nesting import Ints
 from kernbench.record import HostRead, LineLog, SourceLine
+from kernbench.traces import trace
+from kernbench.traces.nesting import Ints
 
 US = 1e-6
 NO_LINE = SourceLine(file="model.py", line=1, text="pass")

@@ -11,10 +11,11 @@ import pytest
 from kineto_builder import KinetoBuilder
 from terminal import run
 
-from kernbench import analyze, host, record, trace
+from kernbench import analyze, host, record
 from kernbench.analysis import stalls
 from kernbench.analysis.whole import enrich
 from kernbench.progress import Silent
+from kernbench.traces import trace
 
 US = 1e-6
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from kernbench import bench, calls, ceilings, replays
+from kernbench import bench
 from kernbench.errors import KernbenchError, WorkloadFailed
+from kernbench.measurement import calls, ceilings, replays
 from kernbench.record import BenchResult, Ceilings
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Tolerance
 

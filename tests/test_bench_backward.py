@@ -13,8 +13,9 @@ import torch
 from terminal import run
 from torch import Tensor
 
-from kernbench import bench, calls
-from kernbench.backward import ARRIVING, backward_of
+from kernbench import bench
+from kernbench.measurement import calls
+from kernbench.measurement.backward import ARRIVING, backward_of
 from kernbench.parity import compare
 from kernbench.record import BenchResult, Ceilings
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Peer, Tolerance

@@ -9,7 +9,8 @@ import torch
 from bio_parts import CPU, small
 from test_bio_phases import plan
 
-from kernbench import curves, measure, registry
+from kernbench import curves, registry
+from kernbench.measurement import measure
 from kernbench.record import Curve
 from kernbench.report import sweepplot
 from kernbench.workload import Workload

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from bio_parts import module
 
-from kernbench import measure
 from kernbench import request as asked
 from kernbench.analysis import stalls
+from kernbench.measurement import measure
 from kernbench.request import Request
 
 

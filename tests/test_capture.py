@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from kernbench import capture, trace
+from kernbench import capture
 from kernbench.errors import KernbenchError
+from kernbench.traces import trace
 
 CPU = torch.device("cpu:0")
 gpu = [

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from kineto_builder import KinetoBuilder
 
-from kernbench import trace
 from kernbench.analysis import communication
 from kernbench.record import Communication
+from kernbench.traces import trace
 
 US = 1e-6
 ALL_REDUCE = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevComm*, unsigned long, ncclWork*)"

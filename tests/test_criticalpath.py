@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kineto_builder import AUTOGRAD, KinetoBuilder
 
-from kernbench import trace
 from kernbench.analysis import criticalpath, windows
 from kernbench.record import LineLog, PathPart, SourceLine
+from kernbench.traces import trace
 
 US = 1e-6
 

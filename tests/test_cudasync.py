@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from kernbench import cudasync
-from kernbench.cudasync import DEVICE, EVENT, STREAM, Report, RuntimeCall, RuntimeWatch, match_waits, merge
 from kernbench.record import HostRead
-from kernbench.sourcelines import SourceTable
+from kernbench.watching import cudasync
+from kernbench.watching.cudasync import DEVICE, EVENT, STREAM, Report, RuntimeCall, RuntimeWatch, match_waits, merge
+from kernbench.watching.sourcelines import SourceTable
 
 
 def event(

@@ -9,8 +9,9 @@ import pytest
 import report_records
 import torch
 
-from kernbench import curves, measure, registry, swap
+from kernbench import curves, registry, swap
 from kernbench.errors import WorkloadFailed
+from kernbench.measurement import measure
 from kernbench.record import BenchRecord, Curve
 from kernbench.report import html, sweepplot
 from kernbench.workload import Curves, Workload

@@ -13,8 +13,9 @@ import pynvml
 import pytest
 import torch
 
-from kernbench import ceilings, device, nvml, probes, timing
+from kernbench import device, nvml, probes
 from kernbench.errors import KernbenchError
+from kernbench.measurement import ceilings, timing
 from kernbench.record import Clocks
 
 CPU = torch.device("cpu", 0)

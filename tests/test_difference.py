@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from kineto_builder import KinetoBuilder
 
-from kernbench import trace
 from kernbench.analysis.difference import difference
 from kernbench.record import OperatorChange
+from kernbench.traces import trace
 
 US = 1e-6
 

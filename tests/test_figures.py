@@ -12,8 +12,9 @@ import pytest
 import torch
 from terminal import run
 
-from kernbench import ceilings, figures, record, state
+from kernbench import figures, record, state
 from kernbench.errors import WorkloadFailed
+from kernbench.measurement import ceilings
 from kernbench.record import Ceilings
 
 CPU = torch.device("cpu", 0)

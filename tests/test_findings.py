@@ -9,7 +9,6 @@ import msgspec
 import pytest
 from kineto_builder import KinetoBuilder
 
-from kernbench import trace
 from kernbench.analysis import advice, findings
 from kernbench.analysis.windows import step_windows
 from kernbench.record import (
@@ -25,6 +24,7 @@ from kernbench.record import (
     WhatIf,
 )
 from kernbench.record.traced import Change
+from kernbench.traces import trace
 
 US = 1e-6
 LATENCY, WAKE, STEPS = 5.0, 8.0, 4

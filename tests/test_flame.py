@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kineto_builder import AUTOGRAD, KinetoBuilder
 
-from kernbench import trace
 from kernbench.analysis import flame
 from kernbench.record import FlameFrame
+from kernbench.traces import trace
 
 US = 1e-6
 TORCH = "/usr/lib/python3.11/site-packages/torch/nn/modules/module.py"

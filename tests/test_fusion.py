@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from kineto_builder import AUTOGRAD, KinetoBuilder
 
-from kernbench import trace
 from kernbench.analysis import fusion, sequences
 from kernbench.analysis.sequences import Unit
 from kernbench.record import Ceilings, FusionCandidate, LineLog, SourceLine
+from kernbench.traces import trace
 
 US = 1e-6
 ADD, MUL, EXP = "vectorized_elementwise_add", "vectorized_elementwise_mul", "elementwise_kernel_exp"

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import pytest
 from terminal import run
 
-from kernbench import initialize, isolation, jobs, journal
+from kernbench import initialize, journal
+from kernbench.children import isolation, jobs
+from kernbench.children.worker import Tell
 from kernbench.errors import KernbenchError
 from kernbench.progress import Silent
-from kernbench.worker import Tell
 
 CREATED = ["workloads/my_model.py", "kernels/my_kernel.py", "reports/.gitkeep", "JOURNAL.md", ".gitignore"]
 

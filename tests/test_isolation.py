@@ -19,7 +19,8 @@ import torch
 from deadly_kernel import Harm
 from terminal import run
 
-from kernbench import hostmemory, isolation, jobs, kernelruns, record, registry
+from kernbench import hostmemory, record, registry
+from kernbench.children import isolation, jobs, kernelruns
 from kernbench.errors import KernbenchError
 from kernbench.progress import Silent
 from kernbench.registry import Found

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from kernbench import measure, registry
+from kernbench import registry
 from kernbench import request as asked
 from kernbench.analysis import stalls
+from kernbench.measurement import measure
 from kernbench.request import Request
 
 READ_LINES = {

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from kineto_builder import KinetoBuilder
 
-from kernbench import trace
 from kernbench.analysis import memory
 from kernbench.record import MemoryPoint
+from kernbench.traces import trace
 
 
 def load(tmp_path: Path, builder: KinetoBuilder) -> trace.Trace:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernbench import bench, calls, timing
+from kernbench import bench
+from kernbench.measurement import calls, timing
 from kernbench.record import BenchResult, Ceilings
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Tolerance
 

@@ -6,7 +6,6 @@ import planted
 import pytest
 from planted import SCENARIOS, Scenario
 
-from kernbench import trace
 from kernbench.analysis.communication import communication
 from kernbench.analysis.findings import findings, headline
 from kernbench.analysis.replay import replay
@@ -14,7 +13,8 @@ from kernbench.analysis.replaymodel import model
 from kernbench.analysis.stalls import stalls
 from kernbench.analysis.whatif import whatif
 from kernbench.record import Finding, WhatIf
-from kernbench.trace import Trace
+from kernbench.traces import trace
+from kernbench.traces.trace import Trace
 
 FAULTY = [scenario for scenario in SCENARIOS if scenario.fixed is not None]
 # Jitter of a device's and a host's durations, as a share, and the seed of it.

@@ -17,8 +17,9 @@ from bio_ranks import Differentiate, at_once
 from ranked_workload import LATE_SECONDS
 from terminal import run
 
-from kernbench import analyze, cli, device, group, pipeline, rankruns, ranks, record
+from kernbench import analyze, cli, device, group, pipeline, ranks, record
 from kernbench.analysis import communication
+from kernbench.children import rankruns
 from kernbench.errors import KernbenchError
 from kernbench.request import Request
 

@@ -7,7 +7,7 @@ import pytest
 import report_records
 from kineto_builder import AUTOGRAD, MAIN, KinetoBuilder
 
-from kernbench import experiment, trace
+from kernbench import experiment
 from kernbench.analysis import stalls
 from kernbench.analysis.phasewhatif import with_phases
 from kernbench.analysis.replay import replay, steady, without_waits
@@ -15,6 +15,7 @@ from kernbench.analysis.replaymodel import CannotReplayError, model
 from kernbench.analysis.replaywaits import NOTHING
 from kernbench.analysis.whatif import LIMIT, whatif, with_savings
 from kernbench.record import Estimate, HostRead, LineLog, Prediction, SourceLine, TraceAnalysis, WhatIf
+from kernbench.traces import trace
 from kernbench.workload import Phase
 
 US = 1000

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from kernbench import trace
 from kernbench.analysis.replay import replay
 from kernbench.analysis.replaymodel import model
 from kernbench.analysis.whatif import typical, whatif
-from kernbench.trace import Trace
+from kernbench.traces import trace
+from kernbench.traces.trace import Trace
 
 RECORDED = Path(__file__).parent / "recorded" / "titan_mac_reads.json.gz"
 STEP_SECONDS, RATIO = 0.025636240005493168, 1.1304591933278543

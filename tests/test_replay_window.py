@@ -7,11 +7,11 @@ import pytest
 from kineto_builder import KinetoBuilder
 from planted import COMPUTE, SIDE, Machine, forward
 
-from kernbench import trace
 from kernbench.analysis.replay import replay
 from kernbench.analysis.replaymodel import CannotReplayError, model
 from kernbench.analysis.stalls import stalls
 from kernbench.analysis.whatif import whatif
+from kernbench.traces import trace
 
 JITTER = [(0.0, 0), (0.05, 1), (0.15, 2)]
 FIRST = 4

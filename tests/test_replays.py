@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kernbench import calls, replays
-from kernbench.backward import backward_of
+from kernbench.measurement import calls, replays
+from kernbench.measurement.backward import backward_of
+from kernbench.measurement.witness import WrongResult
 from kernbench.spec import KernelSpec
-from kernbench.witness import WrongResult
 
 LOG: list[str] = []
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from kernbench.measurement.roofline import Held, place
 from kernbench.record import Ceilings
-from kernbench.roofline import Held, place
 from kernbench.spec import Cost
 
 ROOFS = Ceilings(

@@ -9,10 +9,10 @@ from kineto_builder import KinetoBuilder
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernbench import trace
 from kernbench.analysis import opwork, shapes
 from kernbench.analysis.opwork import Tensor
 from kernbench.record import Ceilings, RooflinePoint
+from kernbench.traces import trace
 
 US = 1e-6
 HALF = "c10::BFloat16"

@@ -5,8 +5,8 @@ import pytest
 import scipy.stats
 from numpy.typing import NDArray
 
+from kernbench.measurement.statistics import bootstrap_median, expanded_tail, paired_ratio, unpaired_ratio
 from kernbench.record import Ratio
-from kernbench.statistics import bootstrap_median, expanded_tail, paired_ratio, unpaired_ratio
 
 ROUNDS = 30
 NOISE = 0.005

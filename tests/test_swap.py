@@ -403,7 +403,7 @@ def test_annotated_names_every_site_and_leaves_nothing():
 
 
 def test_annotated_tells_the_watcher_which_phase_runs():
-    from kernbench.syncwatch import current_phase
+    from kernbench.watching.syncwatch import current_phase
 
     seen = []
     planned = plan([Swap(site=(Owner, "method"), use=lambda self, x: seen.append(current_phase.get()))])

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernbench.capture import line_pass
 from kernbench.record import LineLog
-from kernbench.sourcelines import SourceTable
-from kernbench.syncwatch import SyncWatch, current_phase
+from kernbench.watching.sourcelines import SourceTable
+from kernbench.watching.syncwatch import SyncWatch, current_phase
 
 DEVICE = torch.device("cpu:0")
 Reads = Counter[tuple[int, str, str, str]]

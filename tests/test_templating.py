@@ -103,5 +103,5 @@ def test_a_page_of_compiled_templates_is_the_page(tmp_path: Path) -> None:
 
 
 def test_processes_that_measure_load_no_templates() -> None:
-    program = "import sys, kernbench.jobs; assert not {'jinja2', 'rich'} & set(sys.modules)"
+    program = "import sys, kernbench.children.jobs; assert not {'jinja2', 'rich'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from kineto_builder import KinetoBuilder
 
-from kernbench import trace
 from kernbench.analysis import timeline
 from kernbench.record import HostRead, LineLog, SourceLine
+from kernbench.traces import trace
 
 LINE = SourceLine(file="model.py", line=7, text="if norm > limit:", function="step")
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernbench import arms, calls, replays, timing
+from kernbench.measurement import arms, calls, replays, timing
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Tolerance
 
 LAUNCHES = 1000

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 
-from kernbench import bench, device, timing
+from kernbench import bench, device
 from kernbench.errors import KernbenchError
+from kernbench.measurement import timing
+from kernbench.measurement.statistics import paired_ratio
 from kernbench.record import Clocks
-from kernbench.statistics import paired_ratio
 
 CPU = torch.device("cpu", 0)
 HOT = Clocks(throttle_reasons=["hardware thermal slowdown"])

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from test_titan_mac_reads import expected_reads, line_of
 
-from kernbench import device, measure
+from kernbench import device
 from kernbench import request as asked
 from kernbench.analysis import stalls
+from kernbench.measurement import measure
 from kernbench.request import Request
 
 

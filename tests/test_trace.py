@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from kineto_builder import AUTOGRAD, KinetoBuilder
 
-from kernbench import trace
 from kernbench.errors import KernbenchError
-from kernbench.nesting import ANNOTATION, CALL, OP, Ints
-from kernbench.trace import COPY, KERNEL
+from kernbench.traces import trace
+from kernbench.traces.nesting import ANNOTATION, CALL, OP, Ints
+from kernbench.traces.trace import COPY, KERNEL
 
 
 def names(loaded: trace.Trace, column: Ints) -> list[str]:
@@ -247,7 +247,7 @@ def test_a_large_trace_loads_fast(tmp_path: Path) -> None:
 
 def test_reading_needs_neither_torch_nor_triton_nor_pandas() -> None:
     code = (
-        "import sys, kernbench.trace\n"
+        "import sys, kernbench.traces.trace\n"
         "from kernbench.analysis import breakdown, hotspots, idle, launches, stalls, timeline\n"
         "import json; print(json.dumps([name for name in ('torch', 'triton', 'pandas') if name in sys.modules]))"
     )

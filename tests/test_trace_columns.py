@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from kineto_builder import AUTOGRAD, MAIN, KinetoBuilder
 
-from kernbench import frames, trace
 from kernbench.errors import KernbenchError
-from kernbench.nesting import Ints
+from kernbench.traces import frames, trace
+from kernbench.traces.nesting import Ints
 
 
 def row_of(loaded: trace.Trace, name: str) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from terminal import run
 
-from kernbench import trace, tracefile
 from kernbench.errors import KernbenchError
+from kernbench.traces import trace, tracefile
 
 RECORDED = Path(__file__).parent / "traces" / "titan-mac-h200.json.gz"
 INPUTS, BLOCKS = 300, 10

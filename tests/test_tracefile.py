@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from kineto_builder import KinetoBuilder
 
-from kernbench import decodehelper, kineto, trace, tracefile
 from kernbench.errors import KernbenchError
+from kernbench.traces import decodehelper, kineto, trace, tracefile
 
 Writer = Callable[[dict[str, Any]], bytes]
 KINETO = {"indent": 2}

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernbench import device, experiment, registry, swap
 from kernbench.errors import KernbenchError
-from kernbench.measure import Settings, watch
+from kernbench.measurement.measure import Settings, watch
 from kernbench.record import Ceilings, Device, Environment, Hotspot, Idle, ProfileRecord, Steps, WorkloadInfo
 
 FRAMES = 10

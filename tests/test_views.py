@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from kineto_builder import KinetoBuilder
 
-from kernbench import trace
 from kernbench.analysis import hotspots, launches, stalls
 from kernbench.record import HotspotView, LineLog, SourceLine
+from kernbench.traces import trace
 
 US = 1e-6
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernbench import bench, calls, timing
+from kernbench import bench
+from kernbench.measurement import calls, timing
+from kernbench.measurement.witness import Witness, WrongResult, slower_when_checked
 from kernbench.record import BenchResult, Ceilings
 from kernbench.spec import Case, Cost, Inputs, KernelSpec, Peer, Tolerance
-from kernbench.witness import Witness, WrongResult, slower_when_checked
 
 CPU = torch.device("cpu", 0)
 ROOFS = Ceilings(launch_seconds=1e-9)
@@ -388,7 +389,7 @@ def test_a_kernel_that_replaces_the_clock_is_named(monkeypatch: pytest.MonkeyPat
     note = wrong(patches)
     assert "replaces" in note
     assert "time.perf_counter" in note
-    assert "kernbench.timing._perf_counter" in note
+    assert "kernbench.measurement.timing._perf_counter" in note
     assert time.perf_counter is honest
 
 

@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from kernbench.nesting import OP, Bools, Ints
 from kernbench.record import LineLog, SourceLine
-from kernbench.trace import Trace
+from kernbench.traces.nesting import OP, Bools, Ints
+from kernbench.traces.trace import Trace
 
 _ENGINE_PREFIX = "autograd::engine::evaluate_function: "
 # What a program calls; not the autograd engine's nodes, nor the wrappers that compiled functions put around operators.

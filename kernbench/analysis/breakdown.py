@@ -7,9 +7,9 @@ import numpy as np
 from kernbench.analysis import idle
 from kernbench.analysis.families import FAMILIES, of_device, of_host
 from kernbench.analysis.intervals import Intervals, union
-from kernbench.nesting import OP
 from kernbench.record import Part
-from kernbench.trace import Trace
+from kernbench.traces.nesting import OP
+from kernbench.traces.trace import Trace
 
 OVERHEAD = "Python and framework overhead"
 

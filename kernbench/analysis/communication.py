@@ -20,10 +20,10 @@ import numpy as np
 from kernbench.analysis.families import COMMUNICATION, ENGINE, FAMILIES, of_device, of_host
 from kernbench.analysis.intervals import Intervals, union
 from kernbench.analysis.windows import on_main_device, step_windows
-from kernbench.nesting import ANNOTATION, OP, Bools, Ints
 from kernbench.record import Communication, RankTime
-from kernbench.trace import Trace
-from kernbench.tracesteps import step_at
+from kernbench.traces.nesting import ANNOTATION, OP, Bools, Ints
+from kernbench.traces.trace import Trace
+from kernbench.traces.tracesteps import step_at
 
 # Below this share of the step a rank's lag is noise.
 NOTABLE_SHARE = 0.02

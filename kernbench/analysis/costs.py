@@ -12,9 +12,9 @@ from kernbench.analysis.families import COMMUNICATION, FAMILIES, of_device
 from kernbench.analysis.idlepieces import CAUSES, Pieces, pieces
 from kernbench.analysis.intervals import Intervals, union
 from kernbench.analysis.windows import Windows, busy_intervals, on_main_device, step_windows
-from kernbench.nesting import CALL, Bools, Ints
 from kernbench.record import WhatIf
-from kernbench.trace import COPY, KERNEL, Trace
+from kernbench.traces.nesting import CALL, Bools, Ints
+from kernbench.traces.trace import COPY, KERNEL, Trace
 
 # A stream that is busy for less of a step than this does not count as one that could run beside another.
 _BUSY_SHARE = 0.02

@@ -19,9 +19,9 @@ from kernbench.analysis import attribution, hostpath
 from kernbench.analysis.communication import communicates
 from kernbench.analysis.idlepieces import LAUNCH_NS
 from kernbench.analysis.windows import on_main_device, step_windows
-from kernbench.nesting import Ints
 from kernbench.record import LineLog, PathPart
-from kernbench.trace import KERNEL, Trace
+from kernbench.traces.nesting import Ints
+from kernbench.traces.trace import KERNEL, Trace
 
 QUEUED = "between queued kernels"
 _STREAM_SYNC = re.compile(r"Stream Sync")

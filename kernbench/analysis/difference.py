@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernbench.analysis import idle
-from kernbench.nesting import OP, Ints
 from kernbench.record import Difference, OperatorChange, StepPair
-from kernbench.trace import Trace
+from kernbench.traces.nesting import OP, Ints
+from kernbench.traces.trace import Trace
 
 # Times of one operator wander by this share between steps that do the same; below this share of a step nobody looks.
 _NOISE = 0.05

@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 
 from kernbench.analysis.memo import once_per_trace
-from kernbench.nesting import ANNOTATION, OP, Bools, Ints
-from kernbench.trace import COPY, KERNEL, Trace
+from kernbench.traces.nesting import ANNOTATION, OP, Bools, Ints
+from kernbench.traces.trace import COPY, KERNEL, Trace
 
 MATMUL = "matrix product"
 ATTENTION = "attention"

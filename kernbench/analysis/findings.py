@@ -18,7 +18,7 @@ from kernbench.analysis.launches import launches
 from kernbench.analysis.readcauses import Place, read_places
 from kernbench.analysis.windows import step_windows
 from kernbench.record import Cause, Change, Communication, Estimate, Finding, LineLog, SourceLine, WhatIf
-from kernbench.trace import Trace
+from kernbench.traces.trace import Trace
 
 NOTABLE_SHARE = 0.03
 """Below this share of the step nothing is worth a finding: runs of one program differ by as much."""

@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 
 from kernbench.analysis.intervals import union
-from kernbench.frames import is_program
-from kernbench.nesting import ANNOTATION, CALL, OP, Bools, Ints
 from kernbench.record import FlameFrame, SourceLine
-from kernbench.trace import Trace
+from kernbench.traces.frames import is_program
+from kernbench.traces.nesting import ANNOTATION, CALL, OP, Bools, Ints
+from kernbench.traces.trace import Trace
 
 PYTHON, LIBRARY, OPERATOR, RUNTIME_CALL, SCOPE, BUILT_IN = range(6)
 _WORDS: tuple[Literal["python", "library", "op", "call", "annotation"], ...] = (

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from kernbench.analysis import attribution, families, sequences, shapes
 from kernbench.analysis.windows import on_main_device, step_windows
-from kernbench.nesting import Bools, Ints
 from kernbench.record import Ceilings, FusionCandidate, LineLog
-from kernbench.trace import KERNEL, Trace
+from kernbench.traces.nesting import Bools, Ints
+from kernbench.traces.trace import KERNEL, Trace
 
 FUSABLE = (families.ELEMENTWISE, families.NORMALISATION, families.REDUCTION, families.COPIES)
 # After a longer pause the host had other work than to launch the next kernel, and that work stays.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from kernbench.analysis.intervals import Intervals, union
-from kernbench.nesting import ANNOTATION, OP, Ints
-from kernbench.trace import Trace
+from kernbench.traces.nesting import ANNOTATION, OP, Ints
+from kernbench.traces.trace import Trace
 
 # Threads that hand over to each other overlap by a clock tick here and there.
 _OVERLAP_SHARE = 0.05

@@ -11,8 +11,8 @@ from kernbench.analysis.intervals import union
 from kernbench.analysis.replay import with_host_time
 from kernbench.analysis.replaymodel import Program
 from kernbench.analysis.replaywaits import NOTHING, stream_overlap
-from kernbench.nesting import CALL, Bools, Ints
-from kernbench.trace import Trace
+from kernbench.traces.nesting import CALL, Bools, Ints
+from kernbench.traces.trace import Trace
 
 _LOADING = re.compile(r"enumerate\(DataLoader\)#|(?i:.*\b(data[ _]?load(ing|er)?|(next|get|load|fetch)_?batch)\b)")
 _ALLOCATION = re.compile(r"(cuda|cu|hip)(Malloc|Free|MemAlloc|MemFree|HostAlloc|HostMalloc|HostFree|MemCreate|MemMap)")

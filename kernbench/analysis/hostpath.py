@@ -13,8 +13,8 @@ import numpy as np
 
 from kernbench.analysis.attribution import Places
 from kernbench.analysis.intervals import Intervals, union
-from kernbench.nesting import ANNOTATION, Ints
-from kernbench.trace import Trace
+from kernbench.traces.nesting import ANNOTATION, Ints
+from kernbench.traces.trace import Trace
 
 BETWEEN = "Python between operators"
 

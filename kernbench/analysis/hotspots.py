@@ -11,9 +11,9 @@ import numpy as np
 from kernbench.analysis.attribution import Places, outermost, places
 from kernbench.analysis.families import kind_of_device
 from kernbench.analysis.windows import step_windows
-from kernbench.nesting import OP, Ints
 from kernbench.record import Hotspot, HotspotView, LineLog
-from kernbench.trace import Trace
+from kernbench.traces.nesting import OP, Ints
+from kernbench.traces.trace import Trace
 
 _ENGINE_PREFIX = "autograd::engine::evaluate_function: "
 # Operators nest no deeper than this below one whose shapes were recorded.

@@ -9,7 +9,7 @@ from kernbench.analysis.idlepieces import CAUSES, Pieces, pieces
 from kernbench.analysis.intervals import grouped
 from kernbench.analysis.windows import Windows, busy_intervals, on_main_device, step_windows
 from kernbench.record import Idle, IdleSite, LineLog
-from kernbench.trace import Trace
+from kernbench.traces.trace import Trace
 
 __all__ = [
     "CAUSES",

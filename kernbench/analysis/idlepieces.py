@@ -30,8 +30,8 @@ from kernbench.analysis.families import COMMUNICATION, FAMILIES, of_host
 from kernbench.analysis.intervals import Intervals, union
 from kernbench.analysis.memo import once_per_trace
 from kernbench.analysis.windows import Windows, busy_intervals, on_main_device, step_windows
-from kernbench.nesting import ANNOTATION, CALL, Bools, Ints
-from kernbench.trace import COPY, Trace
+from kernbench.traces.nesting import ANNOTATION, CALL, Bools, Ints
+from kernbench.traces.trace import COPY, Trace
 
 CAUSES = (
     "sync",

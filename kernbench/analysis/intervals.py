@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernbench.nesting import Bools, Ints
+from kernbench.traces.nesting import Bools, Ints
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,9 @@ import numpy as np
 
 from kernbench.analysis.families import NO_LAUNCH
 from kernbench.analysis.windows import busy_intervals, on_main_device, step_windows
-from kernbench.nesting import OP, Bools, Ints
 from kernbench.record import Launches, LaunchGaps
-from kernbench.trace import COPY, KERNEL, MEMSET, Trace
+from kernbench.traces.nesting import OP, Bools, Ints
+from kernbench.traces.trace import COPY, KERNEL, MEMSET, Trace
 
 # Kernels below this are as long as it takes to launch the next one.
 SHORT_NS = 5_000

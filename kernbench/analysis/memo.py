@@ -7,7 +7,7 @@ from functools import wraps
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
-from kernbench.trace import Trace
+from kernbench.traces.trace import Trace
 
 Result = TypeVar("Result")
 

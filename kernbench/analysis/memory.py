@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernbench.nesting import Ints
 from kernbench.record import MemoryPoint
-from kernbench.trace import Trace
+from kernbench.traces.nesting import Ints
+from kernbench.traces.trace import Trace
 
 
 def memory(trace: Trace, limit: int = 400) -> list[MemoryPoint]:

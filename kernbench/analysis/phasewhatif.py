@@ -13,10 +13,10 @@ from kernbench.analysis.replaymodel import CannotReplayError, Program
 from kernbench.analysis.replaysites import Site
 from kernbench.analysis.shapes import owners, works
 from kernbench.analysis.whatif import LEAST_SHARE, WhatIfReplay
-from kernbench.nesting import Bools
+from kernbench.measurement.roofline import SAME_RATE
 from kernbench.record import Ceilings, Estimate, LineLog, WhatIf
-from kernbench.roofline import SAME_RATE
-from kernbench.trace import KERNEL, Trace
+from kernbench.traces.nesting import Bools
+from kernbench.traces.trace import KERNEL, Trace
 
 
 def with_phases(

@@ -12,9 +12,9 @@ from kernbench.analysis.attribution import places
 from kernbench.analysis.costs import IdleCosts, copies_of, exposed_copies
 from kernbench.analysis.stalls import waiting
 from kernbench.analysis.waits import Wait, waits
-from kernbench.nesting import Ints
 from kernbench.record import Cause, Change, Estimate, LineLog, SourceLine, WhatIf
-from kernbench.trace import Trace
+from kernbench.traces.nesting import Ints
+from kernbench.traces.trace import Trace
 
 # Below this a copy to the host is a read of a few values, whatever memory it goes to.
 _LARGE_BYTES = 64 * 1024

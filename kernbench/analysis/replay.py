@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kernbench.analysis.replaymodel import Program
 from kernbench.analysis.replaywaits import ANYTHING, ITEM, NOTHING
-from kernbench.nesting import Bools, Ints
+from kernbench.traces.nesting import Bools, Ints
 
 Floats = NDArray[np.float64]
 

@@ -17,8 +17,8 @@ from kernbench.analysis.hostclocks import clocks_of_threads
 from kernbench.analysis.replayqueue import Earlier, queued_before, streams_of
 from kernbench.analysis.replaywaits import NOTHING, Blocks
 from kernbench.errors import KernbenchError
-from kernbench.nesting import Bools, Ints
-from kernbench.trace import Trace
+from kernbench.traces.nesting import Bools, Ints
+from kernbench.traces.trace import Trace
 
 # Nodes of the replayed stretch: enough steps for a steady picture, few enough for some tens of replays a second.
 MOST_NODES = 12_000

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kernbench.nesting import Bools, Ints
-from kernbench.trace import Trace
+from kernbench.traces.nesting import Bools, Ints
+from kernbench.traces.trace import Trace
 
 # A device that was idle for longer had nothing queued, so what it does next was launched later.
 LONGEST_HANDOVER_NS = 50_000

@@ -12,9 +12,9 @@ from kernbench.analysis.attribution import places
 from kernbench.analysis.replaymodel import Program
 from kernbench.analysis.replaywaits import NOTHING
 from kernbench.analysis.stalls import waiting
-from kernbench.nesting import Ints
 from kernbench.record import LineLog, SourceLine, Stall
-from kernbench.trace import Trace
+from kernbench.traces.nesting import Ints
+from kernbench.traces.trace import Trace
 
 # Operators that exist only to read: without the read they go, with the copy that they issue.
 _READS = re.compile(r"aten::(item|_local_scalar_dense|is_nonzero)$")

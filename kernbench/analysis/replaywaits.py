@@ -15,8 +15,8 @@ import numpy as np
 
 from kernbench.analysis.intervals import union
 from kernbench.analysis.replayqueue import Earlier
-from kernbench.nesting import CALL, Ints
-from kernbench.trace import Trace
+from kernbench.traces.nesting import CALL, Ints
+from kernbench.traces.trace import Trace
 
 NOTHING, ANYTHING, ITEM = -1, -2, -3
 UNKNOWN = -(2**60)

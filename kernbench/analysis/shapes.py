@@ -10,11 +10,11 @@ import numpy as np
 from kernbench.analysis import opnames, opwork
 from kernbench.analysis.launches import SHORT_NS
 from kernbench.analysis.opwork import Tensor, Work
-from kernbench.nesting import OP, Bools, Ints
+from kernbench.measurement.roofline import place
 from kernbench.record import Ceilings, RooflinePoint
-from kernbench.roofline import place
 from kernbench.spec import Cost
-from kernbench.trace import KERNEL, Trace
+from kernbench.traces.nesting import OP, Bools, Ints
+from kernbench.traces.trace import KERNEL, Trace
 
 # A convolution's result is looked for in the inputs of this many rows after it.
 _LOOK_AHEAD = 60

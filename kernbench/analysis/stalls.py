@@ -16,9 +16,9 @@ import numpy as np
 
 from kernbench.analysis.attribution import Places, places
 from kernbench.analysis.waits import Wait, waits
-from kernbench.nesting import Ints
 from kernbench.record import HostRead, LineLog, LineMatch, SourceLine, Stall, StallClass
-from kernbench.trace import Trace
+from kernbench.traces.nesting import Ints
+from kernbench.traces.trace import Trace
 
 # Stands for reads and waits outside all operators, such as torch.cuda.synchronize.
 _EXPLICIT = ""

@@ -10,9 +10,9 @@ import numpy as np
 from kernbench.analysis import stalls
 from kernbench.analysis.families import kind_of_device
 from kernbench.analysis.idle import step_windows
-from kernbench.nesting import CALL, OP, Ints
 from kernbench.record import LineLog, SourceLine, Span
-from kernbench.trace import Trace
+from kernbench.traces.nesting import CALL, OP, Ints
+from kernbench.traces.trace import Trace
 
 HOST_TRACK = "host"
 

@@ -9,9 +9,9 @@ import numpy as np
 from kernbench.analysis.attribution import Places
 from kernbench.analysis.idlepieces import blocking_rows
 from kernbench.analysis.windows import busy_intervals, on_main_device
-from kernbench.nesting import CALL, Ints
 from kernbench.record import StallClass
-from kernbench.trace import Trace
+from kernbench.traces.nesting import CALL, Ints
+from kernbench.traces.trace import Trace
 
 # A wait below this cost about what the call itself costs.
 FREE_NS = 5_000

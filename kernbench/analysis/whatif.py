@@ -17,9 +17,9 @@ from kernbench.analysis.idle import step_windows
 from kernbench.analysis.replay import passes, replay, steady, with_host_time, without_nodes, without_waits
 from kernbench.analysis.replaymodel import CannotReplayError, Program, model
 from kernbench.analysis.replaysites import Site, read_nodes, sites
-from kernbench.nesting import Bools, Ints
 from kernbench.record import Ceilings, Estimate, LineLog, Stall, WhatIf
-from kernbench.trace import Trace
+from kernbench.traces.nesting import Bools, Ints
+from kernbench.traces.trace import Trace
 
 LIMIT = 0.05
 # Sites beyond these are in "all stalls" only.

@@ -19,7 +19,7 @@ from kernbench.analysis import (
     whatif,
 )
 from kernbench.record import Ceilings, Communication, LineLog, Stall, TraceAnalysis
-from kernbench.trace import Trace
+from kernbench.traces.trace import Trace
 
 
 def enrich(

@@ -8,8 +8,8 @@ import numpy as np
 
 from kernbench.analysis.intervals import Intervals, union
 from kernbench.analysis.memo import once_per_trace
-from kernbench.nesting import Bools, Ints
-from kernbench.trace import Trace
+from kernbench.traces.nesting import Bools, Ints
+from kernbench.traces.trace import Trace
 
 # Work reaches an idle device within about 10 us of its launch.
 HAND_OVER_NS = 50_000

@@ -43,7 +43,7 @@ def own_program() -> None:
 def prepared(device: str, in_process: bool) -> tuple[Any, Any]:
     """The pipeline, and the request it takes. Their imports take seconds, and the children need the same: those share
     this process's, or, where it may come to use a GPU, which no copy of it could, are started beside them."""
-    from kernbench import childserver, servers
+    from kernbench.children import childserver, servers
 
     on_cpu = device.startswith("cpu") or (device == "auto" and not servers.driver())
     copied = _program and on_cpu and not in_process

@@ -42,7 +42,7 @@ def analyze(
 
     Results go to reports/analyze/ of the workspace that the current folder is in, else of the current folder.
     """
-    from kernbench import decodehelper
+    from kernbench.traces import decodehelper
 
     decodehelper.prepare(traces[0])
     from kernbench import analyze

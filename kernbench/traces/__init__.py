@@ -1,0 +1,1 @@
+"""Kineto traces: files read to columns, and joined to what analyses ask of. Needs neither torch nor triton."""

@@ -1,0 +1,1 @@
+"""Which line of the program makes the host wait for the device."""
