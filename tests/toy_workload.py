@@ -1,6 +1,7 @@
 """A user's workload file for the tests: a tiny training step with a slow layer, a read, and phases good and bad.
 
-``TOY_FAULT`` in the environment makes a step misbehave: ``raise:3``, ``oom:3``, ``nan:3``, ``interrupt:3`` at step 3.
+``TOY_PADDING`` in the environment is how many operators pad a step, instead of 200. ``TOY_FAULT`` makes a step misbehave:
+``raise:3``, ``oom:3``, ``nan:3``, ``interrupt:3`` at step 3.
 """
 
 import os
@@ -40,7 +41,7 @@ class Training:
 
     def padding(self):
         waste = self.inputs
-        for _ in range(200):
+        for _ in range(int(os.environ.get("TOY_PADDING", "200"))):
             waste = torch.sin(waste)
 
     def unused(self):
