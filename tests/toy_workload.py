@@ -1,6 +1,6 @@
 """A user's workload file for the tests: a tiny training step with a slow layer, a read, and phases good and bad.
 
-``TOY_PADDING`` in the environment is how many operators pad a step, instead of 200. ``TOY_FAULT`` makes a step misbehave:
+``TOY_PADDING`` in the environment is how many operators pad a step, not 200. ``TOY_FAULT`` makes a step misbehave:
 ``raise:3``, ``oom:3``, ``nan:3``, ``interrupt:3`` at step 3.
 """
 
