@@ -7,6 +7,7 @@
 import ctypes
 import os
 import time
+from pathlib import Path
 
 import torch
 from torch import distributed
@@ -15,6 +16,8 @@ from kernbench.workload import Workload
 
 LATE_SECONDS = 0.05
 FAULTY_FROM = 4
+HANGS = Path("a-rank-hangs")
+"""There, in the current folder, once a rank does."""
 
 
 class Training:
@@ -53,6 +56,7 @@ def misbehave(kind):
     if kind == "slow":
         time.sleep(LATE_SECONDS)
     while kind == "hang":
+        HANGS.touch()
         time.sleep(1)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from bio_ranks import Differentiate, at_once
-from ranked_workload import LATE_SECONDS
+from ranked_workload import HANGS, LATE_SECONDS
 from terminal import run
 
 from kernbench import analyze, cli, device, group, pipeline, ranks, record
@@ -125,16 +125,19 @@ def test_ctrl_c_leaves_no_rank_behind(ranked, monkeypatch):
     # As at the terminal: one that arrives while a finalizer runs is sent again.
     monkeypatch.setattr(sys, "unraisablehook", cli._unraisable)
 
+    running = []
+
     def interrupt():
-        while len(children()) < 2:
+        while not HANGS.exists():
             time.sleep(0.05)
-        time.sleep(1)
+        running.extend(children())
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
     result = profile("--ranks", 2, "--time-limit", 60)
     assert result.exit_code == 130, result.output
     assert "interrupted; the stages finished so far are on disk" in result.stderr
+    assert len(running) == 2
     assert children() == []
 
 
