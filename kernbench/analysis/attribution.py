@@ -101,12 +101,15 @@ def _normalised(name: str) -> str:
 
 def outermost(chosen: Bools, parent: Ints) -> Ints:
     """For each row its outermost chosen ancestor or itself; -1 where there is none."""
-    found, above = np.where(chosen, np.arange(len(chosen)), -1), parent
-    # Each round looks twice as far up as the one before.
-    while np.any(above >= 0):
-        further = np.where(above >= 0, found[above], -1)
-        found = np.where(further >= 0, further, found)
-        above = np.where(above >= 0, above[above], -1)
+    found, above = np.where(chosen, np.arange(len(chosen)), -1), parent.copy()
+    rows = np.flatnonzero(above >= 0)
+    # Each round looks twice as far up as the one before, for the rows that have something there.
+    while len(rows):
+        near = above[rows]
+        further, far = found[near], above[near]
+        found[rows] = np.where(further >= 0, further, found[rows])
+        above[rows] = far
+        rows = rows[far >= 0]
     return found
 
 

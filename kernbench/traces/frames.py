@@ -80,6 +80,8 @@ def sources(
     Work of a backward node belongs to the function that ran its forward operator; what else the autograd engine does
     belongs to the function that waits for it in ``main_thread``.
     """
+    if not len(frames):
+        return [], frame
     files = np.unique(frames.file[frames.file >= 0])
     program = np.zeros(len(names) + 1, bool)
     program[files] = [is_program(names[index]) for index in files.tolist()]
