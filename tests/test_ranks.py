@@ -120,7 +120,15 @@ def test_a_rank_that_fails_ends_the_run(ranked, monkeypatch, kind, rank):
     assert children() == []
 
 
-def test_ctrl_c_leaves_no_rank_behind(ranked, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, also where a shell started the tests in the background, which it lets ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_no_rank_behind(ranked, interruptible, monkeypatch):
     monkeypatch.setenv("RANKED_FAULT", "hang:1")
     # As at the terminal: one that arrives while a finalizer runs is sent again.
     monkeypatch.setattr(sys, "unraisablehook", cli._unraisable)
