@@ -11,8 +11,9 @@ import sys
 
 import torch
 from bio_parts import module, small, training
+from bio_ranks import trained
 
-from kernbench import device, registry, swap
+from kernbench import device
 
 RANKS = 2
 
@@ -25,26 +26,7 @@ def main(rank: int, meeting: str, phases: tuple[int, ...]) -> None:
     )
     config = small(experts=4, log_every=2, structure=module("config").LIVELY)
     built = training(config, dtype=torch.float32, device=place)
-    kernels = registry.kernels()
-    plan = swap.plan(
-        registry.workload("bio-nanochat").declaration,
-        phases,
-        use=dict.fromkeys(phases, "triton"),
-        kernels=lambda name: kernels[name].declaration,
-    )
-    with plan.applied(built):
-        losses = [float(built.step(index)) for index in range(4)]
-    score = built.scores[0]
-    score.log.flush()
-    built.controller.settle()
-    found = {
-        "losses": losses,
-        "lineage": built.controller.lineage,
-        "parameters": sum(float(one.detach().double().abs().sum()) for one in built.model.parameters()),
-        "hebbian": float(built.model.blocks[0].mlp.inner.hebbian.abs().sum()),
-        "logged": score.log_entries[-1]["mean contribution"],
-        "own": float(score.contribution.mean()),
-    }
+    found = trained(built, phases, "triton")
     torch.distributed.destroy_process_group()
     print(json.dumps(found))
 

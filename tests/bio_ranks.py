@@ -30,9 +30,29 @@ def at_once(ranks: Sequence[Job]) -> list[Any]:
         return list(pool.map(answer, ranks))
 
 
+def trained(built: Any, phases: Sequence[int], use: str) -> dict[str, Any]:
+    """Four steps with phases in place; what the ranks should have in common, and what not."""
+    workload = registry.workload("bio-nanochat").declaration
+    kernels = registry.kernels()
+    plan = swap.plan(workload, phases, use=dict.fromkeys(phases, use), kernels=lambda name: kernels[name].declaration)
+    with plan.applied(built):
+        losses = [float(built.step(index)) for index in range(4)]
+    score = built.scores[0]
+    score.log.flush()
+    built.controller.settle()
+    return {
+        "losses": losses,
+        "lineage": built.controller.lineage,
+        "parameters": sum(float(one.detach().double().abs().sum()) for one in built.model.parameters()),
+        "hebbian": float(built.model.blocks[0].mlp.inner.hebbian.abs().sum()),
+        "logged": score.log_entries[-1]["mean contribution"],
+        "own": float(score.contribution.mean()),
+    }
+
+
 @dataclass(frozen=True)
 class Train:
-    """Four steps with phases in place; returns what the ranks should have in common, and what not."""
+    """One rank's part of it, with the references of kernels."""
 
     imports: ClassVar[tuple[str, ...]] = jobs.COMPILER
     rank: int
@@ -45,23 +65,7 @@ class Train:
             "gloo", init_method=f"file://{self.meeting}", rank=self.rank, world_size=self.ranks
         )
         built = training(small(experts=4, log_every=2, structure=module("config").LIVELY))
-        workload = registry.workload("bio-nanochat").declaration
-        kernels = registry.kernels()
-        use = dict.fromkeys(self.phases, "eager")
-        plan = swap.plan(workload, self.phases, use=use, kernels=lambda name: kernels[name].declaration)
-        with plan.applied(built):
-            losses = [float(built.step(index)) for index in range(4)]
-        score = built.scores[0]
-        score.log.flush()
-        built.controller.settle()
-        found = {
-            "losses": losses,
-            "lineage": built.controller.lineage,
-            "parameters": sum(float(one.detach().double().abs().sum()) for one in built.model.parameters()),
-            "hebbian": float(built.model.blocks[0].mlp.inner.hebbian.abs().sum()),
-            "logged": score.log_entries[-1]["mean contribution"],
-            "own": float(score.contribution.mean()),
-        }
+        found = trained(built, self.phases, "eager")
         torch.distributed.destroy_process_group()
         return found
 
