@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import pickle
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,6 +82,8 @@ def prepare(path: Path) -> None:
     split = _split(path, _HEAD_START_IF_PREPARED)
     if split is not None:
         _prepared[path] = Helper(path, split)
+        # Should nothing come to read the file.
+        atexit.register(_prepared[path].close)
 
 
 def helper(path: Path) -> Helper | None:
@@ -106,10 +107,3 @@ def _split(path: Path, head_start: int) -> int | None:
         if size > _SMALLEST + 2 * max(head_start, 0):
             return size // 2 + head_start
     return None
-
-
-def serve(decode: Callable[[Path, int], Part]) -> None:
-    """What the helper process does. If it fails, it ends without a part."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    path, split = sys.argv[1:]
-    pickle.dump(decode(Path(path), int(split)), sys.stdout.buffer, protocol=5)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import re
+import signal
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -89,10 +92,13 @@ def latter_part(path: Path, split: int) -> Part:
 
 
 def serve() -> None:
-    """Be the helper process: decode one part, :func:`latter_part`, and end."""
+    """Be the helper process: hand over :func:`latter_part`. If that fails, it ends without a part."""
+    # Ctrl-C is for the process that started it, which ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # It lives for seconds, and what it makes has no cycles.
     gc.disable()
-    decodehelper.serve(latter_part)
+    path, split = sys.argv[1:]
+    pickle.dump(latter_part(Path(path), int(split)), sys.stdout.buffer, protocol=5)
 
 
 class _Pieces(Generic[T]):
