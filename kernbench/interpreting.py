@@ -24,12 +24,10 @@ def quicken() -> None:
     except ImportError:
         return
     language = interpreter.tl
-    patch, scope = (getattr(interpreter, name, None) for name in ("_patch_lang", "_LangPatchScope"))
-    if patch is not None and scope is not None and hasattr(scope, "set_attr") and not hasattr(patch, "__wrapped__"):
-        interpreter._patch_lang = _unless_patched(patch, scope, language)
-    dtype_of = getattr(interpreter, "_get_np_dtype", None)
-    if dtype_of is not None and not hasattr(dtype_of, "__wrapped__"):
-        interpreter._get_np_dtype = _remembered(dtype_of, language.dtype)
+    scope = getattr(interpreter, "_LangPatchScope", None)
+    if scope is not None and hasattr(scope, "set_attr"):
+        _replace(interpreter, "_patch_lang", lambda patch: _unless_patched(patch, scope, language))
+    _replace(interpreter, "_get_np_dtype", lambda dtype_of: _remembered(dtype_of, language.dtype))
     semantic = getattr(interpreter, "TritonSemantic", None)
     _replace(semantic, "binary_op_sanitize_overflow_impl", _overflow_for_debuggers(interpreter.InterpreterBuilder))
     _replace(semantic, "broadcast_impl_value", _broadcast_unless_equal)
@@ -53,7 +51,6 @@ def _unless_patched(patch: Callable[[Any], Any], scope: Callable[[], Any], langu
         members = module.load, module.tensor.__add__, core.tensor_descriptor_base.load
         return not any(core.is_builtin(member) for member in members)
 
-    @functools.wraps(patch)
     def patch_unless_patched(function: Any) -> Any:
         modules = [found for found in function.__globals__.values() if found is language or found is core]
         return scope() if modules and all(map(patched, modules)) else again(function, modules)
@@ -93,7 +90,6 @@ def _remembered(dtype_of: Callable[[Any], Any], scalar: type) -> Callable[[Any],
     """``dtype_of`` that remembers what it said of scalar types; others cannot be keys."""
     remembered = functools.cache(dtype_of)
 
-    @functools.wraps(dtype_of)
     def dtype_of_scalar_or_other(kind: Any) -> Any:
         return remembered(kind) if type(kind) is scalar else dtype_of(kind)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def swaps(request: Request, number: int | None, progress: Progress) -> Iterator[
             return
         for phase in settings.workload.phases:
             active = asked.active(settings.workload, request, workspace)
-            if lacking := [one for one in phase.needs if one not in active]:
+            if lacking := phase.lacks(active):
                 names = " and ".join(map(str, lacking))
                 progress.note(f"phase {phase.number} ({phase.title}) is left out: it needs phase {names}, not kept")
             elif phase.number not in active:
@@ -248,16 +247,9 @@ def build(
     if subjects.workloads:
         raise KernbenchError("--compile-only builds kernels; name kernels, or nothing for all of them")
     chosen = archs or builds.ARCHS
-    if case is None:
-        specs = [spec for spec, _ in subjects.kernels]
-        built = builds.compile_kernels(specs, archs=chosen, dtypes=subjects.dtypes, progress=progress)
-    else:
-        built = chain.from_iterable(
-            [
-                builds.compile_kernel(spec, archs=chosen, dtypes=subjects.dtypes, cases=cases, progress=progress)
-                for spec, cases in subjects.kernels
-            ]
-        )
+    specs = [spec for spec, _ in subjects.kernels]
+    cases = {spec.name: found for spec, found in subjects.kernels if found is not None}
+    built = builds.compile_kernels(specs, archs=chosen, dtypes=subjects.dtypes, cases=cases, progress=progress)
     run = _start(record.BenchRecord, request, "builds", subjects.group, subjects.device, progress)
     with run.stage("compile"):
         run.record.builds.extend(built)

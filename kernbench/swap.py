@@ -222,7 +222,7 @@ def plan(
             )
     phases = workload.phases_numbered(numbers)
     for phase in phases:
-        if missing := [number for number in phase.needs if number not in numbers]:
+        if missing := phase.lacks(numbers):
             raise KernbenchError(_lacking(workload, phase, missing))
     claims: list[Claim] = []
     specs: dict[str, KernelSpec] = {}

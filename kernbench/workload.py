@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -73,6 +73,10 @@ class Phase:
     claim: str = ""
     predict: Callable[[ProfileRecord], Prediction] | None = None
     needs: tuple[int, ...] = ()
+
+    def lacks(self, numbers: Container[int]) -> list[int]:
+        """The phases that it needs and that are not among ``numbers``."""
+        return [number for number in self.needs if number not in numbers]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +188,7 @@ class Workload:
         if len(set(numbers)) != len(numbers):
             raise ValueError(f"workload {self.name!r} has two phases of one number: {numbers}")
         for place, phase in enumerate(self.phases):
-            if not set(phase.needs) <= set(numbers[:place]):
+            if phase.lacks(numbers[:place]):
                 raise ValueError(
                     f"phase {phase.number} of workload {self.name!r} needs phases {phase.needs}; name ones before it"
                 )

@@ -274,16 +274,16 @@ def test_a_file_that_fails_without_the_interpreter_says_why(workspace: Path) -> 
         patch.setenv("TRITON_INTERPRET", "1")
         guarded = spec("good")
         with pytest.raises(WorkloadFailed, match=r"exit code 1 before it had called one: .*interpreted alone"):
-            list(builds.compile_kernel(guarded))
+            list(builds.compile_kernels([guarded]))
 
 
 def test_unknown_names_are_refused_with_the_nearest(declared: Path) -> None:
     with pytest.raises(KernbenchError, match="no architecture named 'sm_91'; did you mean 'sm_9?0'"):
-        builds.compile_kernel(spec("good"), archs=("sm_91",))
+        builds.compile_kernels([spec("good")], archs=("sm_91",))
     with pytest.raises(KernbenchError, match="no case of good named 'raged'; did you mean 'ragged'"):
-        builds.compile_kernel(spec("good"), cases=["raged"])
+        builds.compile_kernels([spec("good")], cases=["raged"])
     with pytest.raises(KernbenchError, match="no dtype of good named 'float16'"):
-        builds.compile_kernel(spec("good"), dtypes=[torch.float16])
+        builds.compile_kernels([spec("good")], dtypes=[torch.float16])
 
 
 SHIPPED = sorted(path.stem for path in (registry.builtin().root / "kernels").glob("[!_]*.py"))

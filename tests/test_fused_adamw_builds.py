@@ -55,7 +55,7 @@ def test_loads_are_wide_on_three_architectures() -> None:
 
 
 def test_registers_leave_room_for_a_full_multiprocessor() -> None:
-    for build in builds.compile_kernel(SPEC):
+    for build in builds.compile_kernels([SPEC]):
         # 64 registers leave room for 1024 threads: enough loads in flight to hide the latency.
         assert build.registers is not None
         assert build.registers <= 64, build

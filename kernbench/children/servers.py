@@ -39,7 +39,7 @@ def prepare(device: str) -> None:
 
     A wrong guess of what "auto" will be costs only time.
     """
-    _start("1" if device.startswith("cpu") or (device == "auto" and not driver()) else None)
+    _start("1" if on_cpu(device) else None)
 
 
 def fork() -> None:
@@ -50,9 +50,9 @@ def fork() -> None:
     _start(os.environ.get(TRITON_INTERPRET), copied=True)
 
 
-def driver() -> bool:
-    """Whether a driver of NVIDIA is here, so that "auto" may be a GPU."""
-    return Path("/dev/nvidiactl").exists()
+def on_cpu(device: str) -> bool:
+    """Whether a device as typed is no GPU for sure; "auto" may be one where a driver of NVIDIA is."""
+    return device.startswith("cpu") or (device == "auto" and not Path("/dev/nvidiactl").exists())
 
 
 class Server:

@@ -45,8 +45,7 @@ def prepared(device: str, in_process: bool) -> tuple[Any, Any]:
     this process's, or, where it may come to use a GPU, which no copy of it could, are started beside them."""
     from kernbench.children import childserver, servers
 
-    on_cpu = device.startswith("cpu") or (device == "auto" and not servers.driver())
-    copied = _program and on_cpu and not in_process
+    copied = _program and servers.on_cpu(device) and not in_process
     if not in_process and not copied:
         servers.prepare(device)
     with childserver.imports() if _program else nullcontext():

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
     Dtypes = Sequence[str | torch.dtype]
+
+T = TypeVar("T")
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 SHARED_LIMIT_BYTES = {
@@ -69,18 +71,6 @@ class Event(msgspec.Struct):
     done: bool = False
 
 
-def compile_kernel(
-    spec: KernelSpec,
-    *,
-    archs: Sequence[str] = ARCHS,
-    dtypes: Sequence[str | torch.dtype] | None = None,
-    cases: Sequence[Case | str] | None = None,
-    progress: Progress | None = None,
-) -> Iterator[Build]:
-    """:func:`compile_kernels` of one kernel."""
-    return compile_kernels([spec], archs=archs, dtypes=dtypes, cases=cases, progress=progress)
-
-
 def compile_kernels(
     specs: Sequence[KernelSpec],
     *,
@@ -107,13 +97,15 @@ def compile_kernels(
         KernbenchError: an unknown architecture, case or dtype.
         WorkloadFailed: the process ends before it has called a kernel: a file of kernels fails without the interpreter.
     """
-    names = [spec.name for spec in specs]
-    of = cases if isinstance(cases, Mapping) else dict.fromkeys(names, cases)
-    into = dtypes if isinstance(dtypes, Mapping) else dict.fromkeys(names, dtypes)
-    wanted = [Wanted(spec.name, _dtypes(spec, into.get(spec.name)), _cases(spec, of.get(spec.name))) for spec in specs]
+    wanted = [Wanted(spec.name, _dtypes(spec, _of(spec, dtypes)), _cases(spec, _of(spec, cases))) for spec in specs]
     chosen = [registry.nearest(arch, SHARED_LIMIT_BYTES, "architecture") for arch in archs]
     allowed = {spec.name: spec.allowed for spec in specs}
     return _built(wanted, chosen, allowed, progress or Silent(), silent_seconds)
+
+
+def _of(spec: KernelSpec, asked: T | Mapping[str, T] | None) -> T | None:
+    """What is asked for one kernel, by its name or the same for all."""
+    return asked.get(spec.name) if isinstance(asked, Mapping) else asked
 
 
 def _dtypes(spec: KernelSpec, dtypes: Sequence[str | torch.dtype] | None) -> list[str]:

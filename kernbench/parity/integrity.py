@@ -204,12 +204,15 @@ _taken: dict[str, Snapshot] = {}
 def _snapshots() -> list[Snapshot]:
     """Of all owners now: of torch, of our modules as they are imported now, and of the classes in those."""
     found = [_snapshot(name, owner) for name, owner in OWNERS]
-    imported = [(name, module) for name, module in list(sys.modules.items()) if name[: len(OURS)] == OURS]
-    for name, module in imported:
-        if name.split(".")[0] == OURS and isinstance(module, ModuleType) and name != __name__:
+    for name, module in list(sys.modules.items()):
+        if _is_ours(name) and isinstance(module, ModuleType) and name != __name__:
             ours = _snapshot(name, module)
             found += [ours, *(_snapshot(inner, owner) for inner, owner in ours.classes)]
     return found
+
+
+def _is_ours(name: str) -> bool:
+    return name == OURS or name.startswith(f"{OURS}.")
 
 
 def _snapshot(name: str, owner: Any) -> Snapshot:
@@ -248,4 +251,4 @@ def _hides(owner: Any, key: str, name: str) -> bool:
     """Whether a new name stands before one that was found further off: in a base class, or among the builtins."""
     if isinstance(owner, type):
         return any(key in vars(base) and callable(vars(base)[key]) for base in owner.__mro__[1:])
-    return name.split(".")[0] == OURS and hasattr(builtins, key) and not key.startswith("__")
+    return _is_ours(name) and hasattr(builtins, key) and not key.startswith("__")

@@ -85,7 +85,7 @@ def advance(self: Training, tokens_BT: Tensor) -> Tensor:
     if graphs.state is not self.optimizer.device_state:
         graphs.captured.clear()
         graphs.state = self.optimizer.device_state
-    key = (_due(self.optimizer), _in_place())
+    key = (_due(self.optimizer), functions_at(SITES))
     captured = graphs.captured.get(key)
     if captured is None or graphs.eager_steps < EAGER_STEPS:
         graphs.captured[key] = Captured()
@@ -119,8 +119,3 @@ def _due(optimizer: DeepNestedOptimizer) -> Hashable:
     calls = optimizer.calls
     controlled = calls % optimizer.config.controller_update_freq == 0
     return (controlled, *((active_levels(calls), calls % TRAIN_EVERY == 0) if optimizer.momenta else ()))
-
-
-def _in_place() -> Hashable:
-    """The functions that a step consists of, without what counts or annotates their calls."""
-    return functions_at(SITES)
