@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import _thread
 import os
+import signal
 import sys
 import threading
 import traceback
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -69,11 +71,17 @@ def _unraisable(lost: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(lost)
 
 
+def _ended(number: int, frame: FrameType | None) -> NoReturn:
+    """What a scheduler, ``timeout`` or torchrun ends a command with ends it as Ctrl-C does: finished stages stay."""
+    raise KeyboardInterrupt
+
+
 def main() -> NoReturn:
     """Entry point of the console script."""
     # Kineto prints two lines of its own at every trace; what it could not record shows in the trace.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     sys.unraisablehook = _unraisable
+    signal.signal(signal.SIGTERM, _ended)
     measuring.own_program()
     try:
         app()

@@ -224,7 +224,8 @@ def test_interrupt_in_the_middle_of_a_swap_keeps_finished_stages(toy_workspace, 
     assert run("swap", "--phase", 0, "toy", *SWAP).exit_code == 0
 
 
-def test_control_c_at_the_terminal(toy_workspace):
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_control_c_at_the_terminal_and_what_a_scheduler_sends(toy_workspace, ending):
     command = [
         sys.executable,
         "-m",
@@ -252,7 +253,7 @@ def test_control_c_at_the_terminal(toy_workspace):
             '"name": "parity"' in path.read_text() for path in runs(toy_workspace)
         ):
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(ending)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()

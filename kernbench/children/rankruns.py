@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -179,10 +178,9 @@ def lead(
     terms = supervised.terms_of(request, supervised.STAGE_SECONDS)
     work = _Work(request, settings, plan.implementations, chosen, terms)
     if chosen.mine is not None:
-        with _ended_by_the_launcher():
-            store = group.connect(chosen.mine, terms.seconds)
-            group.announce(store)
-            failures = work.lead(run, replace(chosen.mine, hosted=True))
+        store = group.connect(chosen.mine, terms.seconds)
+        group.announce(store)
+        failures = work.lead(run, replace(chosen.mine, hosted=True))
     else:
         failures = work.start_all(run)
     if failures:
@@ -201,10 +199,9 @@ def follow(request: Request, settings: measure.Settings, plan: swap.Plan, chosen
     assert chosen.mine is not None
     terms = supervised.terms_of(request, supervised.STAGE_SECONDS)
     work = _Work(request, settings, plan.implementations, chosen, terms)
-    with _ended_by_the_launcher():
-        store = group.connect(chosen.mine, supervised.STAGE_SECONDS)
-        group.await_start(store, chosen.mine, supervised.STAGE_SECONDS)
-        failure = work.follow(replace(chosen.mine, hosted=True), terms)
+    store = group.connect(chosen.mine, supervised.STAGE_SECONDS)
+    group.await_start(store, chosen.mine, supervised.STAGE_SECONDS)
+    failure = work.follow(replace(chosen.mine, hosted=True), terms)
     if failure is not None:
         raise _verdict([failure], settings.workload.name, chosen)
 
@@ -289,20 +286,6 @@ class _Work:
 
 def _ignore(said: object) -> None:
     return None
-
-
-@contextmanager
-def _ended_by_the_launcher() -> Iterator[None]:
-    """What torchrun sends to the ranks that are left ends them as Ctrl-C does, so that finished stages stay on disk."""
-
-    def end(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _verdict(failures: Sequence[_Failure], name: str, chosen: Team) -> BaseException:

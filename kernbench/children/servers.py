@@ -184,6 +184,7 @@ def _serve(control: socket.socket, mask: set[signal.Signals] | set[int]) -> NoRe
     try:
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         sys.unraisablehook = sys.__unraisablehook__
         nothing = os.open(os.devnull, os.O_RDONLY)

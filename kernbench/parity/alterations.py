@@ -21,7 +21,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernbench import philox
-from kernbench.parity import compare, mistakes, modes, subject
+from kernbench.parity import bounds, compare, mistakes, modes, subject
 from kernbench.parity.compare import Leaves
 from kernbench.parity.operators import Call, alterable, operator_of
 
@@ -247,7 +247,11 @@ class _Altering(_Watching):  # type: ignore[no-untyped-call]
         self, function: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.done or function is not self.place.function or _place(function) != self.place:
+        if self.done:
+            # What was done wrong may be an index by now.
+            bounds.check(Call.of(function, args, kwargs))
+            return function(*args, **kwargs)
+        if function is not self.place.function or _place(function) != self.place:
             return function(*args, **kwargs)
         call = Call.of(function, args, kwargs)
         for mistake in mistakes.of_call(call):
