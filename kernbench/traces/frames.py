@@ -108,8 +108,13 @@ def modules(frames: Frames, frame: Ints, host: Host, names: list[str], ours: boo
         module = _of(frames.name, _of(_nearest(is_module[frames.name], frames.parent), frame))
     elif ours:
         is_path = np.fromiter((_MODULE_PATH.match(name) is not None for name in names), bool, len(names))
-        scope = _nearest((host.kind == ANNOTATION) & is_path[host.name], host.annotation)
-        module = _of(host.name, _of(scope, host.annotation))
+        # Among annotations alone, of which there are few.
+        rows = np.flatnonzero(host.kind == ANNOTATION)
+        around = host.annotation[rows]
+        scope = _nearest(is_path[host.name[rows]], np.where(around >= 0, np.searchsorted(rows, around), -1))
+        named = np.full(len(host) + 1, -1, np.int64)  # the last entry answers for row -1
+        named[rows] = _of(host.name[rows], scope)
+        module = named[host.annotation]
     else:
         return np.full(len(host), -1, np.int64)
     return np.where(host.forward >= 0, module[host.forward], module)

@@ -63,9 +63,20 @@ def innermost(container: Bools, thread: Ints, start_ns: Ints, end_ns: Ints) -> I
 def _by_level(rows: Ints, level: Ints) -> Ints:
     """The last of ``rows`` before each row that is one level up; ``level`` counts the containers open at a row."""
     count = len(level)
-    keys = np.sort((level[rows] + 1) * count + rows)
-    found = keys[np.searchsorted(keys, level * count + np.arange(count)) - 1]
-    return np.where((level > 0) & (found // count == level), found % count, -1)
+    # Level by level, so that neighbours are looked up one after the other.
+    asking, outer = _sorted_by_level(level), rows[_sorted_by_level(level[rows])]
+    asking = asking[np.searchsorted(level[asking], 1) :]
+    asked, offered = level[asking], level[outer] + 1
+    place = np.searchsorted(offered * count + outer, asked * count + asking) - 1
+    last = np.full(count, -1, np.int64)
+    last[asking] = np.where((place >= 0) & (offered[place] == asked), outer[place], -1)
+    return last
+
+
+def _sorted_by_level(level: Ints) -> Ints:
+    # NumPy sorts numbers of 16 bits by counting, others by comparing.
+    few = len(level) and level.min() >= -(2**15) and level.max() < 2**15
+    return np.argsort(level.astype(np.int16) if few else level, kind="stable")
 
 
 def _swept(container: Bools, thread: Ints, start_ns: Ints, end_ns: Ints) -> Ints:
