@@ -1,4 +1,5 @@
-"""What workloads that capture their step in a CUDA graph share: what a graph holds for, and where steps run before."""
+"""What workloads that capture their step in a CUDA graph share: what a graph holds for, where steps run before it is
+recorded, and how that is done."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from kernbench.measurement.timing import collector_off
 
 
 def functions_at(sites: Iterable[tuple[Any, str]]) -> tuple[Callable[..., Any], ...]:
@@ -32,3 +35,16 @@ def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream().wait_stream(stream)
+
+
+@contextmanager
+def recorded(
+    graph: torch.cuda.CUDAGraph, *, stream: torch.cuda.Stream | None = None, pool: Any = None
+) -> Iterator[None]:
+    """Record work into ``graph`` instead of running it.
+
+    Other threads, as one that reads clocks or waits for a log, may use the device meanwhile. Garbage is not collected:
+    a graph that is freed while another one is recorded ends the recording.
+    """
+    with collector_off(), torch.cuda.graph(graph, stream=stream, pool=pool, capture_error_mode="thread_local"):
+        yield

@@ -331,7 +331,7 @@ class ColdCalls:
         synchronize(self.device)
         seconds = sorted(seconds_between(begin, end) for begin, end in marks)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with collector_off(), torch.cuda.graph(graph):
             for _ in range(PAIRS):
                 least.add_(1)
         graph.replay()

@@ -80,14 +80,14 @@ class GraphCalls:
         inputs = self.inputs.witness.inputs
         graph, output = torch.cuda.CUDAGraph(), None
         if not isinstance(call, Backward):
-            with torch.cuda.graph(graph):
+            with collector_off(), torch.cuda.graph(graph):
                 for _ in range(self.count):
                     output = call(**inputs)
             return None, graph, output
         before = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(before):
+        with collector_off(), torch.cuda.graph(before):
             runs = [ready(call, _copied(inputs)) for _ in range(self.count)]
-        with torch.cuda.graph(graph, pool=before.pool()):
+        with collector_off(), torch.cuda.graph(graph, pool=before.pool()):
             for run in runs:
                 output = run()
         return before, graph, output

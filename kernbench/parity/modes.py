@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernbench.capturing import on_stream
+from kernbench.measurement.timing import collector_off
 from kernbench.parity import compare
 from kernbench.parity.compare import Leaves
 from kernbench.spec import Inputs, KernelSpec
@@ -229,7 +230,7 @@ def _captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         for _ in range(WARM_UPS):
             call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with collector_off(), torch.cuda.graph(graph):
         output = call()
     return graph, output
 

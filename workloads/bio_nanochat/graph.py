@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench.capturing import functions_at, has_hooks, on_stream
+from kernbench.capturing import functions_at, has_hooks, on_stream, recorded
 from kernbench.device import warn_once
 from kernbench.errors import KernbenchError
 
@@ -137,8 +137,7 @@ def eager(training: Training, graphs: Graphs) -> Tensor:
 def capture(training: Training, graphs: Graphs, captured: Captured) -> None:
     """Record a step without running it."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads, as the one that waits for the log, may use the device meanwhile.
-    with torch.cuda.graph(graph, pool=graphs.pool, stream=graphs.stream, capture_error_mode="thread_local"):
+    with recorded(graph, stream=graphs.stream, pool=graphs.pool):
         captured.loss = _advance(training, graphs.tokens, graphs.following)
     captured.gradient_norm = training.gradient_norm
     captured.routed = [mixture.last for mixture in training.model.mixtures()]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench.capturing import functions_at, on_stream
+from kernbench.capturing import functions_at, on_stream, recorded
 from kernbench.device import warn_once
 
 from . import together
@@ -96,7 +96,6 @@ def _capture(self: Training, captured: Captured, images_BF: Tensor, classes_B: T
         classes_B = classes_B.clone()
         captured.inputs = (images_BF, classes_B)
     graph = torch.cuda.CUDAGraph()
-    # Other threads, as one that reads clocks, may use the device meanwhile.
-    with torch.cuda.graph(graph, stream=captured.stream, capture_error_mode="thread_local"):
+    with recorded(graph, stream=captured.stream):
         captured.loss = _run_batch(self, images_BF, classes_B)
     captured.graph, captured.output = graph, self.output_BH

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench.capturing import functions_at, has_hooks, on_stream
+from kernbench.capturing import functions_at, has_hooks, on_stream, recorded
 from kernbench.device import warn_once
 
 from .adamw import DeviceState
@@ -94,8 +94,7 @@ def advance(self: Training, tokens_BT: Tensor) -> Tensor:
             return _launch(self, graphs.tokens)
     if captured.graph is None:
         graph = torch.cuda.CUDAGraph()
-        # Other threads, as one that reads clocks, may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=graphs.pool, stream=graphs.stream, capture_error_mode="thread_local"):
+        with recorded(graph, stream=graphs.stream, pool=graphs.pool):
             captured.loss = _launch(self, graphs.tokens)
         captured.graph = graph
     captured.graph.replay()

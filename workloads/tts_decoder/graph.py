@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernbench.capturing import functions_at
+from kernbench.capturing import functions_at, recorded
 from kernbench.device import warn_once
 
 from . import choices, onerow
@@ -134,8 +134,7 @@ def _captured_frame(decoder: Decoder, kept: Counting) -> None:
         return
     if captured.graph is None:
         graph = torch.cuda.CUDAGraph()
-        # Other threads, as one that reads clocks, may use the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with recorded(graph):
             _frame(decoder)
         captured.graph = graph
         captured.logits, captured.acoustic_logits = decoder.logits_1V, decoder.acoustic_logits
