@@ -20,7 +20,9 @@ from kernbench.runfolder import Run
 from kernbench.workload import Built
 
 BLOCK_SECONDS = 0.05
-"""A block of steps takes at least this long, so that starting and ending it does not count."""
+"""A block of steps takes this long on the fastest side, so that starting and ending it does not count."""
+LONGEST_BLOCK_SECONDS = 0.5
+"""A block takes the slowest side no longer than this for the sake of a faster one."""
 FIRST_STEPS = 2
 RECEIPT_STEPS = 2
 BASELINE = "baseline"
@@ -82,7 +84,7 @@ def run_race(
         WorkloadFailed: a side raised, or its loss is not finite.
     """
     sides: dict[str, Side] = {}
-    blocks: dict[str, int] = {}
+    seconds: dict[str, float] = {}
     start = 0
     with progress.stage("warming up both sides"):
         for name, plan in {"before": before, **{f"after {name}": plan for name, plan in candidates.items()}}.items():
@@ -91,8 +93,8 @@ def run_race(
             start = max(start, _warm(sides[name]))
         for name, side in sides.items():
             begin(name)
-            blocks[name] = _steps_per_block(side, start)
-        steps, start = blocks["before"], start + FIRST_STEPS
+            seconds[name] = _step_seconds(side, start)
+        steps, start = steps_per_round(seconds, "before"), start + FIRST_STEPS
     receipts = {name: sides[f"after {name}"].plan.receipt() for name in candidates}
     twice = {"before": sides["before"], "again": sides["before"]}
     arms = {name: _arm(name, side, start, steps, begin) for name, side in {**twice, **sides}.items()}
@@ -210,17 +212,17 @@ def _race_variants(
                 except WorkloadFailed as error:
                     failures[variant.name] = _drop(run, variants, variant.name, error)
             advance(1)
-    blocks: dict[str, int] = {}
+    seconds: dict[str, float] = {}
     for name, side in list(sides.items()):
         begin(name)
         try:
-            blocks[name] = _steps_per_block(side, start)
+            seconds[name] = _step_seconds(side, start)
         except WorkloadFailed as error:
             failures[name] = _drop(run, variants, name, error)
             del sides[name]
     baseline = sides[variants[0].name]
     result.workload = settings.describe(variants[0].plan, baseline.built)
-    steps, start = blocks[variants[0].name], start + FIRST_STEPS
+    steps, start = steps_per_round(seconds, variants[0].name), start + FIRST_STEPS
     arms = {name: _arm(name, side, start, steps, begin) for name, side in sides.items()}
     with run.progress.stage("interleaving variants", rounds) as advance:
         finished = bench.race(
@@ -282,15 +284,24 @@ def _warm(side: Side) -> int:
         return bench.warm_up(side.step, side.settings.device)
 
 
-def _steps_per_block(side: Side, first: int) -> int:
-    """How many steps make a block, from the time of the first after the warm-up.
+def _step_seconds(side: Side, first: int) -> float:
+    """Seconds of a step, from the first ones after the warm-up.
 
     Every side runs them: one whose warm-up was shorter may have to catch up, as a decoder that needs the frames before,
     and must not do so while it is timed.
     """
     with side.plan.applied(side.built):
-        seconds = bench.timed_block(side.step, first=first, count=FIRST_STEPS, device=side.settings.device)
-    return max(1, math.ceil(BLOCK_SECONDS / seconds))
+        return bench.timed_block(side.step, first=first, count=FIRST_STEPS, device=side.settings.device)
+
+
+def steps_per_round(seconds: Mapping[str, float], baseline: str) -> int:
+    """How many steps make a block: equally many for every side, whose step takes ``seconds``.
+
+    They fill the time of a block on the fastest side, unless the slowest one would take too long for them; on the
+    baseline they fill it in any case.
+    """
+    wanted, least = (math.ceil(BLOCK_SECONDS / one) for one in (min(seconds.values()), seconds[baseline]))
+    return max(1, least, min(wanted, int(LONGEST_BLOCK_SECONDS / max(seconds.values()))))
 
 
 def _arm(name: str, side: Side, start: int, steps: int, begin: Callable[[str], None]) -> Callable[[int], float]:
