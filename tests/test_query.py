@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pandas
@@ -174,3 +175,13 @@ def test_what_the_documentation_shows_works(workspace: Path, file: Path, monkeyp
     options = set(re.findall(r"`?(--[a-z][a-z-]+)", text)) - of_other_commands
     shown = "".join(run(command, "--help").stdout for command in ("analyze", "query", "gate"))
     assert not [option for option in options if option not in shown]
+
+
+def test_without_its_engine_it_says_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    monkeypatch.delitem(sys.modules, "kernbench.query")
+    monkeypatch.delattr("kernbench.query")
+    done = run("query", file, "select 1")
+    assert done.exit_code == 2
+    said = "there is no package 'duckdb'; pip install it, or kernbench again, which brings it"
+    assert done.stderr == f"kernbench: {said}\n"

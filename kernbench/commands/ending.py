@@ -28,6 +28,11 @@ def reported(command: Callable[..., int]) -> Callable[..., None]:
         except KernbenchError as error:
             complain(str(error), error.traceback_text)
             raise typer.Exit(error.exit_code) from None
+        except ModuleNotFoundError as error:
+            if (error.name or "kernbench").startswith("kernbench"):
+                raise
+            complain(f"there is no package {error.name!r}; pip install it, or kernbench again, which brings it")
+            raise typer.Exit(KernbenchError.exit_code) from None
         except KeyboardInterrupt:
             complain("interrupted; the stages finished so far are on disk")
             raise typer.Exit(INTERRUPTED) from None
