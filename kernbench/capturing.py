@@ -39,12 +39,16 @@ def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
 
 @contextmanager
 def recorded(
-    graph: torch.cuda.CUDAGraph, *, stream: torch.cuda.Stream | None = None, pool: Any = None
+    graph: torch.cuda.CUDAGraph, *, stream: torch.cuda.Stream | None = None, pool: Any = None, alone: bool = False
 ) -> Iterator[None]:
     """Record work into ``graph`` instead of running it.
 
-    Other threads, as one that reads clocks or waits for a log, may use the device meanwhile. Garbage is not collected:
-    a graph that is freed while another one is recorded ends the recording.
+    Garbage is not collected meanwhile: a graph that is freed while another one is recorded ends the recording.
+
+    Args:
+        alone: nothing else uses the device; a wait in any thread ends the recording. Else other threads, as one that
+            reads clocks or waits for a log, may use it.
     """
-    with collector_off(), torch.cuda.graph(graph, stream=stream, pool=pool, capture_error_mode="thread_local"):
+    mode = "global" if alone else "thread_local"
+    with collector_off(), torch.cuda.graph(graph, stream=stream, pool=pool, capture_error_mode=mode):
         yield

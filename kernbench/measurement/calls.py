@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from kernbench.capturing import recorded
 from kernbench.measurement.backward import Backward, ready
 from kernbench.measurement.ceilings import cache_bytes, free_bytes
 from kernbench.measurement.timing import collector_off, event, mark, now, seconds_between, synchronize
@@ -331,7 +332,7 @@ class ColdCalls:
         synchronize(self.device)
         seconds = sorted(seconds_between(begin, end) for begin, end in marks)
         graph = torch.cuda.CUDAGraph()
-        with collector_off(), torch.cuda.graph(graph):
+        with recorded(graph, alone=True):
             for _ in range(PAIRS):
                 least.add_(1)
         graph.replay()

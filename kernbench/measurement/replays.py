@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernbench.capturing import recorded
 from kernbench.measurement.backward import Backward, ready
 from kernbench.measurement.calls import InputSets
 from kernbench.measurement.ceilings import cache_bytes, free_bytes
@@ -80,14 +81,14 @@ class GraphCalls:
         inputs = self.inputs.witness.inputs
         graph, output = torch.cuda.CUDAGraph(), None
         if not isinstance(call, Backward):
-            with collector_off(), torch.cuda.graph(graph):
+            with recorded(graph, alone=True):
                 for _ in range(self.count):
                     output = call(**inputs)
             return None, graph, output
         before = torch.cuda.CUDAGraph()
-        with collector_off(), torch.cuda.graph(before):
+        with recorded(before, alone=True):
             runs = [ready(call, _copied(inputs)) for _ in range(self.count)]
-        with collector_off(), torch.cuda.graph(graph, pool=before.pool()):
+        with recorded(graph, pool=before.pool(), alone=True):
             for run in runs:
                 output = run()
         return before, graph, output

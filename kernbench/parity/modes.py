@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench.capturing import on_stream
-from kernbench.measurement.timing import collector_off
+from kernbench.capturing import on_stream, recorded
 from kernbench.parity import compare
 from kernbench.parity.compare import Leaves
 from kernbench.spec import Inputs, KernelSpec
@@ -230,7 +229,7 @@ def _captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         for _ in range(WARM_UPS):
             call()
     graph = torch.cuda.CUDAGraph()
-    with collector_off(), torch.cuda.graph(graph):
+    with recorded(graph, alone=True):
         output = call()
     return graph, output
 
