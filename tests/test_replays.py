@@ -57,7 +57,8 @@ class Graph:
 
 
 @contextmanager
-def captured(graph: Graph, pool: str | None = None) -> Iterator[None]:
+def captured(graph: Graph, *, stream: None, pool: str | None, capture_error_mode: str) -> Iterator[None]:
+    assert capture_error_mode == "global", "a wait in any thread has to end what is timed"
     Graph.capturing = True
     with Recorder(graph.tape):
         yield
