@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernbench.parity import bounds, trials
-from kernbench.parity.operators import Call
+from kernbench.parity.operators import operator_of
 from kernbench.spec import Case, Inputs
 
 TABLE = torch.arange(12.0).view(4, 3)
@@ -22,7 +22,7 @@ class Checking(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Checks every call."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        bounds.check(Call.of(function, args, kwargs or {}))
+        bounds.check(function, args, kwargs or {})
         return function(*args, **(kwargs or {}))
 
 
@@ -75,11 +75,11 @@ def test_a_wrong_kernel_stops_before_its_wrong_index_is_used(monkeypatch: pytest
     """The row before the first one is out of bounds: the kernel that forgets the bound is given up, not run."""
     check, stopped = bounds.check, []
 
-    def noting(call: Call) -> None:
+    def noting(function: Any, args: Any, kwargs: Any) -> None:
         try:
-            check(call)
+            check(function, args, kwargs)
         except IndexError:
-            stopped.append(call.operator)
+            stopped.append(operator_of(function))
             raise
 
     def reference(x: Tensor) -> Tensor:

@@ -301,7 +301,7 @@ def steps_per_round(seconds: Mapping[str, float], baseline: str) -> int:
     baseline they fill it in any case.
     """
     wanted, least = (math.ceil(BLOCK_SECONDS / one) for one in (min(seconds.values()), seconds[baseline]))
-    return max(1, least, min(wanted, int(LONGEST_BLOCK_SECONDS / max(seconds.values()))))
+    return max(least, min(wanted, int(LONGEST_BLOCK_SECONDS / max(seconds.values()))))
 
 
 def _arm(name: str, side: Side, start: int, steps: int, begin: Callable[[str], None]) -> Callable[[int], float]:

@@ -249,7 +249,7 @@ class _Altering(_Watching):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self.done:
             # What was done wrong may be an index by now.
-            bounds.check(Call.of(function, args, kwargs))
+            bounds.check(function, args, kwargs)
             return function(*args, **kwargs)
         if function is not self.place.function or _place(function) != self.place:
             return function(*args, **kwargs)

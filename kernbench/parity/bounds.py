@@ -6,35 +6,44 @@ kernel whose wrong numbers become indices would take all checks after it along.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch._ops import OpOverload
 
-from kernbench.parity.operators import Call
+from kernbench.parity.operators import Call, operator_of
 
-ALONG_A_DIMENSION = frozenset(
-    {"gather", "scatter", "scatter_add", "scatter_reduce"}
-    | {"index_select", "index_add", "index_copy", "index_fill", "index_reduce"}
-)
-NEGATIVE_TOO = frozenset({"take", "put", "index", "index_put", "_index_put_impl", "index_fill"})
+INDEXED = {
+    **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce", "take", "put"), "index"),
+    **dict.fromkeys(("index_select", "index_add", "index_copy", "index_fill", "index_reduce"), "index"),
+    **dict.fromkeys(("embedding", "embedding_dense_backward"), "indices"),
+}
+"""Operators that take one tensor of indices, and the argument that it is."""
+INDEXED_BY_DIMENSION = frozenset({"index", "index_put", "_index_put_impl"})
+NEGATIVE_TOO = INDEXED_BY_DIMENSION | {"take", "put", "index_fill"}
 """Those that count negative indices from the end; to others they are out of bounds."""
 
 
 class Indexed(NamedTuple):
-    """Indices, and how many they may choose from."""
+    """Indices, how many they may choose from, and their place among the call's indices where it takes several."""
 
     indices: Tensor
     size: int
+    place: int = 0
 
 
-def check(call: Call) -> None:
+def check(function: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Let a call pass whose indices all lie within bounds; those of a GPU are read for it.
 
     Raises:
         IndexError: one does not.
     """
-    for indices, size in _indexed(call):
+    if not _takes_indices(function):
+        return
+    call = Call.of(function, args, kwargs)
+    for indices, size, _ in indexed(call):
         if not indices.numel():
             continue
         least, most = (int(bound) for bound in indices.aminmax())
@@ -42,30 +51,32 @@ def check(call: Call) -> None:
             raise IndexError(f"{call.label} takes an index from {least} to {most} where there are {size}")
 
 
-def _indexed(call: Call) -> Iterator[Indexed]:
-    operator, tensor = call.operator, call.tensor("self")
-    index = call.tensor("index")
-    if operator in ALONG_A_DIMENSION and tensor is not None and index is not None:
-        yield Indexed(index, tensor.shape[call["dim"]] if tensor.dim() else 1)
-    elif operator in ("take", "put") and tensor is not None and index is not None:
-        yield Indexed(index, tensor.numel())
-    elif operator in ("index", "index_put", "_index_put_impl") and tensor is not None:
-        for place, chosen in _places(call["indices"]):
-            yield Indexed(chosen, tensor.shape[place])
-    elif operator == "embedding":
-        yield Indexed(call["indices"], call["weight"].shape[0])
-    elif operator == "embedding_dense_backward":
-        yield Indexed(call["indices"], call["num_weights"])
+@cache
+def _takes_indices(function: OpOverload) -> bool:
+    return operator_of(function) in INDEXED.keys() | INDEXED_BY_DIMENSION
 
 
-def _places(indices: list[Tensor | None]) -> Iterator[tuple[int, Tensor]]:
-    """Each index with the dimension that it goes along; a mask goes along as many as it has, and is no index."""
-    place = 0
-    for index in indices:
-        if index is None:
-            place += 1
-        elif index.dtype.itemsize == 1:
-            place += index.dim()
-        else:
-            yield place, index
-            place += 1
+def indexed(call: Call) -> Iterator[Indexed]:
+    """All indices of a call."""
+    if call.operator in INDEXED:
+        yield Indexed(call[INDEXED[call.operator]], _rows(call))
+    elif call.operator in INDEXED_BY_DIMENSION:
+        dimension = 0
+        for place, index in enumerate(call["indices"]):
+            # A mask goes along as many dimensions as it has, and holds no indices.
+            mask = index is not None and index.dtype.itemsize == 1
+            if index is not None and not mask:
+                yield Indexed(index, call["self"].shape[dimension], place)
+            dimension += index.dim() if mask else 1
+
+
+def _rows(call: Call) -> int:
+    """How many places the indices of a call choose from that takes one tensor of them."""
+    if call.operator == "embedding_dense_backward":
+        return int(call["num_weights"])
+    if call.operator == "embedding":
+        return int(call["weight"].shape[0])
+    tensor: Tensor = call["self"]
+    if call.operator in ("take", "put"):
+        return tensor.numel()
+    return tensor.shape[call["dim"]] if tensor.dim() else 1

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernbench.parity import bounds
 from kernbench.parity.operators import ATTENTION, Call
 
 SMALL = 1e-2
@@ -45,10 +46,10 @@ STEPS = _names(
 BOUNDS = _names("clamp clamp_min clamp_max relu hardtanh threshold tril triu")
 CHOICES = _names("maximum minimum fmax fmin logical_and logical_or bitwise_and bitwise_or")
 STRICTNESS = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
-INDEXED = {
-    "gather": "index", "index_select": "index", "take": "index", "scatter": "index", "scatter_add": "index",
-    "index_add": "index", "index_copy": "index", "embedding": "indices", "embedding_dense_backward": "indices",
-}  # fmt: skip
+INDEXED = _names(
+    "gather index_select take scatter scatter_add index_add index_copy index index_put embedding "
+    "embedding_dense_backward"
+)
 REDUCTIONS = _names(
     "sum mean prod amax amin max min argmax argmin any all var std var_mean std_mean logsumexp linalg_vector_norm norm "
     "nansum aminmax"
@@ -181,15 +182,9 @@ def _indices(call: Call) -> Iterator[Mistake]:
         if factor.dim() >= 2 and factor.shape[-1] == factor.shape[-2] > 1:
             yield _changed(call, kind, f"takes rows for columns of {name} in {label}", **{name: factor.mT})
     if operator in INDEXED:
-        name = INDEXED[operator]
-        for what, index in _wrong_indices(call[name], _rows(call)):
-            yield _changed(call, kind, f"{what} in {label}", **{name: index})
-    if operator in ("index", "index_put"):
-        for place, index in enumerate(call["indices"]):
-            if index is not None and index.dtype != torch.bool:
-                for what, wrong in _wrong_indices(index, call["self"].shape[place]):
-                    indices = [*call["indices"][:place], wrong, *call["indices"][place + 1 :]]
-                    yield _changed(call, kind, f"{what} in {label}", indices=indices)
+        for index, rows, place in bounds.indexed(call):
+            for what, wrong in _wrong_indices(index, rows):
+                yield _changed(call, kind, f"{what} in {label}", **_with_indices(call, wrong, place))
     if operator in ("cat", "stack") and len({tensor.shape for tensor in call["tensors"]}) == 1:
         turned = list(reversed(call["tensors"]))
         yield _changed(call, kind, f"turns the order of {label} round", tensors=turned)
@@ -197,14 +192,11 @@ def _indices(call: Call) -> Iterator[Mistake]:
         yield _only(call, kind, "leaves out flip", "self")
 
 
-def _rows(call: Call) -> int:
-    """How many places the indices of this call choose from."""
-    if call.operator == "embedding_dense_backward":
-        return int(call["num_weights"])
-    if call.operator == "embedding":
-        return int(call["weight"].shape[0])
-    tensor: Tensor = call["self"]
-    return tensor.numel() if call.operator == "take" else tensor.shape[call["dim"]] if tensor.dim() else 1
+def _with_indices(call: Call, wrong: Tensor, place: int) -> dict[str, Any]:
+    """The argument that holds a call's indices, with these at their place."""
+    if call.operator in bounds.INDEXED:
+        return {bounds.INDEXED[call.operator]: wrong}
+    return {"indices": [*call["indices"][:place], wrong, *call["indices"][place + 1 :]]}
 
 
 def _wrong_indices(index: Tensor, rows: int) -> Iterator[tuple[str, Tensor]]:
