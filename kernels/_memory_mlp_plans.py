@@ -33,7 +33,7 @@ class Tiles(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Tiles of the four products, and the rows that one program adds up for a weight's gradient.
+    """Tiles of the four products, and the rows that one program adds up for a weight's gradient, of so many programs.
 
     With ``turned``, what the products of the backward pass add up over lies next to each other in all operands. The
     tensor cores take TF32 in no other way, and to turn tile by tile, as Triton does, costs more than to do it once.
@@ -45,6 +45,7 @@ class Plan(NamedTuple):
     inner: Tiles
     length: int = 0
     turned: bool = False
+    programs: int = 128
 
 
 class Method(NamedTuple):
@@ -54,45 +55,37 @@ class Method(NamedTuple):
     precision: str
 
 
-_SHORT, _HALF, _LONG = Tiles(64, 64, 64, 4, 3), Tiles(64, 128, 64, 4, 3), Tiles(128, 128, 64, 4, 3)
-_EXACT = Tiles(128, 64, 64, 8, 3)
-_EXACT_LONG, _EXACT_BACK = Tiles(128, 128, 64, 8, 3), Tiles(128, 64, 32, 4, 4)
-_EXACT_SLOPE = Tiles(64, 128, 32, 4, 4)
-"""As large as the one beside it, and what follows the product does not spill."""
-_WIDE = Tiles(128, 128, 64, 4, 4)
-_FAST, _FAST_LONG = Tiles(64, 128, 32, 4, 3), Tiles(64, 128, 32, 4, 4)
+_HALF, _LONG, _DEEP = Tiles(64, 128, 64, 4, 3), Tiles(128, 128, 64, 4, 3), Tiles(64, 128, 128, 4, 4)
+_SMALL, _FAST, _FAST_BACK = Tiles(64, 64, 64, 4, 3), Tiles(64, 128, 32, 4, 4), Tiles(128, 128, 32, 4, 3)
+_FAST_WIDE = Tiles(128, 128, 32, 8, 4)
+_EXACT, _EXACT_LONG, _EXACT_BACK = Tiles(128, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 3), Tiles(128, 64, 32, 4, 4)
 FEW_ROWS = 4096
 """Up to so many rows the first plan of a pair is taken, beyond them the second."""
 PLANS = {
     "bfloat16": (
-        Plan(_SHORT, _SHORT, Tiles(64, 128, 64, 4, 4), Tiles(128, 64, 64, 4, 3)),
+        Plan(_HALF, _HALF, _HALF, _HALF),
         # In the larger tile the error's kernel spills registers.
-        Plan(_LONG, _HALF, _HALF, _WIDE),
+        Plan(_LONG, _HALF, _HALF, _DEEP),
     ),
     "tf32": (
-        Plan(_FAST, _FAST, _FAST, _FAST, turned=True),
-        Plan(_FAST_LONG, _FAST_LONG, _FAST_LONG, _FAST_LONG, turned=True),
+        Plan(_SMALL, _SMALL, _SMALL, _SMALL, turned=True, programs=256),
+        Plan(_FAST, _FAST, _FAST_BACK, _FAST_WIDE, turned=True),
     ),
     "tf32x3": (
         Plan(_EXACT, _EXACT, _EXACT, _EXACT),
-        Plan(_EXACT_LONG, _EXACT_LONG, _EXACT_SLOPE, _EXACT_BACK),
+        Plan(_EXACT_LONG, _EXACT_LONG, _EXACT, _EXACT_BACK, programs=256),
     ),
 }
-"""For rows 512 wide on a Hopper GPU. None spills registers, which `kernbench bench --compile-only` checks; how fast
-they are beside other tiles is in no record yet. The two backward tiles in TF32 are those of the forward pass, since
-what they read is laid out alike."""
+"""For rows 512 wide on a Hopper GPU, by the time of a whole update in a CUDA graph, one tile after the other exchanged.
+None spills registers, which `kernbench bench --compile-only` checks: an outer one of (128, 64, 32, 4, 4) in three
+products is faster by 6 to 13 %, but does. With 256 programs two share a multiprocessor."""
 _AWKWARD = Tiles(32, 32, 32, 4, 2)
 """For widths that no access of 16 bytes divides: every number has a place of its own in a register then."""
 _ALIGNED = 16
 _OLDER = Tiles(64, 64, 32, 4, 3)
-_HOPPER = 90
-_WIDE_WARPS = 8
-"""For the widest tile on other GPUs, whose tensor cores leave fewer registers to four warps."""
 HOPPER_SHARED_BYTES = 232448
 """That a block can have from an H100 on. Before, both operands of a product go through registers, and those of three
 products in TF32 do not fit them in larger tiles."""
-PROGRAMS = 128
-"""For the gradient of a weight: one each on nearly all multiprocessors, 132 of an H100 or H200."""
 LEAST_LENGTH = 256
 
 _SMALLEST, _LARGEST = Tiles(32, 32, 32, 4, 1), Tiles(128, 128, 128, 4, 1)
@@ -129,13 +122,11 @@ def precision(dtype: torch.dtype, *, allowed: bool | None = None) -> str:
 def method_for(key: Tensor, value: Tensor, hidden_width: int, chosen: str | None = None) -> Method:
     """The method for keys [N, D] and values [N, M], in the ``chosen`` precision or in that of torch's setting."""
     widths = (key.shape[1], hidden_width, value.shape[1])
-    return _method(key.shape[0], widths, key.dtype, chosen or precision(key.dtype), *_gpu())
+    return _method(key.shape[0], widths, key.dtype, chosen or precision(key.dtype), _shared_bytes())
 
 
 @lru_cache(maxsize=256)
-def _method(
-    rows: int, widths: tuple[int, int, int], dtype: torch.dtype, precision: str, arch: int | str, shared_bytes: int
-) -> Method:
+def _method(rows: int, widths: tuple[int, int, int], dtype: torch.dtype, precision: str, shared_bytes: int) -> Method:
     if _rows.INTERPRETED.value:
         plan = INTERPRETED if max(rows, *widths) <= _INTERPRETED_MOST else _INTERPRETED_WHOLE
         return Method(plan._replace(turned=precision == "tf32"), precision)
@@ -143,29 +134,33 @@ def _method(
     plan = short if rows <= FEW_ROWS else long
     if precision == "tf32x3" and shared_bytes < HOPPER_SHARED_BYTES:
         plan = Plan(_OLDER, _OLDER, _OLDER, _OLDER)
-    if plan.inner == _WIDE and arch != _HOPPER:
-        plan = plan._replace(inner=_WIDE._replace(warps=_WIDE_WARPS))
     if any(width % _ALIGNED for width in widths):
         plan = Plan(_AWKWARD, _AWKWARD, _AWKWARD, _AWKWARD, turned=plan.turned)
-    width, hidden_width, _ = widths
-    tiles = blocks_in(hidden_width, plan.inner.rows) * blocks_in(width, plan.inner.columns)
-    parts = max(1, min(PROGRAMS // tiles, blocks_in(rows, LEAST_LENGTH)))
-    step = max(plan.inner.inner, plan.outer.inner)
-    length = blocks_in(blocks_in(rows, parts), step) * step
     hidden, error, outer, inner = (
         one.fitted(dtype.itemsize, shared_bytes) for one in (plan.hidden, plan.error, plan.outer, plan.inner)
     )
-    return Method(Plan(hidden, error, outer, inner, length, plan.turned), precision)
+    return Method(
+        plan._replace(hidden=hidden, error=error, outer=outer, inner=inner, length=_length(rows, widths, plan)),
+        precision,
+    )
 
 
-def _gpu() -> tuple[int | str, int]:
-    """Compute capability of the device that Triton launches on, and the shared memory that a block can have there."""
+def _length(rows: int, widths: tuple[int, int, int], plan: Plan) -> int:
+    """Rows that one program adds up for a weight's gradient, so that there are about as many as planned."""
+    width, hidden_width, _ = widths
+    tiles = blocks_in(hidden_width, plan.inner.rows) * blocks_in(width, plan.inner.columns)
+    parts = max(1, min(plan.programs // tiles, blocks_in(rows, LEAST_LENGTH)))
+    step = max(plan.inner.inner, plan.outer.inner)
+    return blocks_in(blocks_in(rows, parts), step) * step
+
+
+def _shared_bytes() -> int:
+    """What a block can have on the device that Triton launches on."""
     if _rows.INTERPRETED.value:
-        return 0, 0
-    return _gpu_of(triton.runtime.driver.active.get_current_device())
+        return 0
+    return _shared_bytes_of(triton.runtime.driver.active.get_current_device())
 
 
 @cache
-def _gpu_of(device: int) -> tuple[int | str, int]:
-    driver = triton.runtime.driver.active
-    return driver.get_current_target().arch, int(driver.utils.get_device_properties(device)["max_shared_mem"])
+def _shared_bytes_of(device: int) -> int:
+    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])

@@ -91,16 +91,14 @@ class HopperTiles(NamedTuple):
     rows: int
     outputs: int
     inner: int
-    group: int
     stages: int
     parts: int
     warps: int
 
 
-HOPPER_TILES = HopperTiles(128, 256, HOPPER_INNER, 8, 3, 2, 8)
-"""Three tiles of x and of folded and two parts of y take 208 of the 227 KiB of shared memory that a block can have. How
-fast it is beside other tiles is in no record yet."""
-GELU_TILES = HopperTiles(128, 256, HOPPER_INNER, 8, 4, 4, 8)
+HOPPER_TILES = HopperTiles(128, 256, HOPPER_INNER, 3, 2, 8)
+"""Three tiles of x and of folded and two parts of y take 208 of the 227 KiB of shared memory that a block can have."""
+GELU_TILES = HopperTiles(128, 256, HOPPER_INNER, 4, 4, 8)
 """In smaller parts, for the function takes registers."""
 STEEPEST = {torch.bfloat16: 64.0, torch.float16: 8.0}
 """Largest mean of a row in units of its spread that may be taken off a product instead of the row: the product's error,
@@ -188,8 +186,8 @@ def on_hopper(
             hopper.descriptor(x, (rows, inner), x_stride, (tiles.rows, tiles.inner)),
             hopper.descriptor(folded, (count, inner), inner, (tiles.outputs, tiles.inner)),
             *(hopper.descriptor(one, (rows, count), count, part) for one in (y, z)),
-            x, x_stride, vectors[0], vectors[1], flags, rows, count, inner, call.eps, STEEPEST[x.dtype],
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.outputs, BLOCK_K=tiles.inner, GROUP=tiles.group, STAGES=tiles.stages,
+            vectors[0], vectors[1], flags, rows, count, inner, call.eps, STEEPEST[x.dtype],
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.outputs, BLOCK_K=tiles.inner, STAGES=tiles.stages,
             PARTS=tiles.parts, CENTRED=call.centred, CONSTANT=any(switches.values()), GELU=call.gelu, KEEP=keep,
             num_warps=tiles.warps, launch_pdl=True,
         )  # fmt: skip

@@ -41,18 +41,9 @@ MEASURING_WARPS = gl.constexpr(2)
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
-def _place(tile, row_blocks, blocks, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Block of rows and of outputs: GROUP tiles that share a block of outputs follow each other."""
-    inside = tile % (GROUP * blocks)
-    first = tile // (GROUP * blocks) * GROUP
-    size = gl.minimum(row_blocks - first, GROUP)
-    return first + inside % size, inside // size
-
-
-@gluon.jit  # type: ignore[untyped-decorator]
 def _load(  # type: ignore[no-untyped-def]
     x, folded, x_tiles, folded_tiles, full, empty, row_blocks, blocks, inner,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: asks for tiles of x and folded as places for them become empty.
 
@@ -60,7 +51,7 @@ def _load(  # type: ignore[no-untyped-def]
     """
     steps = inner // BLOCK_K
     early = gl.minimum(steps, STAGES)
-    block_row, block = _place(gl.program_id(0), row_blocks, blocks, GROUP)
+    block_row, block = gl.program_id(0) // blocks, gl.program_id(0) % blocks
     for step in range(early):
         mbarrier.expect(full.index(step), x.block_type.nbytes + folded.block_type.nbytes)
         load_tile(x, [block_row * BLOCK_M, step * BLOCK_K], full.index(step), x_tiles.index(step))
@@ -69,7 +60,7 @@ def _load(  # type: ignore[no-untyped-def]
         load_tile(folded, [block * BLOCK_N, step * BLOCK_K], full.index(step), folded_tiles.index(step))
     for count in range(early, steps * gl.cdiv(row_blocks * blocks - gl.program_id(0), gl.num_programs(0))):
         tile = gl.program_id(0) + count // steps * gl.num_programs(0)
-        block_row, block = _place(tile, row_blocks, blocks, GROUP)
+        block_row, block = tile // blocks, tile % blocks
         start = count % steps * BLOCK_K
         stage = count % STAGES
         mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
@@ -80,9 +71,9 @@ def _load(  # type: ignore[no-untyped-def]
 
 @gluon.jit  # type: ignore[untyped-decorator]
 def _sums(  # type: ignore[no-untyped-def]
-    x_tiles, full, empty, done, first, STAGES: gl.constexpr, CENTRED: gl.constexpr, LAYOUT: gl.constexpr
-):  # fmt: skip
-    """Sums of eight neighbours in a row less its first number, and of their squares; nothing leaves a thread."""
+    x_tiles, full, empty, done, STAGES: gl.constexpr, CENTRED: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Sums of eight neighbours in a row, and of their squares; nothing leaves a thread."""
     ROWS: gl.constexpr = x_tiles.shape[1]
     EIGHTS: gl.constexpr = x_tiles.shape[2] // 8
     stage = done % STAGES
@@ -90,8 +81,6 @@ def _sums(  # type: ignore[no-untyped-def]
     value = x_tiles.index(stage).load(LAYOUT)
     mbarrier.arrive(empty.index(stage), count=1)
     value = value.to(gl.float32)
-    if CENTRED:
-        value = value - first[:, None]
     squares = gl.sum(gl.reshape(value * value, [ROWS, EIGHTS, 8]), 2)
     total = squares
     if CENTRED:
@@ -101,32 +90,30 @@ def _sums(  # type: ignore[no-untyped-def]
 
 @gluon.jit  # type: ignore[untyped-decorator]
 def _measure(  # type: ignore[no-untyped-def]
-    x_rows, x_stride, flags, x_tiles, full, empty, rstds, shifts, told, taken, row_blocks, blocks, rows, inner, eps,
-    limit,
-    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CENTRED: gl.constexpr,
+    flags, x_tiles, full, empty, rstds, shifts, told, taken, row_blocks, blocks, inner, eps, limit,
+    BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, CENTRED: gl.constexpr,
 ):  # fmt: skip
-    """Two warps: the statistics of each tile's rows. Flags [row blocks] tell where a mean exceeds limit / r."""
+    """Two warps: the statistics of each tile's rows. Flags [row blocks] tell where a mean exceeds limit / r.
+
+    Up to there float32 loses less of the variance as a difference of sums than the result's rounding does.
+    """
     EIGHTS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [MEASURING_WARPS, 1], [1, 0])
     done = 0
     for turn in range(gl.cdiv(row_blocks * blocks - gl.program_id(0), gl.num_programs(0))):
-        block_row, block = _place(gl.program_id(0) + turn * gl.num_programs(0), row_blocks, blocks, GROUP)
-        row = block_row * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, EIGHTS))
-        first = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, EIGHTS))
-        if CENTRED:
-            first = gl.load(x_rows + row.to(gl.int64) * x_stride, mask=row < rows, other=0.0).to(gl.float32)
-        total, squares = _sums(x_tiles, full, empty, done, first, STAGES, CENTRED, EIGHTS)
+        tile = gl.program_id(0) + turn * gl.num_programs(0)
+        block_row, block = tile // blocks, tile % blocks
+        total, squares = _sums(x_tiles, full, empty, done, STAGES, CENTRED, EIGHTS)
         done += 1
         for _ in range(BLOCK_K, inner, BLOCK_K):
-            more, more_squares = _sums(x_tiles, full, empty, done, first, STAGES, CENTRED, EIGHTS)
+            more, more_squares = _sums(x_tiles, full, empty, done, STAGES, CENTRED, EIGHTS)
             total += more
             squares += more_squares
             done += 1
         square = gl.convert_layout(gl.sum(squares, 1), gl.SliceLayout(1, EIGHTS)) / inner
-        mean = first
+        mean = square
         if CENTRED:
-            offset = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, EIGHTS)) / inner
-            mean = first + offset
-            square = gl.maximum(square - offset * offset, 0.0)
+            mean = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, EIGHTS)) / inner
+            square = gl.maximum(square - mean * mean, 0.0)
         rstd = gl.rsqrt(square + eps)
         mbarrier.wait(taken, (turn & 1) ^ 1)
         rstds.store(rstd)
@@ -180,7 +167,7 @@ def _finish(  # type: ignore[no-untyped-def]
 def _multiply(  # type: ignore[no-untyped-def]
     sums, constant, y, z, x_tiles, folded_tiles, full, empty, rstds, shifts, told, taken, out, row_blocks, blocks,
     count, inner,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     PARTS: gl.constexpr, CENTRED: gl.constexpr, CONSTANT: gl.constexpr, GELU: gl.constexpr, KEEP: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -189,7 +176,8 @@ def _multiply(  # type: ignore[no-untyped-def]
     done = 0
     stored = 0
     for turn in range(gl.cdiv(row_blocks * blocks - gl.program_id(0), gl.num_programs(0))):
-        block_row, block = _place(gl.program_id(0) + turn * gl.num_programs(0), row_blocks, blocks, GROUP)
+        tile = gl.program_id(0) + turn * gl.num_programs(0)
+        block_row, block = tile // blocks, tile % blocks
         stage = done % STAGES
         mbarrier.wait(full.index(stage), done // STAGES & 1)
         result = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, MMA)
@@ -233,14 +221,14 @@ def _multiply(  # type: ignore[no-untyped-def]
 
 @gluon.jit  # type: ignore[untyped-decorator]
 def product_kernel(  # type: ignore[no-untyped-def]
-    x, folded, y, z, x_rows, x_stride, sums, constant, flags, rows, count, inner, eps, limit,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    x, folded, y, z, sums, constant, flags, rows, count, inner, eps, limit,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     PARTS: gl.constexpr, CENTRED: gl.constexpr, CONSTANT: gl.constexpr, GELU: gl.constexpr, KEEP: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """Programs take tiles of y and z [R, N] in turn; x [R, K], folded [N, K], y and z are descriptors of tensors.
 
-    K is a multiple of BLOCK_K. x_rows is x as a pointer, sums and constant are float32 [N].
+    K is a multiple of BLOCK_K; sums and constant are float32 [N].
     """
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -267,22 +255,22 @@ def product_kernel(  # type: ignore[no-untyped-def]
                 _multiply,
                 (
                     sums, constant, y, z, x_tiles, folded_tiles, full, empty, rstds, shifts, told, taken, out,
-                    row_blocks, blocks, count, inner, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, STAGES, PARTS, CENTRED,
+                    row_blocks, blocks, count, inner, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, PARTS, CENTRED,
                     CONSTANT, GELU, KEEP, num_warps,
                 ),
             ),
             (
                 _measure,
                 (
-                    x_rows, x_stride, flags, x_tiles, full, empty, rstds, shifts, told, taken, row_blocks, blocks,
-                    rows, inner, eps, limit, BLOCK_M, BLOCK_K, GROUP, STAGES, CENTRED,
+                    flags, x_tiles, full, empty, rstds, shifts, told, taken, row_blocks, blocks, inner, eps, limit,
+                    BLOCK_M, BLOCK_K, STAGES, CENTRED,
                 ),
             ),
             (
                 _load,
                 (
                     x, folded, x_tiles, folded_tiles, full, empty, row_blocks, blocks, inner, BLOCK_M, BLOCK_N,
-                    BLOCK_K, GROUP, STAGES,
+                    BLOCK_K, STAGES,
                 ),
             ),
         ],
