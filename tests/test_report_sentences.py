@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import report_records as samples
 
-from kernbench.record import Arm, BenchResult, ProfileRecord, Ratio, Stage, Verdict
+from kernbench.record import Arm, BenchResult, Overhead, ProfileRecord, Ratio, Stage, TraceAnalysis, Verdict
 from kernbench.report import benchwords, html, page, paritywords, sentences
 
 
@@ -16,6 +16,16 @@ def test_profile_on_a_cpu_speaks_of_a_gpu() -> None:
     assert sentences.headline(samples.profile("cpu")) == (
         "A step takes 92.1 ms (median of 20 steps, 95 % interval 91.2–93.1 ms); "
         "6 host reads a step would make a GPU wait, 3 of them at optimizer.py:88."
+    )
+
+
+def test_a_step_that_tracing_makes_much_longer_is_said_to_be_another_one() -> None:
+    analysis = TraceAnalysis(headline="Host-bound: the device waits.")
+    assert sentences.lede(samples.profile(analysis=analysis)) == analysis.headline
+    slowed = samples.profile(analysis=analysis, overhead=Overhead(trace_ratio=2.96))
+    assert sentences.lede(slowed) == (
+        "Tracing makes this step 2.96x as long, so what follows is true of the traced step and may not be of the step "
+        "itself. Host-bound: the device waits."
     )
 
 

@@ -53,6 +53,10 @@ KINDS: Mapping[str, str] = {
 }
 
 
+DISTORTED = 2.0
+"""From here on a traced step is so much longer than it is without that it waits for other things."""
+
+
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of a step: median over ``count`` unprofiled steps, and its interval where the record has one."""
@@ -269,8 +273,19 @@ def evidence_apart(text: str) -> list[tuple[str, bool]]:
 
 
 def lede(record: Record) -> str:
-    """What the trace says of a profile, below the sentence on its time; empty where that says it all."""
-    return record.analysis.headline if isinstance(record, ProfileRecord) and record.analysis else ""
+    """What the trace says of a profile, below the sentence on its time; empty where that says it all.
+
+    A step that tracing makes much longer waits for other things while it is traced.
+    """
+    if not isinstance(record, ProfileRecord) or record.analysis is None or not record.analysis.headline:
+        return ""
+    ratio = record.overhead.trace_ratio if record.overhead is not None else None
+    if ratio is None or ratio < DISTORTED:
+        return record.analysis.headline
+    return (
+        f"Tracing makes this step {units.times(ratio)} as long, so what follows is true of the traced step and may "
+        f"not be of the step itself. {record.analysis.headline}"
+    )
 
 
 def on_gpu(record: Record) -> bool:
