@@ -11,7 +11,7 @@ import torch
 
 from kernbench import registry, swap
 from kernbench.errors import KernbenchError, WorkloadFailed
-from kernbench.parity import compare, kernelcheck, phasecheck
+from kernbench.parity import casecheck, compare, kernelcheck, phasecheck
 from kernbench.spec import Case, Cost, KernelSpec, Tolerance
 from kernbench.workload import Fault, Phase, Swap, Workload
 
@@ -764,6 +764,19 @@ def test_on_a_gpu_a_right_kernel_passes_on_a_side_stream_compiled_and_captured_b
     rows = {row.mode: row for row in kernelcheck.check_kernel(NORM, device=gpu, dtypes=["float32"], cases=["ragged"])}
     assert all(row.passed for row in rows.values()), [row for row in rows.values() if not row.passed]
     assert {"stream", "compile", "graph", "gradient compile", "gradient graph"} <= rows.keys()
+
+
+def test_of_the_large_cases_one_is_compiled_and_all_are_captured():
+    larger = Case("larger", large=True, rows=4096, dim=8192)
+    spec, cuda = replace(NORM, cases=(*NORM.cases, larger)), torch.device("cuda:0")
+    modes = kernelcheck._Modes(cuda, smallest=spec.cases[0], for_layouts=spec.cases[1], large_compiled=spec.cases[2])
+    taken = {
+        case.name: {mode for mode, _ in modes.of(casecheck.CaseCheck(spec, case, torch.float32, cuda, 0))}
+        for case in spec.cases
+    }
+    assert {"compile", "gradient compile", "stream"} <= taken["one"]
+    assert {"compile", "gradient compile", "graph", "gradient graph"} <= taken["large"]
+    assert taken["large"] - taken["larger"] == {"compile", "gradient compile"}
 
 
 @pytest.mark.gpu

@@ -164,7 +164,8 @@ def check_cases(
     names = _dtypes(spec, dtypes)
     chosen = _cases(spec, cases, device, progress)
     small = [case for case in spec.cases if not case.large]
-    modes = _Modes(device, min(small, key=_size, default=None), _for_layouts(chosen))
+    large = next((case for case in chosen if case.large), None)
+    modes = _Modes(device, min(small, key=_size, default=None), _for_layouts(chosen), large)
     with progress.stage(_title(spec, dtypes), len(names) * len(chosen)) as advance:
         for name in names:
             for case in chosen:
@@ -257,16 +258,19 @@ def _for_layouts(cases: Sequence[Case]) -> Case | None:
 class _Modes:
     """Which ways of checking a case gets. What takes an interpreter long is done in one case there, on a GPU in all.
 
-    Large cases get neither layouts nor the most updates: what those show, they show in small ones.
+    Large cases get neither layouts nor the most updates, and but one of them torch.compile, which takes longest of all:
+    what those show, they show in small ones.
 
     Attributes:
         smallest: of all cases, for the most updates.
         for_layouts: of those that are checked.
+        large_compiled: the large case for torch.compile, of those that are checked.
     """
 
     device: torch.device
     smallest: Case | None
     for_layouts: Case | None
+    large_compiled: Case | None
 
     def of(self, check: CaseCheck) -> Iterator[tuple[str, Body]]:
         """The modes of a case with their bodies; the first is the first call of the kernel."""
@@ -292,17 +296,19 @@ class _Modes:
             counts = UPDATES if many else few
             yield from ((f"{count} updates", check.updates(count)) for count in counts)
         if on_gpu:
-            yield from _gpu_modes(check)
+            yield from self._on_gpu(check)
 
-
-def _gpu_modes(check: CaseCheck) -> Iterator[tuple[str, Body]]:
-    if not check.case.large:
-        yield "stream", check.stream
-    yield "compile", check.compiled
-    yield "graph", check.graph
-    if check.spec.differentiable:
-        yield "gradient compile", check.gradient_compiled
-        yield "gradient graph", check.gradient_graph
+    def _on_gpu(self, check: CaseCheck) -> Iterator[tuple[str, Body]]:
+        compiled = not check.case.large or check.case is self.large_compiled
+        if not check.case.large:
+            yield "stream", check.stream
+        if compiled:
+            yield "compile", check.compiled
+        yield "graph", check.graph
+        if check.spec.differentiable:
+            if compiled:
+                yield "gradient compile", check.gradient_compiled
+            yield "gradient graph", check.gradient_graph
 
 
 def _run(row: Row, device: torch.device) -> Finding:
