@@ -3,9 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO := build/demo
+TRITON ?= 3.6.0
+OLDER := build/triton-$(TRITON)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gpu-test
+.PHONY: help demo test check builds gpu-test
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +28,14 @@ check: $(INSTALLED) ## lint, format, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy kernbench kernels workloads tests
 	$(BIN)/lint-imports --no-logo
+
+builds: export KERNBENCH_WORKSPACE := $(DEMO)
+builds: $(INSTALLED) $(OLDER) ## build every kernel with another Triton, as in make builds TRITON=3.6.0
+	mkdir -p $(DEMO)
+	PYTHONPATH=$(OLDER) $(BIN)/kernbench bench --compile-only
+
+$(OLDER):
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(TRITON)
 
 gpu-test: $(INSTALLED) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -v -rs
