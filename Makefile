@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO := build/demo
-TRITON ?= 3.6.0
+TRITON ?= 3.5.0
 OLDER := build/triton-$(TRITON)
 
 .DEFAULT_GOAL := help
@@ -30,7 +30,7 @@ check: $(INSTALLED) ## lint, format, types, import contracts
 	$(BIN)/lint-imports --no-logo
 
 builds: export KERNBENCH_WORKSPACE := $(DEMO)
-builds: $(INSTALLED) $(OLDER) ## build every kernel with another Triton, as in make builds TRITON=3.6.0
+builds: $(INSTALLED) $(OLDER) ## build every kernel with another Triton, as in make builds TRITON=3.5.0
 	mkdir -p $(DEMO)
 	PYTHONPATH=$(OLDER) $(BIN)/kernbench bench --compile-only
 

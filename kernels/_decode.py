@@ -216,7 +216,8 @@ def products(  # type: ignore[no-untyped-def]
     CHUNKS: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """Rows of step STEP times the vectors x, float32, and the queue with what was asked for instead of its tiles."""
-    RUN: tl.constexpr = min(COLUMNS, 128 // weight.dtype.element_ty.primitive_bitwidth)
+    WIDEST: tl.constexpr = 128 // weight.dtype.element_ty.primitive_bitwidth
+    RUN: tl.constexpr = COLUMNS if COLUMNS < WIDEST else WIDEST
     total = tl.zeros([row.shape[0], COLUMNS // RUN], tl.float32)
     for chunk in tl.static_range(CHUNKS):
         product = queue[0].to(tl.float32) * x[chunk][None, :]

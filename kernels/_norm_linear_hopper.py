@@ -13,6 +13,7 @@ Shapes: R rows, K inner, N outputs.
 
 from __future__ import annotations
 
+import inspect
 from functools import lru_cache
 from typing import Any
 
@@ -35,6 +36,9 @@ if hasattr(tma, "async_load"):
     load_tile, store_tile = tma.async_load, tma.async_store
 else:
     load_tile, store_tile = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
+
+if "functions_and_args" not in inspect.signature(gl.warp_specialize).parameters:
+    raise ImportError("its warp_specialize takes other arguments")
 
 MEASURING_WARPS = gl.constexpr(2)
 """With the one that loads and the eight that multiply no more than twelve, or none could have the registers for it."""

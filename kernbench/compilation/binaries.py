@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import struct
 import subprocess
@@ -72,7 +73,7 @@ def _spilled(ptx: str, launch: Launch) -> int:
         source.write(ptx)
         source.flush()
         said = _tool(
-            get_ptxas(launch.target.arch).path,
+            _ptxas(launch.target.arch),
             "-v",
             *options,
             f"--gpu-name={target.group(1)}",
@@ -82,6 +83,12 @@ def _spilled(ptx: str, launch: Launch) -> int:
         )
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
     return max(map(int, spills), default=0)
+
+
+def _ptxas(arch: int) -> str:
+    """The assembler for an architecture; before 3.6 Triton had one for all."""
+    tool = get_ptxas(arch) if inspect.signature(get_ptxas).parameters else get_ptxas()
+    return str(tool.path)
 
 
 def _tool(path: str | Path, *arguments: str) -> str:
