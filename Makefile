@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO := build/demo
 TRITON ?= 3.5.0
-OLDER := build/triton-$(TRITON)
+OTHER := build/triton-$(TRITON)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check builds gpu-test
@@ -30,11 +30,11 @@ check: $(INSTALLED) ## lint, format, types, import contracts
 	$(BIN)/lint-imports --no-logo
 
 builds: export KERNBENCH_WORKSPACE := $(DEMO)
-builds: $(INSTALLED) $(OLDER) ## build every kernel with another Triton, as in make builds TRITON=3.5.0
+builds: $(INSTALLED) $(OTHER) ## build every kernel with another Triton, as in make builds TRITON=3.5.0
 	mkdir -p $(DEMO)
-	PYTHONPATH=$(OLDER) $(BIN)/kernbench bench --compile-only
+	PYTHONPATH=$(OTHER) $(BIN)/kernbench bench --compile-only
 
-$(OLDER):
+$(OTHER):
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(TRITON)
 
 gpu-test: $(INSTALLED) ## run the tests that need a CUDA device

@@ -56,7 +56,7 @@ class Method(NamedTuple):
 
 
 _HALF, _LONG, _DEEP = Tiles(64, 128, 64, 4, 3), Tiles(128, 128, 64, 4, 3), Tiles(64, 128, 128, 4, 4)
-_SMALL, _FAST, _FAST_BACK = Tiles(64, 64, 64, 4, 3), Tiles(64, 128, 32, 4, 4), Tiles(128, 128, 32, 4, 3)
+_SHORT, _FAST, _FAST_BACK = Tiles(64, 64, 64, 4, 3), Tiles(64, 128, 32, 4, 4), Tiles(128, 128, 32, 4, 3)
 _FAST_WIDE = Tiles(128, 128, 32, 8, 4)
 _EXACT, _EXACT_LONG, _EXACT_BACK = Tiles(128, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 3), Tiles(128, 64, 32, 4, 4)
 FEW_ROWS = 4096
@@ -68,7 +68,7 @@ PLANS = {
         Plan(_LONG, _HALF, _HALF, _DEEP),
     ),
     "tf32": (
-        Plan(_SMALL, _SMALL, _SMALL, _SMALL, turned=True, programs=256),
+        Plan(_SHORT, _SHORT, _SHORT, _SHORT, turned=True, programs=256),
         Plan(_FAST, _FAST, _FAST_BACK, _FAST_WIDE, turned=True),
     ),
     "tf32x3": (

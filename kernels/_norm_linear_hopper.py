@@ -114,7 +114,6 @@ def _measure(  # type: ignore[no-untyped-def]
             squares += more_squares
             done += 1
         square = gl.convert_layout(gl.sum(squares, 1), gl.SliceLayout(1, EIGHTS)) / inner
-        mean = square
         if CENTRED:
             mean = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, EIGHTS)) / inner
             square = gl.maximum(square - mean * mean, 0.0)
