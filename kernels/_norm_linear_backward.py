@@ -39,7 +39,7 @@ def backward(
             torch.zeros_like(scale) if for_input else nothing,
             torch.zeros_like(scale) if for_input and shift is not None else nothing,
             torch.zeros_like(weight) if for_weight else nothing,
-            dy.reshape(-1, count).sum(0) if for_bias else nothing,
+            dy.sum_to_size(count) if for_bias else nothing,
         )
     call = Call(centred, gelu, eps)
     dbias = nothing

@@ -65,9 +65,12 @@ def test_the_linear_layer_alone_is_timed_beside_it(spec: KernelSpec) -> None:
 
 
 @BOTH
-def test_without_rows_there_is_nothing_and_gradients_are_zero(spec: KernelSpec) -> None:
-    inputs = drawn(spec, Case("empty", rows=0, inner=20, outputs=9, bias=1, gelu=1))
-    assert spec.optimized(**inputs).shape == (0, 9)
+@pytest.mark.parametrize("rows, outputs", [(0, 9), (3, 0), (0, 0)])
+def test_without_rows_or_outputs_there_is_nothing_and_gradients_are_zero(
+    spec: KernelSpec, rows: int, outputs: int
+) -> None:
+    inputs = drawn(spec, Case("empty", rows=rows, inner=20, outputs=outputs, bias=1, gelu=1))
+    assert spec.optimized(**inputs).shape == (rows, outputs)
     torch.testing.assert_close(gradients(spec.optimized, inputs), gradients(spec.reference, inputs))
 
 
