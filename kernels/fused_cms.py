@@ -210,14 +210,15 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
         state[0].mul_(1e3)
     width, layers = _network_of(case)
     weights = normal((weight_count(width, layers),), 0.5, state_dtype)
-    # Updates so short that each leaves a momentum about where it was. Where a longer one nearly cancels it, its features
+    # Updates so short that each leaves a momentum about where it was. Where a longer one nearly cancels it, features
     # multiply the rounding by up to e^10, the next update by that again, and after ten nobody is right.
     weights[-width - 1 :].mul_(SHORT)
     count = torch.arange(len(shapes), device=device)
     return {
         "params": [normal(shape, 0.05, dtype) for shape in shapes],
         "grads": [normal(shape, 1e-2, dtype) for shape in shapes],
-        "states": states, "weights": weights, "lrs": torch.where(count % 3 == 0, 2e-3 / SHORT, 6e-4 / SHORT).to(state_dtype),
+        "states": states, "weights": weights,
+        "lrs": torch.where(count % 3 == 0, 2e-3 / SHORT, 6e-4 / SHORT).to(state_dtype),
         "ok": torch.tensor(not case["skip"], device=device), "active": case["active"], "width": width,
         "layers": layers, "weight_decay": 5 * SHORT, "beta1": 0.9, "beta2": 0.999,
     }  # fmt: skip

@@ -25,6 +25,7 @@ from kernbench.errors import KernbenchError
 from kernbench.progress import Silent
 from kernbench.registry import Found
 from kernbench.request import Request
+from kernbench.spec import Case
 
 HERE = Path(__file__).parent
 KERNEL = ["--device", "cpu", "--quiet", "--json"]
@@ -402,6 +403,29 @@ def test_a_file_that_is_harmful_to_import_harms_a_child(workspace, line, code, w
     assert re.match(words, result.stderr.splitlines()[-1].removeprefix("kernbench: "))
     assert torch.equal is not len
     assert not list((workspace / "reports").glob("*/*"))
+
+
+def test_on_a_gpu_one_process_at_a_time_has_large_cases(lost_gpu, monkeypatch):
+    spec = replace(lost_gpu, cases=(*lost_gpu.cases, Case("huge", large=True, size=2**12)))
+    running, most, seen = [], [], []
+
+    def run(job, take, terms, progress):
+        running.append(job.parts)
+        seen.append((job.parts, job.dtypes))
+        time.sleep(0.05)
+        most.append((len(running), running.count(("large",))))
+        running.remove(job.parts)
+        return True
+
+    monkeypatch.setattr(isolation, "run", run)
+    monkeypatch.setattr(kernelruns.os, "sched_getaffinity", lambda pid: range(16))
+    request, gpu = Request(command=""), torch.device("cuda", 0)
+    kernelruns.check_kernels([(spec, None)] * 3, request, gpu, Silent(), lambda rows: None)
+    dtypes = list(spec.tolerance)
+    shares = [((part,), (dtype,)) for part in ("inputs", "large") for dtype in dtypes] + [(("kernel",), tuple(dtypes))]
+    assert sorted(seen) == sorted(shares * 3)
+    assert max(at_once for at_once, _ in most) <= kernelruns.GPU_LANES
+    assert max(large for _, large in most) == 1
 
 
 def test_what_ends_one_share_of_the_rows_ends_the_others(lost_gpu, monkeypatch):

@@ -20,6 +20,8 @@ from kernbench.progress import Advance, Progress
 from kernbench.request import Request
 from kernbench.spec import Case, KernelSpec
 
+GPU_LANES = 4
+"""Processes that check kernels on one GPU at a time: each has a context there, of some hundred megabytes."""
 OUTSIDE = "process"
 """Mode of the row for a process that died before it began with any row, or again and again."""
 
@@ -36,8 +38,8 @@ def check_kernels(
     """Hand over all results so far, one per case, dtype and way of calling, whenever there is a new one. A row that
     takes the process down is a failed result.
 
-    On the CPU a kernel's rows are shared out to a process for each processor; where they stand does not depend on when
-    they came.
+    A kernel's rows are shared out: on the CPU to a process for each processor, on a GPU to a few, of which one alone
+    has large cases, so that memory is asked for once. Where rows stand does not depend on when they came.
 
     Args:
         kernels: each with the cases that were asked for, None for all.
@@ -45,9 +47,11 @@ def check_kernels(
     Raises:
         WorkloadFailed: the device does not answer any more.
     """
-    split = device.type == "cpu"
-    shares = [share for spec, cases in kernels for share in _shares(spec, cases, dtypes or list(spec.tolerance), split)]
-    lanes = min(len(shares), len(os.sched_getaffinity(0)) if split and not request.in_process else 1)
+    shares = [
+        share for spec, cases in kernels for share in _shares(spec, cases, dtypes or list(spec.tolerance), device)
+    ]
+    processors = 1 if request.in_process else len(os.sched_getaffinity(0))
+    lanes = min(len(shares), processors if device.type == "cpu" else min(processors, GPU_LANES))
     found: list[list[record.ParityResult]] = [[] for _ in shares]
     shared = _Shared(progress)
     stop = threading.Event()
@@ -69,15 +73,17 @@ def check_kernels(
         for number in range(len(shares)):
             answer(number)
         return
-    with ThreadPoolExecutor(lanes) as pool:
-        running = [pool.submit(answer, number) for number in range(len(shares))]
+    apart = [device.type == "cuda" and share.parts == ("large",) for share in shares]
+    with ThreadPoolExecutor(max(1, lanes - any(apart))) as pool, ThreadPoolExecutor(1) as large:
+        running = [(large if alone else pool).submit(answer, number) for number, alone in enumerate(apart)]
         try:
             for one in as_completed(running):
                 one.result()
         except BaseException:
             # Whatever ended this one ends the others, too, so that an interrupted run does not go on in the dark.
             stop.set()
-            pool.shutdown(cancel_futures=True)
+            for executor in (pool, large):
+                executor.shutdown(cancel_futures=True)
             raise
 
 
@@ -90,12 +96,17 @@ class _Share(NamedTuple):
     parts: tuple[Part, ...] = PARTS
 
 
-def _shares(spec: KernelSpec, cases: Sequence[Case] | None, dtypes: Sequence[str], split: bool) -> list[_Share]:
+def _shares(
+    spec: KernelSpec, cases: Sequence[Case] | None, dtypes: Sequence[str], device: torch.device
+) -> Iterator[_Share]:
     names = tuple(case.name for case in cases) if cases is not None else None
-    if not split:
-        return [_Share(spec, names, tuple(dtypes))]
-    whole = [_Share(spec, names, tuple(dtypes), ("kernel",))] if cases is None else []
-    return [*(_Share(spec, names, (dtype,), ("inputs",)) for dtype in dtypes), *whole]
+    checked = cases if cases is not None else spec.cases
+    if cases is None or not all(case.large for case in cases):
+        yield from (_Share(spec, names, (dtype,), ("inputs",)) for dtype in dtypes)
+    if any(case.large for case in checked) and (cases is not None or device.type == "cuda"):
+        yield from (_Share(spec, names, (dtype,), ("large",)) for dtype in dtypes)
+    if cases is None:
+        yield _Share(spec, names, tuple(dtypes), ("kernel",))
 
 
 def _check(

@@ -39,9 +39,11 @@ COPIES = 5
 Skip = frozenset[tuple[str, str, str]]
 Begin = Callable[..., None]
 """Told case, dtype and mode of a row before it runs, and in generated rows each example in words."""
-Part = Literal["inputs", "kernel"]
-"""Rows of each dtype (its cases, generated inputs, randomness), or those of the kernel in its strictest dtype."""
-PARTS: tuple[Part, ...] = ("inputs", "kernel")
+Part = Literal["inputs", "large", "kernel"]
+"""Rows of each dtype (its cases, generated inputs, randomness), but for those of large cases, which are a part of their
+own, or those of the kernel in its strictest dtype.
+"""
+PARTS: tuple[Part, ...] = ("inputs", "large", "kernel")
 
 
 class Row(NamedTuple):
@@ -70,14 +72,18 @@ def check_kernel(
     Args and errors as of :func:`check_cases`; ``parts`` leaves rows to another process.
     """
     begin, progress = begin or _say_nothing, progress or Silent()
-    if "inputs" in parts:
+    wanted = [large for large, part in ((False, "inputs"), (True, "large")) if part in parts]
+    if wanted:
         yield from check_cases(
-            spec, device=device, dtypes=dtypes, cases=cases, seed=seed, progress=progress, skip=skip, begin=begin
-        )
+            spec, device=device, dtypes=dtypes, cases=cases, seed=seed, progress=progress, skip=skip, begin=begin,
+            large=wanted,
+        )  # fmt: skip
     if cases is not None:
         return
     rows = list(kernel_rows(spec, device=device, dtypes=_dtypes(spec, dtypes), seed=seed, parts=parts, begin=begin))
     left = [row for row in rows if row[:3] not in skip]
+    if not left:
+        return
     title = f"checking {spec.name} as a whole" if "kernel" in parts else f"{_title(spec, dtypes)} on generated inputs"
     with progress.stage(title, len(left)) as advance:
         for row in left:
@@ -146,6 +152,7 @@ def check_cases(
     progress: Progress | None = None,
     skip: Skip = frozenset(),
     begin: Begin | None = None,
+    large: Sequence[bool] = (False, True),
 ) -> Iterator[ParityResult]:
     """One result per case, dtype and way of calling. A kernel that raises is a failed result, and the others go on.
 
@@ -156,6 +163,7 @@ def check_cases(
         cases: cases to check, by default all, on the CPU without the large ones.
         skip: rows to leave out, by case, dtype and mode: an earlier process has answered them.
         begin: told case, dtype and mode before each of them runs.
+        large: which of the cases, small ones, large ones or both; the others are left to another process.
 
     Raises:
         KernbenchError: a dtype without a tolerance, or an unknown case.
@@ -164,8 +172,9 @@ def check_cases(
     names = _dtypes(spec, dtypes)
     chosen = _cases(spec, cases, device, progress)
     small = [case for case in spec.cases if not case.large]
-    large = next((case for case in chosen if case.large), None)
-    modes = _Modes(device, min(small, key=_size, default=None), _for_layouts(chosen), large)
+    compiled = next((case for case in chosen if case.large), None)
+    modes = _Modes(device, min(small, key=_size, default=None), _for_layouts(chosen), compiled)
+    chosen = [case for case in chosen if case.large in large]
     with progress.stage(_title(spec, dtypes), len(names) * len(chosen)) as advance:
         for name in names:
             for case in chosen:
