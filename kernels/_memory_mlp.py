@@ -20,7 +20,7 @@ from . import _memory_mlp_state_kernels as state_kernels
 from . import _rows
 from ._blocks import blocks_in
 from ._memory_mlp_operands import Operands
-from ._memory_mlp_plans import Method, Tiles, launch
+from ._memory_mlp_plans import LIBRARY, Method, Tiles, launch
 
 DTYPES = (torch.float32, torch.bfloat16)
 _SMALL = _rows.INTERPRETED.value
@@ -142,6 +142,8 @@ def forward(value: Tensor, weights: Sequence[Tensor], operands: Operands, method
 
 def _hidden(method: Method, key: Tensor, weight: Tensor, bias: Tensor, saved: Saved) -> None:
     tiles, (rows, width), columns = method.plan.hidden, key.shape, saved.before.shape[1]
+    if method.precision == LIBRARY:
+        torch.mm(key, weight.t(), out=saved.before)
     across = blocks_in(columns, tiles.columns)
     launch(
         kernels.hidden_kernel,
@@ -154,6 +156,8 @@ def _hidden(method: Method, key: Tensor, weight: Tensor, bias: Tensor, saved: Sa
 
 def _error(method: Method, weight: Tensor, bias: Tensor, value: Tensor, saved: Saved, *, keep: bool) -> None:
     tiles, (rows, width), columns = method.plan.error, saved.hidden.shape, value.shape[1]
+    if method.precision == LIBRARY:
+        torch.mm(saved.hidden, weight.t(), out=saved.error)
     across = blocks_in(columns, tiles.columns)
     launch(
         kernels.error_kernel,
@@ -202,7 +206,8 @@ def gradients(
     key: Tensor, weights: Sequence[Tensor], operands: Operands, saved: Saved, gradient: Tensor, method: Method, *,
     with_key: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Three launches: fills gradient [P], float32; sums of squares of its blocks, and the keys' gradient.
+    """Three launches, and those of the library: fills gradient [P], float32; sums of squares of its blocks, and the
+    keys' gradient.
 
     That one holds nothing unless it is wanted.
     """
@@ -257,6 +262,11 @@ def _backward(
     plan, precision = method
     across, down = blocks_in(columns, tiles.columns), blocks_in(inner, tiles.rows)
     weight_programs = down * across * partials.shape[0]
+    if precision == LIBRARY:
+        torch.mm(left.t(), right, out=partials.view(inner, columns))
+        weight_programs = 0
+        if slope or out.numel():
+            torch.mm(left, weight, out=out)
     row_programs = blocks_in(rows, tiles.rows) * across if slope or out.numel() else 0
     launch(
         kernels.backward_kernel,

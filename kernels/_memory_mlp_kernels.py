@@ -2,6 +2,7 @@
 
 Shapes: N rows, D width of keys, H hidden width, M width of values, I and J the inner and outer width of one layer.
 Every kernel waits for the one in front before it reads or writes anything, and the next may start once all have.
+Where PRECISION is "library" the product is made already and stands where its tile goes: kernels do the rest.
 """
 
 from __future__ import annotations
@@ -43,13 +44,7 @@ def _product(  # type: ignore[no-untyped-def]
             if PRECISION == "tf32":
                 a = _tf32_cut(a)
                 b = _tf32_cut(b)
-        if PRECISION == "tf32x3":
-            # Tensor cores round a sum of float32 down, not to nearest; what is lost cancels if every second part is
-            # taken from the sum with its sign turned.
-            sign = 1.0 - 2.0 * ((first - start) // INNER % 2)
-            total += sign * tl.dot(a, b * sign, input_precision=PRECISION)
-        else:
-            total = tl.dot(a, b, total, input_precision=PRECISION)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
         left += INNER * left_inner
         right += INNER * right_inner
     return total
@@ -139,15 +134,18 @@ def hidden_kernel(  # type: ignore[no-untyped-def]
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    total = _product(
-        key, weight, row, column, rows, columns, width, 1, 1, width, 0, width,
-        ROWS, COLUMNS, INNER, EVEN, PRECISION,
-    )  # fmt: skip
+    place = row[:, None].to(tl.int64) * columns + column[None, :]
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    if PRECISION == "library":
+        total = tl.load(before + place, mask=mask, other=0.0)
+    else:
+        total = _product(
+            key, weight, row, column, rows, columns, width, 1, 1, width, 0, width,
+            ROWS, COLUMNS, INNER, EVEN, PRECISION,
+        )  # fmt: skip
     DTYPE: tl.constexpr = hidden.dtype.element_ty
     total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     z = narrow(total, DTYPE)
-    place = row[:, None].to(tl.int64) * columns + column[None, :]
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(before + place, z, mask=mask)
     z = z.to(tl.float32)
     silu = z / (1.0 + tl.exp(-z))
@@ -175,14 +173,17 @@ def error_kernel(  # type: ignore[no-untyped-def]
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    total = _product(
-        hidden, weight, row, column, rows, columns, width, 1, 1, width, 0, width,
-        ROWS, COLUMNS, INNER, EVEN, PRECISION,
-    )  # fmt: skip
-    DTYPE: tl.constexpr = error.dtype.element_ty
-    total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     place = row[:, None].to(tl.int64) * columns + column[None, :]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
+    if PRECISION == "library":
+        total = tl.load(error + place, mask=mask, other=0.0)
+    else:
+        total = _product(
+            hidden, weight, row, column, rows, columns, width, 1, 1, width, 0, width,
+            ROWS, COLUMNS, INNER, EVEN, PRECISION,
+        )  # fmt: skip
+    DTYPE: tl.constexpr = error.dtype.element_ty
+    total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     target = tl.load(value + place, mask=mask, other=0.0).to(tl.float32)
     missed = narrow(narrow(total, DTYPE).to(tl.float32) - target, DTYPE)
     if KEEP:
@@ -242,13 +243,16 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         program -= weight_programs
         column = program % across * COLUMNS + tl.arange(0, COLUMNS)
         row = program // across * ROWS + tl.arange(0, ROWS)
-        total = _product(
-            left, weight, row, column, rows, columns, inner, 1, 1 if TURNED else columns, inner if TURNED else 1,
-            0, inner, ROWS, COLUMNS, INNER, EVEN, PRECISION,
-        )  # fmt: skip
-        DTYPE: tl.constexpr = out.dtype.element_ty
         place = row[:, None].to(tl.int64) * columns + column[None, :]
         mask = (row < rows)[:, None] & (column < columns)[None, :]
+        if PRECISION == "library":
+            total = tl.load(out + place, mask=mask, other=0.0)
+        else:
+            total = _product(
+                left, weight, row, column, rows, columns, inner, 1, 1 if TURNED else columns, inner if TURNED else 1,
+                0, inner, ROWS, COLUMNS, INNER, EVEN, PRECISION,
+            )  # fmt: skip
+        DTYPE: tl.constexpr = out.dtype.element_ty
         if SLOPE:
             z = tl.load(before + place, mask=mask, other=0.0).to(tl.float32)
             sigmoid = 1.0 / (1.0 + tl.exp(-z))

@@ -79,6 +79,7 @@ PLANS = {
 """For rows 512 wide on a Hopper GPU, by the time of a whole update in a CUDA graph, one tile after the other exchanged.
 None spills registers, which `kernbench bench --compile-only` checks: an outer one of (128, 64, 32, 4, 4) in three
 products is faster by 6 to 13 %, but does. With 256 programs two share a multiprocessor."""
+_LOADED = Tiles(32, 128, 32, 4, 1)
 _AWKWARD = Tiles(32, 32, 32, 4, 2)
 """For widths that no access of 16 bytes divides: every number has a place of its own in a register then."""
 _ALIGNED = 16
@@ -104,10 +105,16 @@ def launch(kernel: Any, programs: int, arguments: Sequence[Any], tiles: Tiles | 
     kernel[(programs,)](*arguments, **constants, OVERLAP=overlap, **options)
 
 
-def precision(dtype: torch.dtype, *, allowed: bool | None = None) -> str:
+LIBRARY = "library"
+"""A precision: products by torch's own library, which rounds every sum to the nearest float32."""
+
+
+def precision(dtype: torch.dtype, *, allowed: bool | None = None, nearest: bool = False) -> str:
     """How float32 numbers are multiplied: in TF32 where that is ``allowed``, if not said otherwise by torch's setting.
 
-    That is the one for CUDA, in either of its interfaces.
+    That is the one for CUDA, in either of its interfaces. Else in three products in TF32, which err by half an ulp more
+    than one in float32; but tensor cores cut off what a sum cannot hold, so that results are too small by four ulp
+    together, which a sum over rows does not average out. Where that shows, ``nearest`` asks for the library.
     """
     if dtype != torch.float32:
         return "ieee"
@@ -116,7 +123,7 @@ def precision(dtype: torch.dtype, *, allowed: bool | None = None) -> str:
         if chosen == "none":
             chosen = torch.backends.fp32_precision  # type: ignore[attr-defined]
         allowed = chosen == "tf32"
-    return "tf32" if allowed else "tf32x3"
+    return "tf32" if allowed else LIBRARY if nearest else "tf32x3"
 
 
 def method_for(key: Tensor, value: Tensor, hidden_width: int, chosen: str | None = None) -> Method:
@@ -129,7 +136,11 @@ def method_for(key: Tensor, value: Tensor, hidden_width: int, chosen: str | None
 def _method(rows: int, widths: tuple[int, int, int], dtype: torch.dtype, precision: str, shared_bytes: int) -> Method:
     if _rows.INTERPRETED.value:
         plan = INTERPRETED if max(rows, *widths) <= _INTERPRETED_MOST else _INTERPRETED_WHOLE
+        if precision == LIBRARY:
+            plan = plan._replace(length=rows)
         return Method(plan._replace(turned=precision == "tf32"), precision)
+    if precision == LIBRARY:
+        return Method(Plan(_LOADED, _LOADED, _LOADED, _LOADED, length=rows), precision)
     short, long = PLANS[precision if dtype == torch.float32 else "bfloat16"]
     plan = short if rows <= FEW_ROWS else long
     if precision == "tf32x3" and shared_bytes < HOPPER_SHARED_BYTES:

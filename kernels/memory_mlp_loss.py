@@ -3,7 +3,8 @@
     z1 = k W1' + b1,  h = silu(z1),  y = h W2' + b2,  loss = mean((y - v)^2)
 
 Three launches: z1 and h; y - v with parts of the loss; the loss. The backward pass takes four more: the gradient of W2
-beside that of z1; that of W1 beside that of k; sums over programs; all times what arrives.
+beside that of z1; that of W1 beside that of k; sums over programs; all times what arrives. In float32 without TF32 the
+products are launches of torch's library, two and four: sums on tensor cores are not exact enough for these gradients.
 
 Who writes into the weights before the backward pass runs gives a buffer for the memory's gradient. Then all gradients
 are taken in the forward pass, of the weights that the loss is of, and the backward pass only multiplies, in one launch.
@@ -78,7 +79,7 @@ def memory_mlp_loss(
 
 def _forward(key: Tensor, value: Tensor, weights: tuple[Tensor, ...], gradient: Tensor | None) -> tuple[Tensor, ...]:
     """The loss, and all but the last of :class:`Saved`; with ``gradient`` the gradient of the keys too."""
-    method = _memory_mlp_plans.method_for(key, value, weights[0].shape[0])
+    method = _method_for(key, value, weights[0].shape[0])
     taken = gradient is not None
     with _rows.on_device(key):
         operands = _memory_mlp_operands.operands(key, weights, method, forward=True, backward=taken, with_key=taken)
@@ -90,6 +91,14 @@ def _forward(key: Tensor, value: Tensor, weights: tuple[Tensor, ...], gradient: 
     return tuple(found)
 
 
+def _method_for(
+    key: Tensor, value: Tensor, hidden_width: int, *, allowed: bool | None = None
+) -> _memory_mlp_plans.Method:
+    """How products are taken; in float32 by the library, since these gradients are what the caller sees."""
+    chosen = _memory_mlp_plans.precision(key.dtype, allowed=allowed, nearest=True)
+    return _memory_mlp_plans.method_for(key, value, hidden_width, chosen)
+
+
 def _backward(
     dloss: Tensor, key: Tensor, inner_weight: Tensor, inner_bias: Tensor, outer_weight: Tensor, outer_bias: Tensor,
     before: Tensor, hidden: Tensor, error: Tensor, error_ready: Tensor, error_sums: Tensor, hidden_turned: Tensor,
@@ -97,8 +106,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     weights = (inner_weight, inner_bias, outer_weight, outer_bias)
     # As in the forward pass, whatever torch's setting has become: what that left is laid out for it.
-    chosen = _memory_mlp_plans.precision(key.dtype, allowed=error_ready.numel() > 0)
-    method = _memory_mlp_plans.method_for(key, error, hidden.shape[1], chosen)
+    method = _method_for(key, error, hidden.shape[1], allowed=error_ready.numel() > 0)
     gradient = key.new_empty(sum(weight.numel() for weight in weights), dtype=torch.float32)
     saved = Saved(
         before, hidden, error, error_ready, error_sums, hidden_turned, error_turned, losses=error_sums
@@ -166,7 +174,7 @@ def _operator_fake(
     key: Tensor, value: Tensor, inner_weight: Tensor, inner_bias: Tensor, outer_weight: Tensor, outer_bias: Tensor,
     taken: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    method = _memory_mlp_plans.method_for(key, value, inner_weight.shape[0])
+    method = _method_for(key, value, inner_weight.shape[0])
     saved = _memory_mlp.empty_saved(key, value, inner_weight.shape[0], method)
     weights = (inner_weight, inner_bias, outer_weight, outer_bias)
     size = sum(weight.numel() for weight in weights) if taken else 0
