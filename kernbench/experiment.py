@@ -103,7 +103,8 @@ def _check(
         # Those of the phases before passed when their own phase was on trial; the steps below run all of them.
         standing = {spec.name for spec in before.kernels}
         kernels = [(spec, None) for spec in plan.kernels if spec.name not in standing]
-        kernelruns.check_kernels(kernels, request, settings.device, run.progress, keep)
+        working = str(settings.dtype).removeprefix("torch.")
+        kernelruns.check_kernels(kernels, request, settings.device, run.progress, keep, working=working)
     return rows + workloadruns.check_phase(request, settings, before, plan, run.progress)
 
 

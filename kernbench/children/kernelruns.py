@@ -34,6 +34,7 @@ def check_kernels(
     keep: Callable[[list[record.ParityResult]], None],
     *,
     dtypes: Sequence[str] | None = None,
+    working: str | None = None,
 ) -> None:
     """Hand over all results so far, one per case, dtype and way of calling, whenever there is a new one. A row that
     takes the process down is a failed result.
@@ -43,13 +44,16 @@ def check_kernels(
 
     Args:
         kernels: each with the cases that were asked for, None for all.
+        dtypes: those to check, by default all that a kernel states a tolerance for.
+        working: the only one to check, in kernels that have it; the gate's row is in the strictest all the same.
 
     Raises:
         WorkloadFailed: the device does not answer any more.
     """
-    shares = [
-        share for spec, cases in kernels for share in _shares(spec, cases, dtypes or list(spec.tolerance), device)
-    ]
+    shares: list[_Share] = []
+    for spec, cases in kernels:
+        chosen = [working] if working is not None and working in spec.tolerance else list(dtypes or spec.tolerance)
+        shares += _shares(spec, cases, chosen, device)
     processors = 1 if request.in_process else len(os.sched_getaffinity(0))
     lanes = min(len(shares), processors if device.type == "cpu" else min(processors, GPU_LANES))
     found: list[list[record.ParityResult]] = [[] for _ in shares]
