@@ -50,6 +50,13 @@ def _product(  # type: ignore[no-untyped-def]
     return total
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _ready(product, row, column, rows, columns):  # type: ignore[no-untyped-def]
+    """The tile of a product [rows, columns] that is made already, float32."""
+    # Rows and columns past the end are of no use, as in _product.
+    return tl.load(product + (row % rows)[:, None].to(tl.int64) * columns + (column % columns)[None, :])
+
+
 @triton.jit
 def _tf32_cut(x):  # type: ignore[no-untyped-def]
     """x, float32, as tensor cores see it in TF32: without its last 13 bits, which are not rounded."""
@@ -134,10 +141,8 @@ def hidden_kernel(  # type: ignore[no-untyped-def]
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    place = row[:, None].to(tl.int64) * columns + column[None, :]
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
     if PRECISION == "library":
-        total = tl.load(before + place, mask=mask, other=0.0)
+        total = _ready(before, row, column, rows, columns)
     else:
         total = _product(
             key, weight, row, column, rows, columns, width, 1, 1, width, 0, width,
@@ -146,6 +151,8 @@ def hidden_kernel(  # type: ignore[no-untyped-def]
     DTYPE: tl.constexpr = hidden.dtype.element_ty
     total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     z = narrow(total, DTYPE)
+    place = row[:, None].to(tl.int64) * columns + column[None, :]
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(before + place, z, mask=mask)
     z = z.to(tl.float32)
     silu = z / (1.0 + tl.exp(-z))
@@ -173,10 +180,8 @@ def error_kernel(  # type: ignore[no-untyped-def]
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    place = row[:, None].to(tl.int64) * columns + column[None, :]
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
     if PRECISION == "library":
-        total = tl.load(error + place, mask=mask, other=0.0)
+        total = _ready(error, row, column, rows, columns)
     else:
         total = _product(
             hidden, weight, row, column, rows, columns, width, 1, 1, width, 0, width,
@@ -184,6 +189,8 @@ def error_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
     DTYPE: tl.constexpr = error.dtype.element_ty
     total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    place = row[:, None].to(tl.int64) * columns + column[None, :]
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
     target = tl.load(value + place, mask=mask, other=0.0).to(tl.float32)
     missed = narrow(narrow(total, DTYPE).to(tl.float32) - target, DTYPE)
     if KEEP:
@@ -197,6 +204,68 @@ def error_kernel(  # type: ignore[no-untyped-def]
         tl.store(turned + column[None, :].to(tl.int64) * rows + row[:, None], operand, mask=mask)
     tl.store(losses + tl.program_id(0), tl.sum(missed * missed))
     tl.store(sums + down.to(tl.int64) * columns + column, tl.sum(missed, 0), mask=column < columns)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _weight_tile(  # type: ignore[no-untyped-def]
+    left, turned, right, partials, program, rows, inner, columns, length, across, down,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN_ROWS: tl.constexpr, TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of left' right over length rows: partials [rows / length, I, J] of :func:`backward_kernel`."""
+    column = program % across * COLUMNS + tl.arange(0, COLUMNS)
+    split = program // across // down
+    row = program // across % down * ROWS + tl.arange(0, ROWS)
+    start = split * length
+    end = tl.minimum(start + length, rows)
+    if TURNED:
+        total = _product(
+            turned, right, row, column, inner, columns, rows, 1, 1, rows, start, end,
+            ROWS, COLUMNS, INNER, EVEN_ROWS, PRECISION,
+        )  # fmt: skip
+    else:
+        total = _product(
+            left, right, row, column, inner, columns, 1, inner, columns, 1, start, end,
+            ROWS, COLUMNS, INNER, EVEN_ROWS, PRECISION,
+        )  # fmt: skip
+    place = (split * inner + row)[:, None].to(tl.int64) * columns + column[None, :]
+    tl.store(partials + place, total, mask=(row < inner)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _row_tile(  # type: ignore[no-untyped-def]
+    left, weight, before, out, out_turned, sums, scale, program, rows, inner, columns, across,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, SLOPE: tl.constexpr,
+    TURNED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of out [N, J] = left weight, with what follows it in :func:`backward_kernel`."""
+    column = program % across * COLUMNS + tl.arange(0, COLUMNS)
+    row = program // across * ROWS + tl.arange(0, ROWS)
+    if PRECISION == "library":
+        total = _ready(out, row, column, rows, columns)
+    else:
+        total = _product(
+            left, weight, row, column, rows, columns, inner, 1, 1 if TURNED else columns, inner if TURNED else 1,
+            0, inner, ROWS, COLUMNS, INNER, EVEN, PRECISION,
+        )  # fmt: skip
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    place = row[:, None].to(tl.int64) * columns + column[None, :]
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    if SLOPE:
+        z = tl.load(before + place, mask=mask, other=0.0).to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp(-z))
+        total = narrow(total, DTYPE).to(tl.float32) * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
+        result = narrow(total, DTYPE)
+        kept = tl.where(mask, result.to(tl.float32), 0.0)
+        tl.store(sums + (program // across).to(tl.int64) * columns + column, tl.sum(kept, 0), mask=column < columns)
+        if PRECISION == "tf32":
+            result = tf32_nearest(result)
+        if TURNED:
+            tl.store(out_turned + column[None, :].to(tl.int64) * rows + row[:, None], result, mask=mask)
+    else:
+        result = narrow(total * scale, DTYPE)
+    if KEEP:
+        tl.store(out + place, result, mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -221,50 +290,18 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if program < weight_programs:
-        column = program % across * COLUMNS + tl.arange(0, COLUMNS)
-        split = program // across // down
-        row = program // across % down * ROWS + tl.arange(0, ROWS)
-        start = split * length
-        end = tl.minimum(start + length, rows)
-        if TURNED:
-            total = _product(
-                turned, right, row, column, inner, columns, rows, 1, 1, rows, start, end,
-                ROWS, COLUMNS, INNER, EVEN_ROWS, PRECISION,
-            )  # fmt: skip
-        else:
-            total = _product(
-                left, right, row, column, inner, columns, 1, inner, columns, 1, start, end,
-                ROWS, COLUMNS, INNER, EVEN_ROWS, PRECISION,
-            )  # fmt: skip
-        place = (split * inner + row)[:, None].to(tl.int64) * columns + column[None, :]
-        tl.store(partials + place, total, mask=(row < inner)[:, None] & (column < columns)[None, :])
+    if PRECISION == "library":
+        _row_tile(
+            left, weight, before, out, out_turned, sums, scale, program, rows, inner, columns, across,
+            ROWS, COLUMNS, INNER, EVEN, SLOPE, TURNED, KEEP, PRECISION,
+        )  # fmt: skip
+    elif program < weight_programs:
+        _weight_tile(
+            left, turned, right, partials, program, rows, inner, columns, length, across, down,
+            ROWS, COLUMNS, INNER, EVEN_ROWS, TURNED, PRECISION,
+        )  # fmt: skip
     else:
-        program -= weight_programs
-        column = program % across * COLUMNS + tl.arange(0, COLUMNS)
-        row = program // across * ROWS + tl.arange(0, ROWS)
-        place = row[:, None].to(tl.int64) * columns + column[None, :]
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        if PRECISION == "library":
-            total = tl.load(out + place, mask=mask, other=0.0)
-        else:
-            total = _product(
-                left, weight, row, column, rows, columns, inner, 1, 1 if TURNED else columns, inner if TURNED else 1,
-                0, inner, ROWS, COLUMNS, INNER, EVEN, PRECISION,
-            )  # fmt: skip
-        DTYPE: tl.constexpr = out.dtype.element_ty
-        if SLOPE:
-            z = tl.load(before + place, mask=mask, other=0.0).to(tl.float32)
-            sigmoid = 1.0 / (1.0 + tl.exp(-z))
-            total = narrow(total, DTYPE).to(tl.float32) * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
-            result = narrow(total, DTYPE)
-            kept = tl.where(mask, result.to(tl.float32), 0.0)
-            tl.store(sums + (program // across).to(tl.int64) * columns + column, tl.sum(kept, 0), mask=column < columns)
-            if PRECISION == "tf32":
-                result = tf32_nearest(result)
-            if TURNED:
-                tl.store(out_turned + column[None, :].to(tl.int64) * rows + row[:, None], result, mask=mask)
-        else:
-            result = narrow(total * scale, DTYPE)
-        if KEEP:
-            tl.store(out + place, result, mask=mask)
+        _row_tile(
+            left, weight, before, out, out_turned, sums, scale, program - weight_programs, rows, inner, columns, across,
+            ROWS, COLUMNS, INNER, EVEN, SLOPE, TURNED, KEEP, PRECISION,
+        )  # fmt: skip
