@@ -124,6 +124,7 @@ class _Timed:
 
     ``host_seconds`` is what launching a call costs the host, None where that is not in the way. ``label`` and ``note``
     say why there are no rounds, ``note`` alone what else there is to say. ``held`` is what a call's tensors hold.
+    ``peak_bytes`` is the most that a call holds at one time beside what it is given, None where nobody counts it.
     ``less_exact`` is how far off a peer is that is so by declaration; empty if it is as exact as the others.
     """
 
@@ -133,6 +134,7 @@ class _Timed:
     seconds: list[float] | None = None
     eager: list[float] | None = None
     host_seconds: float | None = None
+    peak_bytes: int | None = None
     noise_floor: float | None = None
     clocks: Clocks | None = None
     in_cache: bool = False
@@ -257,6 +259,7 @@ class _KernelBench:
     ) -> list[_Timed]:
         blocks: dict[str, Callable[[int], float]] = {}
         hosts: dict[str, float | None] = {}
+        peaks: dict[str, int | None] = {}
         failed: dict[str, str] = {}
         wrong: set[str] = set()
         allowances = {
@@ -268,7 +271,7 @@ class _KernelBench:
             self.begin(name)
             try:
                 blocks[name] = self._telling(name, self._prepared(calls, name, call, allowances.get(name)))
-                hosts[name] = calls.host_seconds(call)
+                hosts[name], peaks[name] = calls.host_seconds(call), calls.peak_bytes(call)
             except Exception as error:  # noqa: BLE001 - an implementation that fails is a result; the others go on
                 failed[name] = reason(error)
                 wrong |= {name} if isinstance(error, WrongResult) else set()
@@ -285,6 +288,7 @@ class _KernelBench:
                 seconds=ran.seconds(name),
                 eager=ran.seconds("eager") if name != "eager" else None,
                 host_seconds=hosts.get(name),
+                peak_bytes=peaks.get(name),
                 noise_floor=ran.noise_floor,
                 clocks=ran.usual_clocks,
                 in_cache=in_cache,
@@ -366,6 +370,7 @@ class _KernelBench:
             flops_per_second=stands.flops_per_second,
             share_of_roof=stands.share,
             speedup=speedup(timed.eager, timed.seconds),
+            peak_bytes=timed.peak_bytes,
             noise_floor=timed.noise_floor,
             clocks=timed.clocks,
             cache=timed.cache,

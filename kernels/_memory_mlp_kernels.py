@@ -50,7 +50,7 @@ def _product(  # type: ignore[no-untyped-def]
     return total
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _ready(product, row, column, rows, columns):  # type: ignore[no-untyped-def]
     """The tile of a product [rows, columns] that is made already, float32."""
     # Rows and columns past the end are of no use, as in _product.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernbench.spec import Case, Cost, Inputs
+from kernbench.spec import Case, Cost, Inputs, Sweep
 
 from . import _presyn, _rows
 from ._presyn_keys import Rates
@@ -23,6 +23,12 @@ CASES = (
     Case("bench-noise", large=True, batch=4, heads=12, tokens=2048, dim=64, noise=1),
     Case("T4096", large=True, batch=4, heads=12, tokens=4096, dim=64, noise=0),
     Case("C1280", large=True, batch=4, heads=10, tokens=2048, dim=128, noise=0),
+)
+SWEEP = Sweep(
+    size="tokens",
+    values=(1024, 2048, 4096, 8192, 16384),
+    sizes=lambda tokens: {"batch": 1, "heads": 2, "tokens": tokens, "dim": 64, "noise": 0},
+    fixed="one sequence, two heads of 64: so few that eager's matrices of all pairs fit a GPU to the end",
 )
 
 TELLING = Rates(epsilon=0.02, barrier_strength=0.5, stochastic_train_frac=1 / 3)

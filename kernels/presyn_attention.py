@@ -264,6 +264,7 @@ SPEC = KernelSpec(
         "spill some bytes; tiles half as wide would take twice as many products of half the size"
     },
     differentiable=True,
+    sweeps=(_presyn_cases.SWEEP,),
     peers={"flex_attention, given our step": _presyn_cases.flex_attention},
     source='bio-nanochat, profile P, rule R1 with dock="qk"; Dao, FlashAttention-2, 2023',
 )

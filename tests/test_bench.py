@@ -302,6 +302,15 @@ def test_clearing_the_cache_makes_small_data_cold() -> None:
 
 
 @pytest.mark.gpu
+def test_the_memory_of_a_call_is_the_most_it_holds_beside_its_inputs() -> None:
+    inputs, chosen = gpu_calls(rows=1 << 20)
+    given = inputs[0]["x"]
+    # Each result is there until the next one is, so two at a time.
+    peak = calls.ColdCalls(inputs, chosen).peak_bytes(lambda x, **_: (x * 2).sin().cos())
+    assert peak == pytest.approx(2 * given.numel() * given.element_size(), rel=0.01)
+
+
+@pytest.mark.gpu
 def test_a_kernel_is_timed_on_a_gpu() -> None:
     def fused(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         out.add_(x)
@@ -319,3 +328,4 @@ def test_a_kernel_is_timed_on_a_gpu() -> None:
     assert wide["compile"].share_of_roof > 0.8
     assert wide["triton"].speedup is not None
     assert wide["triton"].speedup[0] > 1
+    assert wide["triton"].peak_bytes is not None

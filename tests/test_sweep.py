@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 import report_records
 import torch
@@ -182,6 +183,23 @@ def test_the_plot_has_every_point_the_floor_and_the_roof() -> None:
     assert plot.wide in page
     assert "stroke-dasharray" in plot.wide
     assert page.count('data-value="0.00017"') == 1
+
+
+def test_memory_has_a_table_that_says_how_it_grows() -> None:
+    found = swept_record()
+    assert len(sweepplot.apart(found)[0]) == 1
+    found.results = [
+        msgspec.structs.replace(
+            row, peak_bytes=(1 << 20) * int(row.case.split("=")[1]) ** (2 if row.implementation == "eager" else 1)
+        )
+        for row in found.results
+    ]
+    _, memory = sweepplot.apart(found)[0]
+    assert memory.headings == ["seeds", "eager", "compile", "triton"]
+    assert [cell.text for cell in memory.rows[1]] == ["1,000", "977 GiB", "1,000 MiB", "1,000 MiB"]
+    assert "triton holds 100x as much with 10,000 as with 100 seeds, 100x as many." in memory.said
+    assert any(told.startswith("eager holds 10,000x as much") for told in memory.said)
+    assert memory.title in html.render(found)
 
 
 def test_other_rows_stay_where_they_were() -> None:

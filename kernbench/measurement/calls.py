@@ -177,6 +177,10 @@ class HostCalls:
         """None: on the CPU the host does the work itself."""
         return None
 
+    def peak_bytes(self, call: Callable[..., Any]) -> int | None:
+        """None: torch's allocator for the CPU does not count."""
+        return None
+
     def _seconds(self, call: Callable[..., Any], count: int, places: Sequence[int]) -> tuple[list[float], Leaves]:
         seconds = []
         witness = self.inputs.witness
@@ -247,6 +251,15 @@ class ColdCalls:
             seconds.append(now() - start)
         synchronize(self.device)
         return median(seconds)
+
+    def peak_bytes(self, call: Callable[..., Any]) -> int:
+        """The most that a call holds at one time beside what it is given; of a backward, with the forward before it."""
+        synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        call(**self.inputs[0])
+        synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before
 
     def _pace(self, call: Callable[..., Any]) -> float:
         """What the host needs to queue one call and all that goes with it."""

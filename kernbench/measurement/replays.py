@@ -76,6 +76,10 @@ class GraphCalls:
         """None: a replay launches nothing from the host."""
         return None
 
+    def peak_bytes(self, call: Callable[..., Any]) -> int | None:
+        """None: a replay allocates nothing."""
+        return None
+
     def _captured(self, call: Callable[..., Any]) -> tuple[torch.cuda.CUDAGraph | None, torch.cuda.CUDAGraph, Any]:
         """The graph that has to run before, if any, the one to time, and what its last call returned."""
         inputs = self.inputs.witness.inputs

@@ -15,6 +15,9 @@ class BenchResult(Struct, frozen=True, kw_only=True):
 
     ``direction`` is what of a kernel was timed; the time of its backward is without the forward before it.
 
+    ``peak_bytes`` is the most memory that a call of a kernel holds at one time beside what it is given, its results
+    included; for a backward, that of the forward pass before it too. The CPU does not count it.
+
     ``noise_floor`` is the half-width around 1 that eager against itself (A/A) showed in the same rounds. ``clocks`` are
     those of the rounds: medians, the highest temperature, and every throttle reason that was seen.
     """
@@ -33,6 +36,7 @@ class BenchResult(Struct, frozen=True, kw_only=True):
     share_of_roof: float | None = None
     units_per_second: float | None = None
     speedup: tuple[float, float, float] | None = None
+    peak_bytes: float | None = None
     noise_floor: float | None = None
     launches_per_step: float | None = None
     syncs_per_step: float | None = None

@@ -300,7 +300,8 @@ def _bench(record: BenchRecord) -> list[RenderableType]:
     for name, rows in groups.items():
         if any(name in names for names in untimed.values()):
             continue
-        own = (">launches", ">host reads") if record.workload else (">of roof",)
+        held = not record.workload and any(row.peak_bytes is not None for row in rows)
+        own = (">launches", ">host reads") if record.workload else (">of roof", *([">memory"] if held else []))
         table = terminal.table(
             "implementation",
             ">time",
@@ -313,7 +314,7 @@ def _bench(record: BenchRecord) -> list[RenderableType]:
         title = terminal.text(name, "bold")
         best = benchwords.fastest(rows)
         for row in rows:
-            table.add_row(*_bench_row(record, row), style="bold" if row is best and len(rows) > 1 else "")
+            table.add_row(*_bench_row(record, row, held), style="bold" if row is best and len(rows) > 1 else "")
         blocks.append(Group(title, table))
         blocks += _bench_figures(rows)
     return blocks
@@ -348,7 +349,8 @@ def _bench_figures(rows: Sequence[BenchResult]) -> list[RenderableType]:
     return [Group(table, *(terminal.text(f"bandwidth floor: {words}") for words in told))]
 
 
-def _bench_row(record: BenchRecord, row: BenchResult) -> list[Text]:
+def _bench_row(record: BenchRecord, row: BenchResult, held: bool) -> list[Text]:
+    """The cells of a row, the memory it holds among them if ``held``."""
     if record.workload:
         own = [
             terminal.text(units.count(value) if value is not None else "")
@@ -356,6 +358,7 @@ def _bench_row(record: BenchRecord, row: BenchResult) -> list[Text]:
         ]
     else:
         own = [terminal.text(units.share(row.share_of_roof) if row.share_of_roof is not None else "")]
+        own += [terminal.text(units.size(row.peak_bytes) if row.peak_bytes is not None else "")] * held
     label = f"{row.label}: {row.note}" if row.label and row.note else row.label or row.note
     return [
         terminal.text(row.implementation),

@@ -274,7 +274,7 @@ def _bench_columns(rows: Sequence[BenchResult]) -> set[str]:
     """The optional columns for which some row has a figure."""
     optional = (
         "speedup", "bytes_per_second", "flops_per_second", "share_of_roof", "units_per_second", "launches_per_step",
-        "syncs_per_step",
+        "syncs_per_step", "peak_bytes",
     )  # fmt: skip
     return {name for name in optional if any(getattr(row, name) for row in rows)}
 

@@ -50,6 +50,7 @@ def apart(record: BenchRecord) -> tuple[list[Table], list[BenchResult]]:
         found = _ways(sweep, record.results)
         for title, rows in found.items():
             tables.append(_sweep(sweep, title, rows, record.environment.ceilings or Ceilings()))
+        tables += [_memory(sweep, title, rows) for title, rows in found.items() if _counts_memory(rows)]
         if found:
             rest = [row for row in rest if row.kernel != sweep.kernel or row.case not in sweep.cases]
     return tables, rest
@@ -86,6 +87,36 @@ def _sweep(sweep: Sweep, title: str, rows: Rows, ceilings: Ceilings) -> Table:
     if ceilings.launch_seconds is not None:
         said.append(f"The launch floor measured beside it is {units.seconds(ceilings.launch_seconds)}.")
     return Table(title, sweep.fixed, headings, lines, said, [_plot(sweep, rows, roof, ceilings.launch_seconds)])
+
+
+def _counts_memory(rows: Rows) -> bool:
+    return any(row.peak_bytes is not None for timed in rows.values() for row in timed.values())
+
+
+def _memory(sweep: Sweep, title: str, rows: Rows) -> Table:
+    """What a call holds at most beside what it is given, and how that grows from one end of the sweep to the other."""
+    lines = [
+        [Cell(f"{value:,}", value), *(_size(timed.get(value)) for timed in rows.values())] for value in sweep.values
+    ]
+    note = "The most that a call holds at one time beside what it is given; of a backward, with the forward before it."
+    said = [told for name, timed in rows.items() if (told := _growth(sweep, name, timed))]
+    return Table(f"Memory of {title}", note, [sweep.size, *rows], lines, said, [])
+
+
+def _size(row: BenchResult | None) -> Cell:
+    held = row.peak_bytes if row else None
+    return Cell("") if held is None else Cell(units.size(held), held)
+
+
+def _growth(sweep: Sweep, name: str, timed: dict[int, BenchResult]) -> str:
+    held = {value: row.peak_bytes for value, row in sorted(timed.items()) if row.peak_bytes}
+    if len(held) < 2:
+        return ""
+    (least, few), *_, (most, many) = held.items()
+    return (
+        f"{name} holds {units.times(many / few)} as much with {most:,} as with {least:,} {sweep.size}, "
+        f"{units.times(most / least)} as many."
+    )
 
 
 def _leader(rows: Rows) -> str:
