@@ -23,6 +23,7 @@ from kernbench.errors import KernbenchError
 from . import parallel
 from .moe import Routed
 from .neuroscore import NeuroScore
+from .phases import PHASES
 from .training import Training
 
 NUMBER = 5
@@ -32,6 +33,9 @@ EAGER_STEPS = 3
 UNCAPTURED = "phase 5 of bio-nanochat runs uncaptured here: a CUDA graph needs a CUDA device"
 SEVERAL_RANKS = "phase 5 of bio-nanochat runs uncaptured on several ranks: no replay calls hooks that send gradients"
 HOOKED = "phase 5 of bio-nanochat ran steps uncaptured: the model has hooks, which a replay would not call"
+
+SITES = [swap.site for phase in PHASES for swap in phase.swaps if isinstance(swap.site, tuple)]
+"""Where a step may have other functions than at its capture."""
 
 # As they are before any swap.
 _batch = Training.batch
@@ -158,9 +162,5 @@ def count_on_device(optimizers: list[torch.optim.Optimizer]) -> None:
 def constants(training: Training) -> Hashable:
     """What is fixed in a graph: the functions that a step consists of, without what counts or annotates their calls,
     the rates of the optimizers, and where noise comes from."""
-    from .phases import PHASES
-
-    sites = [swap.site for phase in PHASES if phase.number != NUMBER for swap in phase.swaps]
-    functions = functions_at(site for site in sites if isinstance(site, tuple))
     rates = tuple(group["lr"] for optimizer in training.optimizers for group in optimizer.param_groups)
-    return functions, rates, training.model.counted_noise, training.model.training
+    return functions_at(SITES), rates, training.model.counted_noise, training.model.training

@@ -1,10 +1,12 @@
-"""What the phases put in place, with what they promise; :mod:`.syncfree` is phase 0, :mod:`.fused` the kernels'."""
+"""The phases that change what a step does, with what they promise; phase 5 captures whatever of them is in place, and
+:mod:`.graph` has it. :mod:`.syncfree` is phase 0, :mod:`.fused` the kernels'.
+"""
 
 from __future__ import annotations
 
 from kernbench.workload import Phase, Swap
 
-from . import fused, genetics_fused, graph, metrics, structure_fused, syncfree, topk
+from . import fused, genetics_fused, metrics, structure_fused, syncfree, topk
 from . import predictions as promised
 from .attention import SynapticAttention, TopKAttention
 from .moe import SynapticMoE
@@ -100,19 +102,6 @@ PHASES = (
                 adapt=structure_fused.adapt_expert_moves,
                 every=SOME_PRESETS,
             ),
-        ),
-    ),
-    Phase(
-        number=graph.NUMBER,
-        needs=(0,),
-        title="CUDA graph of the step",
-        flag="BIO_GRAPH",
-        claim=promised.SYNC_CLAIM,
-        predicts=promised.GRAPH_PROMISE,
-        predict=promised.predict_graph,
-        swaps=(
-            Swap(site=(Training, "batch"), use=graph.fixed_batch),
-            Swap(site=(Training, "advance"), use=graph.advance),
         ),
     ),
 )

@@ -38,11 +38,13 @@ from __future__ import annotations
 import torch
 
 from kernbench.errors import KernbenchError
-from kernbench.workload import Curves, Peer, Workload
+from kernbench.workload import Curves, Peer, Phase, Swap, Workload
 
 from .config import PRESETS, BioConfig
+from .graph import NUMBER, advance, fixed_batch
 from .phases import PHASES
 from .postsynaptic import SynapticLinear, effective_compiled
+from .predictions import GRAPH_PROMISE, SYNC_CLAIM, predict_graph
 from .training import Training
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -86,7 +88,22 @@ WORKLOAD = Workload(
     summary="bio-inspired nanochat: a transformer with synapses that tire, learn, split and merge",
     presets=PRESETS,
     build=build,
-    phases=PHASES,
+    phases=(
+        *PHASES,
+        Phase(
+            number=NUMBER,
+            needs=(0,),
+            title="CUDA graph of the step",
+            flag="BIO_GRAPH",
+            claim=SYNC_CLAIM,
+            predicts=GRAPH_PROMISE,
+            predict=predict_graph,
+            swaps=(
+                Swap(site=(Training, "batch"), use=fixed_batch),
+                Swap(site=(Training, "advance"), use=advance),
+            ),
+        ),
+    ),
     dtypes=dict.fromkeys(BFLOAT16, "bfloat16"),
     peers=(Peer(name="torch.compile", prepare=compile_model),),
     steady=draw_as_kernels_do,
