@@ -80,6 +80,7 @@ PLANS = {
 None spills registers, which `kernbench bench --compile-only` checks: an outer one of (128, 64, 32, 4, 4) in three
 products is faster by 6 to 13 %, but does. With 256 programs two share a multiprocessor."""
 _LOADED = Tiles(32, 128, 32, 4, 1)
+"""Around the library's products, which leave numbers to load, to compute with and to store."""
 _AWKWARD = Tiles(32, 32, 32, 4, 2)
 """For widths that no access of 16 bytes divides: every number has a place of its own in a register then."""
 _ALIGNED = 16

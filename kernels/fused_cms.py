@@ -233,6 +233,7 @@ def next_inputs(inputs: Inputs, seed: int) -> None:
 
 LEVELS = 3
 SHORT = 4e-5
+"""Scale of the network's last layer; learning rates are larger in return, and decay smaller."""
 NETWORKS = ((1, 1), (2, 1), (3, 2), (20, 4))
 """Width and layers by number, from the smallest to the one that the nested optimizer has."""
 
