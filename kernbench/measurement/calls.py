@@ -252,8 +252,13 @@ class ColdCalls:
         synchronize(self.device)
         return median(seconds)
 
-    def peak_bytes(self, call: Callable[..., Any]) -> int:
-        """The most that a call holds at one time beside what it is given; of a backward, with the forward before it."""
+    def peak_bytes(self, call: Callable[..., Any]) -> int | None:
+        """The most that a call holds at one time beside what it is given; of a backward, with the forward before it.
+
+        None where nothing is queued: that is the same calls again, which hold as much.
+        """
+        if not self.queued:
+            return None
         synchronize(self.device)
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)

@@ -9,6 +9,9 @@ from kernbench.report import units
 from kernbench.report.phrases import sentence, unfinished
 
 NOT_MEASURED = "not measured here"
+MEMORY_NOTE = (
+    "The most that a call holds at one time beside what it is given; of a backward, with the forward before it."
+)
 """The label of a row that has no time for want of a device, and not because something failed."""
 
 

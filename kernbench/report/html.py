@@ -349,6 +349,7 @@ def _templates() -> Templates:
     } | {"floor_in_words": benchwords.floor_in_words}  # fmt: skip
     names = {
         "seconds_range": units.seconds_range,
+        "memory_note": benchwords.MEMORY_NOTE,
         "times_range": units.times_range,
         "units_rate": units.units_rate,
         "unit_figure": units.figure,

@@ -8,7 +8,7 @@ from typing import Any
 
 from kernbench.claims import conclusion
 from kernbench.record import BenchRecord, BenchResult, Ceilings, ClaimCheck, Curve, Sweep
-from kernbench.report import phrases, units
+from kernbench.report import benchwords, phrases, units
 from kernbench.report.drawing import ACCENT, HEIGHT, INK, MUTED, WIDE, Plot, chart_of, draw
 
 FLOOR, ROOF = "launch floor", "at copy bandwidth"
@@ -98,9 +98,8 @@ def _memory(sweep: Sweep, title: str, rows: Rows) -> Table:
     lines = [
         [Cell(f"{value:,}", value), *(_size(timed.get(value)) for timed in rows.values())] for value in sweep.values
     ]
-    note = "The most that a call holds at one time beside what it is given; of a backward, with the forward before it."
     said = [told for name, timed in rows.items() if (told := _growth(sweep, name, timed))]
-    return Table(f"Memory of {title}", note, [sweep.size, *rows], lines, said, [])
+    return Table(f"Memory of {title}", benchwords.MEMORY_NOTE, [sweep.size, *rows], lines, said, [])
 
 
 def _size(row: BenchResult | None) -> Cell:
