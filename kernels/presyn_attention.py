@@ -24,8 +24,9 @@ four pairs share a reciprocal and a logarithm) and 2 over queries; backward 3 ov
 H 12, T 2048 one a pair is 24 us of an H200 at 1.98 GHz, so these are at least 36, 48, 72 and 72 us; beside them and the
 products run 9, 16, 28 and 25 instructions a pair, 3 us each.
 
-Cast order: the product q k^T is rounded to no dtype, weights are rounded to that of v before they mix values; the
-state's arithmetic is float32, and it is rounded to its own dtype when stored.
+Cast order: the product q k^T is rounded to no dtype, weights are rounded to that of v before they mix values, and near
+the diagonal they do so once more with what rounding left; the state's arithmetic is float32, and it is rounded to its
+own dtype when stored.
 
 Source: specification of bio-nanochat, section 2.3 (rule R1), profile P; Dao, FlashAttention-2, 2023, for the streaming.
 Shapes: B batch, H heads, T tokens, D head size.

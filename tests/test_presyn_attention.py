@@ -89,6 +89,25 @@ def test_logits_of_any_size_are_right() -> None:
     agreed(inputs, [0, 1, 4], rtol=1e-3, atol=2e-4)
 
 
+def test_the_first_keys_gradients_are_more_exact_than_eagers_in_bfloat16() -> None:
+    inputs = SPEC.make_inputs(
+        Case("drawn", large=True, batch=2, heads=2, tokens=128, dim=16, noise=0), torch.bfloat16, DEVICE, 0
+    )
+    dy = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def gradients(function: Any, dtype: torch.dtype | None) -> list[Tensor]:
+        leaves = {name: leaf.detach().to(dtype or leaf.dtype).requires_grad_() for name, leaf in inputs.items()}
+        y = function(**leaves)[0]
+        return list(torch.autograd.grad(y, [leaves["pool"], leaves["energy"]], dy.bfloat16().to(y.dtype)))
+
+    wanted = gradients(SPEC.reference, torch.float64)
+    for exact, ours, eagers in zip(
+        wanted, gradients(SPEC.optimized, None), gradients(SPEC.reference, None), strict=True
+    ):
+        first = slice(None), slice(None), slice(0, 8)
+        assert (ours - exact)[first].square().sum() < 0.01 * (eagers - exact)[first].square().sum()
+
+
 def test_empty_pools_leave_what_epsilon_gives() -> None:
     inputs = drawn()
     with torch.no_grad():
