@@ -73,7 +73,7 @@ class Method(NamedTuple):
     precision: str
 
 
-_HALF, _DEEP = Tiles(64, 128, 64, 4, 3), Tiles(64, 128, 128, 4, 4)
+_HALF, _LONG, _DEEP = Tiles(64, 128, 64, 4, 3), Tiles(128, 128, 64, 4, 3), Tiles(64, 128, 128, 4, 4)
 _SHORT, _FAST, _FAST_BACK = Tiles(64, 64, 64, 4, 3), Tiles(64, 128, 32, 4, 4), Tiles(128, 128, 32, 4, 3)
 _FAST_WIDE = Tiles(128, 128, 32, 8, 4)
 _EXACT, _EXACT_LONG, _EXACT_BACK = Tiles(128, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 3), Tiles(128, 64, 32, 4, 4)
@@ -84,9 +84,8 @@ FEW_ROWS = 48 if _rows.INTERPRETED.value else 4096
 PLANS = {
     "bfloat16": (
         Plan(_HALF, _HALF, _HALF, _HALF),
-        # What follows a product does not overlap with it in a kernel of ours, and takes as long as the library's whole
-        # product; a weight's gradient stands beside it in one launch, and overlaps.
-        Plan(_LOADED, _LOADED, _HALF, _DEEP, made=Made(hidden=True, error=True, slope=True)),
+        # In the larger tile the error's kernel spills registers.
+        Plan(_LONG, _HALF, _HALF, _DEEP),
     ),
     "tf32": (
         Plan(_SHORT, _SHORT, _SHORT, _SHORT, turned=True, programs=256),

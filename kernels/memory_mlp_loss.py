@@ -5,7 +5,6 @@
 Three launches: z1 and h; y - v with parts of the loss; the loss. The backward pass takes four more: the gradient of W2
 beside that of z1; that of W1 beside that of k; sums over programs; all times what arrives. In float32 without TF32 the
 products are launches of torch's library, two and four: sums on tensor cores are not exact enough for these gradients.
-In bfloat16 two and one are, as in :mod:`.memory_mlp_update`.
 
 Who writes into the weights before the backward pass runs gives a buffer for the memory's gradient. Then all gradients
 are taken in the forward pass, of the weights that the loss is of, and the backward pass only multiplies, in one launch.

@@ -6,15 +6,13 @@
 
 Six launches: z1 and h; y - v; the gradient of W2 beside that of z1; the gradient of W1; their norm; the write. A
 weight's gradient is a product over all rows: programs add up some rows each, and a later launch adds up the programs,
-always in one order. In TF32 a seventh launch, the first, copies what products are given. For more than 4,096 rows in
-bfloat16, of widths that 16 divides, torch's library makes z1, y and the gradient of h in three launches more, each in
-front of one of the first three, which does what follows. Nothing is read by the host, and nothing is written where g is
-not finite.
+always in one order. In TF32 a seventh launch, the first, copies what products are given. Nothing is read by the host,
+and nothing is written where g is not finite.
 
-Cast order: z1, h, y, y - v and the gradients of h and z1 are rounded to the dtype, z1 and y with their bias; products
-are summed in float32; g and S are float32, and W is rounded once. How float32 numbers are multiplied follows
-torch.backends.cuda.matmul: in TF32 where that is allowed, each operand rounded to the nearest number of that format as
-in torch's products, else as three products in TF32 of their halves, whose error is that of float32 products.
+Cast order: z1, h, y, y - v and the gradient of z1 are rounded to the dtype, products are summed in float32; g and S
+are float32, and W is rounded once. How float32 numbers are multiplied follows torch.backends.cuda.matmul: in TF32 where
+that is allowed, each operand rounded to the nearest number of that format as in torch's products, else as three
+products in TF32 of their halves, whose error is that of float32 products.
 
 Source: Behrouz, Zhong and Mirrokni, Titans: Learning to Memorize at Test Time, 2024, equations 8 to 14.
 Shapes: N rows, D width of keys, H hidden width, M width of values, P memory weights.

@@ -259,24 +259,6 @@ def test_gradients_with_products_of_the_library_are_as_exact_as_those_of_eager(t
         assert_as_exact(*each)
 
 
-@pytest.mark.parametrize(
-    ("rows", "width", "dtype", "expected"),
-    [
-        (4096, 512, torch.bfloat16, False),
-        (4097, 512, torch.bfloat16, True),
-        (4097, 511, torch.bfloat16, False),
-        (4097, 512, torch.float32, False),
-    ],
-)
-def test_the_library_makes_products_of_many_rows_in_bfloat16(
-    rows: int, width: int, dtype: torch.dtype, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plans = module(UPDATE)._memory_mlp_plans
-    monkeypatch.setattr(plans, "FEW_ROWS", 4096)
-    plan = plans._planned(rows, (width, 512, width), dtype, plans.precision(dtype), plans.HOPPER_SHARED_BYTES)
-    assert any(plan.made) is expected
-
-
 def test_precision_follows_both_interfaces_of_torch() -> None:
     chosen = module(UPDATE)._memory_mlp_plans.precision
     matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
