@@ -20,7 +20,7 @@ from . import _memory_mlp_state_kernels as state_kernels
 from . import _rows
 from ._blocks import blocks_in
 from ._memory_mlp_operands import Operands
-from ._memory_mlp_plans import Method, Tiles, launch
+from ._memory_mlp_plans import LIBRARY, Method, Tiles, launch
 
 DTYPES = (torch.float32, torch.bfloat16)
 _SMALL = _rows.INTERPRETED.value
@@ -129,20 +129,8 @@ def _sizes(tiles: Tiles) -> dict[str, int]:
     return {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "INNER": tiles.inner}
 
 
-# Weights may be parameters, for which torch would refuse to write into a buffer.
-@torch.no_grad()
-def _by_library(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-    """left times right, plus bias, rounded once; autocast leaves alone what has a buffer to write to."""
-    if bias is None:
-        torch.mm(left, right, out=out)
-    else:
-        torch.addmm(bias, left, right, out=out)
-
-
 def forward(value: Tensor, weights: Sequence[Tensor], operands: Operands, method: Method, *, keep_error: bool) -> Saved:
-    """Two launches, and those of the library: z1 with its SiLU, and what is missing to the values, which need not be
-    kept but for products.
-    """
+    """Two launches: z1 with its SiLU, and what is missing to the values, which need not be kept but for products."""
     key, inner, outer = operands.forward
     saved = empty_saved(key, value, inner.shape[0], method)
     if not keep_error and saved.error_ready.numel():
@@ -154,25 +142,22 @@ def forward(value: Tensor, weights: Sequence[Tensor], operands: Operands, method
 
 def _hidden(method: Method, key: Tensor, weight: Tensor, bias: Tensor, saved: Saved) -> None:
     tiles, (rows, width), columns = method.plan.hidden, key.shape, saved.before.shape[1]
-    made = method.plan.made.hidden
-    if made:
-        _by_library(key, weight.t(), saved.before, bias)
+    if method.precision == LIBRARY:
+        torch.mm(key, weight.t(), out=saved.before)
     across = blocks_in(columns, tiles.columns)
     launch(
         kernels.hidden_kernel,
         blocks_in(rows, tiles.rows) * across,
         (key, weight, bias, saved.before, saved.hidden, saved.hidden_turned, rows, width, columns, across),
         tiles,
-        EVEN=width % tiles.inner == 0, TURNED=method.plan.turned, MADE=made, PRECISION=method.precision,
-        **_sizes(tiles),
+        EVEN=width % tiles.inner == 0, TURNED=method.plan.turned, PRECISION=method.precision, **_sizes(tiles),
     )  # fmt: skip
 
 
 def _error(method: Method, weight: Tensor, bias: Tensor, value: Tensor, saved: Saved, *, keep: bool) -> None:
     tiles, (rows, width), columns = method.plan.error, saved.hidden.shape, value.shape[1]
-    made = method.plan.made.error
-    if made:
-        _by_library(saved.hidden, weight.t(), saved.error, bias)
+    if method.precision == LIBRARY:
+        torch.mm(saved.hidden, weight.t(), out=saved.error)
     across = blocks_in(columns, tiles.columns)
     launch(
         kernels.error_kernel,
@@ -182,7 +167,7 @@ def _error(method: Method, weight: Tensor, bias: Tensor, value: Tensor, saved: S
             saved.error_sums, rows, width, columns, across,
         ),
         tiles,
-        EVEN=width % tiles.inner == 0, TURNED=method.plan.turned, MADE=made, KEEP=keep, PRECISION=method.precision,
+        EVEN=width % tiles.inner == 0, TURNED=method.plan.turned, KEEP=keep, PRECISION=method.precision,
         **_sizes(tiles),
     )  # fmt: skip
 
@@ -275,17 +260,14 @@ def _backward(
     """Of a layer with shape (N, I, J); where neither out nor slope asks for them, the rows are left out."""
     rows, inner, columns = shape
     plan, precision = method
-    wanted = slope or out.numel() > 0
-    made = wanted and (plan.made.slope if slope else plan.made.keys)
     across, down = blocks_in(columns, tiles.columns), blocks_in(inner, tiles.rows)
-    weight_programs = 0 if plan.made.weights else down * across * partials.shape[0]
-    row_programs = blocks_in(rows, tiles.rows) * across if wanted else 0
-    if plan.made.weights:
-        _by_library(left.t(), right, partials.view(inner, columns))
-    if made:
-        _by_library(left, weight, out)
-    if not weight_programs + row_programs:
-        return
+    weight_programs = down * across * partials.shape[0]
+    if precision == LIBRARY:
+        torch.mm(left.t(), right, out=partials.view(inner, columns))
+        weight_programs = 0
+        if slope or out.numel():
+            torch.mm(left, weight, out=out)
+    row_programs = blocks_in(rows, tiles.rows) * across if slope or out.numel() else 0
     launch(
         kernels.backward_kernel,
         weight_programs + row_programs,
@@ -295,8 +277,7 @@ def _backward(
         ),
         tiles,
         EVEN=inner % tiles.inner == 0, EVEN_ROWS=plan.length % tiles.inner == rows % tiles.inner == 0, SLOPE=slope,
-        TURNED=plan.turned, MADE=made, WEIGHTS_MADE=plan.made.weights, KEEP=out.numel() > 0, PRECISION=precision,
-        **_sizes(tiles),
+        TURNED=plan.turned, KEEP=out.numel() > 0, PRECISION=precision, **_sizes(tiles),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Shapes: N rows, D width of keys, H hidden width, M width of values, I and J the inner and outer width of one layer.
 Every kernel waits for the one in front before it reads or writes anything, and the next may start once all have.
-Where a product is MADE, torch's library has left it where its tile goes: kernels do the rest, in place.
+Where PRECISION is "library" the product is made already and stands where its tile goes: kernels do the rest.
 """
 
 from __future__ import annotations
@@ -48,6 +48,13 @@ def _product(  # type: ignore[no-untyped-def]
         left += INNER * left_inner
         right += INNER * right_inner
     return total
+
+
+@triton.jit
+def _ready(product, row, column, rows, columns):  # type: ignore[no-untyped-def]
+    """The tile of a product [rows, columns] that is made already, float32."""
+    # Rows and columns past the end are of no use, as in _product.
+    return tl.load(product + (row % rows)[:, None].to(tl.int64) * columns + (column % columns)[None, :])
 
 
 @triton.jit
@@ -123,32 +130,30 @@ def _copied(  # type: ignore[no-untyped-def]
 def hidden_kernel(  # type: ignore[no-untyped-def]
     key, weight, bias, before, hidden, turned, rows, width, columns, across,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr,
-    MADE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program handles a tile of before and hidden [N, H] = silu(before), of key [N, D] and weight [H, D].
 
-    With MADE before stays as it is, which has its bias then. With TURNED hidden goes to turned [H, N] too. The grid
-    counts tiles, across in a row.
+    With TURNED it goes to turned [H, N] too. The grid counts tiles, across in a row.
     """
     row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    DTYPE: tl.constexpr = hidden.dtype.element_ty
-    if not MADE:
+    if PRECISION == "library":
+        total = _ready(before, row, column, rows, columns)
+    else:
         total = _product(
             key, weight, row, column, rows, columns, width, 1, 1, width, 0, width,
             ROWS, COLUMNS, INNER, EVEN, PRECISION,
         )  # fmt: skip
-        total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-        z = narrow(total, DTYPE)
+    DTYPE: tl.constexpr = hidden.dtype.element_ty
+    total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    z = narrow(total, DTYPE)
     place = row[:, None].to(tl.int64) * columns + column[None, :]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
-    if MADE:
-        z = tl.load(before + place, mask=mask, other=0.0)
-    else:
-        tl.store(before + place, z, mask=mask)
+    tl.store(before + place, z, mask=mask)
     z = z.to(tl.float32)
     silu = z / (1.0 + tl.exp(-z))
     if PRECISION == "tf32":
@@ -162,13 +167,12 @@ def hidden_kernel(  # type: ignore[no-untyped-def]
 def error_kernel(  # type: ignore[no-untyped-def]
     hidden, weight, bias, value, error, error_ready, turned, losses, sums, rows, width, columns, across,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr,
-    MADE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program handles a tile of error [N, M] = hidden [N, H] times weight [M, H], plus bias, minus value [N, M].
 
-    With MADE error holds the product with its bias. As operand it goes to error_ready [N, M] in TF32, where without
-    KEEP it goes nowhere else, and with TURNED to turned [M, N]. losses [programs] gets the sum of its squares, sums
-    [tiles of N, M] those of its columns.
+    As operand it goes to error_ready [N, M] in TF32, where without KEEP it goes nowhere else, and with TURNED to turned
+    [M, N]. losses [programs] gets the sum of its squares, sums [tiles of N, M] those of its columns.
     """
     down = tl.program_id(0) // across
     row = down * ROWS + tl.arange(0, ROWS)
@@ -176,17 +180,17 @@ def error_kernel(  # type: ignore[no-untyped-def]
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    DTYPE: tl.constexpr = error.dtype.element_ty
-    if not MADE:
+    if PRECISION == "library":
+        total = _ready(error, row, column, rows, columns)
+    else:
         total = _product(
             hidden, weight, row, column, rows, columns, width, 1, 1, width, 0, width,
             ROWS, COLUMNS, INNER, EVEN, PRECISION,
         )  # fmt: skip
-        total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    DTYPE: tl.constexpr = error.dtype.element_ty
+    total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     place = row[:, None].to(tl.int64) * columns + column[None, :]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
-    if MADE:
-        total = tl.load(error + place, mask=mask, other=0.0).to(tl.float32)
     target = tl.load(value + place, mask=mask, other=0.0).to(tl.float32)
     missed = narrow(narrow(total, DTYPE).to(tl.float32) - target, DTYPE)
     if KEEP:
@@ -232,12 +236,14 @@ def _weight_tile(  # type: ignore[no-untyped-def]
 def _row_tile(  # type: ignore[no-untyped-def]
     left, weight, before, out, out_turned, sums, scale, program, rows, inner, columns, across,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, SLOPE: tl.constexpr,
-    TURNED: tl.constexpr, MADE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    TURNED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of out [N, J] = left weight, with what follows it in :func:`backward_kernel`."""
     column = program % across * COLUMNS + tl.arange(0, COLUMNS)
     row = program // across * ROWS + tl.arange(0, ROWS)
-    if not MADE:
+    if PRECISION == "library":
+        total = _ready(out, row, column, rows, columns)
+    else:
         total = _product(
             left, weight, row, column, rows, columns, inner, 1, 1 if TURNED else columns, inner if TURNED else 1,
             0, inner, ROWS, COLUMNS, INNER, EVEN, PRECISION,
@@ -245,8 +251,6 @@ def _row_tile(  # type: ignore[no-untyped-def]
     DTYPE: tl.constexpr = out.dtype.element_ty
     place = row[:, None].to(tl.int64) * columns + column[None, :]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
-    if MADE:
-        total = tl.load(out + place, mask=mask, other=0.0).to(tl.float32)
     if SLOPE:
         z = tl.load(before + place, mask=mask, other=0.0).to(tl.float32)
         sigmoid = 1.0 / (1.0 + tl.exp(-z))
@@ -269,8 +273,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     left, turned, weight, right, before, out, out_turned, sums, partials, scale, rows, inner, columns, length,
     across, down, weight_programs,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr, EVEN_ROWS: tl.constexpr,
-    SLOPE: tl.constexpr, TURNED: tl.constexpr, MADE: tl.constexpr, WEIGHTS_MADE: tl.constexpr, KEEP: tl.constexpr,
-    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    SLOPE: tl.constexpr, TURNED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The backward pass of a layer whose outputs have the gradient left [N, I]: two products, tile by tile.
 
@@ -281,17 +284,16 @@ def backward_kernel(  # type: ignore[no-untyped-def]
 
     With TURNED both operands of each product have what is added up over next to each other, as TF32 wants it: turned
     [I, N], weight [J, I], right [J, N], and with SLOPE the result goes to out_turned [J, N]. Without KEEP it goes
-    there alone. With MADE out holds its product, which no program for a tile of left' right reads; with WEIGHTS_MADE
-    there are no such programs.
+    there alone.
     """
     program = tl.program_id(0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if WEIGHTS_MADE:
+    if PRECISION == "library":
         _row_tile(
             left, weight, before, out, out_turned, sums, scale, program, rows, inner, columns, across,
-            ROWS, COLUMNS, INNER, EVEN, SLOPE, TURNED, MADE, KEEP, PRECISION,
+            ROWS, COLUMNS, INNER, EVEN, SLOPE, TURNED, KEEP, PRECISION,
         )  # fmt: skip
     elif program < weight_programs:
         _weight_tile(
@@ -301,5 +303,5 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     else:
         _row_tile(
             left, weight, before, out, out_turned, sums, scale, program - weight_programs, rows, inner, columns, across,
-            ROWS, COLUMNS, INNER, EVEN, SLOPE, TURNED, MADE, KEEP, PRECISION,
+            ROWS, COLUMNS, INNER, EVEN, SLOPE, TURNED, KEEP, PRECISION,
         )  # fmt: skip

@@ -32,28 +32,11 @@ class Tiles(NamedTuple):
         return self._replace(stages=max(1, min(self.stages, shared_bytes // stage)))
 
 
-class Made(NamedTuple):
-    """Which products torch's library makes, after which a kernel does what follows; our kernels make the others.
-
-    They are those of z1, of y, of the gradient of silu(z1) on its way back to z1, of the keys' gradient, and of both
-    weights' gradients. The last two are for float32 alone: in bfloat16 the keys' gradient would be rounded twice, and
-    those of the weights before they are summed.
-    """
-
-    hidden: bool = False
-    error: bool = False
-    slope: bool = False
-    keys: bool = False
-    weights: bool = False
-
-
 class Plan(NamedTuple):
     """Tiles of the four products, and the rows that one program adds up for a weight's gradient, of so many programs.
 
     With ``turned``, what the products of the backward pass add up over lies next to each other in all operands. The
     tensor cores take TF32 in no other way, and to turn tile by tile, as Triton does, costs more than to do it once.
-
-    What follows a product that is ``made`` goes by the same tiles. In TF32 none is.
     """
 
     hidden: Tiles
@@ -63,7 +46,6 @@ class Plan(NamedTuple):
     length: int = 0
     turned: bool = False
     programs: int = 128
-    made: Made = Made()
 
 
 class Method(NamedTuple):
@@ -77,9 +59,7 @@ _HALF, _LONG, _DEEP = Tiles(64, 128, 64, 4, 3), Tiles(128, 128, 64, 4, 3), Tiles
 _SHORT, _FAST, _FAST_BACK = Tiles(64, 64, 64, 4, 3), Tiles(64, 128, 32, 4, 4), Tiles(128, 128, 32, 4, 3)
 _FAST_WIDE = Tiles(128, 128, 32, 8, 4)
 _EXACT, _EXACT_LONG, _EXACT_BACK = Tiles(128, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 3), Tiles(128, 64, 32, 4, 4)
-_LOADED = Tiles(32, 128, 32, 4, 1)
-"""Around the library's products, which leave numbers to load, to compute with and to store."""
-FEW_ROWS = 48 if _rows.INTERPRETED.value else 4096
+FEW_ROWS = 4096
 """Up to so many rows the first plan of a pair is taken, beyond them the second."""
 PLANS = {
     "bfloat16": (
@@ -99,7 +79,8 @@ PLANS = {
 """For rows 512 wide on a Hopper GPU, by the time of a whole update in a CUDA graph, one tile after the other exchanged.
 None spills registers, which `kernbench bench --compile-only` checks: an outer one of (128, 64, 32, 4, 4) in three
 products is faster by 6 to 13 %, but does. With 256 programs two share a multiprocessor."""
-_WHOLE = Plan(_LOADED, _LOADED, _LOADED, _LOADED, made=Made(*(True,) * len(Made._fields)))
+_LOADED = Tiles(32, 128, 32, 4, 1)
+"""Around the library's products, which leave numbers to load, to compute with and to store."""
 _AWKWARD = Tiles(32, 32, 32, 4, 2)
 """For widths that no access of 16 bytes divides: every number has a place of its own in a register then."""
 _ALIGNED = 16
@@ -111,7 +92,7 @@ LEAST_LENGTH = 256
 
 _SMALLEST, _LARGEST = Tiles(32, 32, 32, 4, 1), Tiles(128, 128, 128, 4, 1)
 INTERPRETED = Plan(_SMALLEST, _SMALLEST, _SMALLEST, _SMALLEST, 48)
-"""Small enough that small cases have several of everything. What is turned or made is so as on a GPU."""
+"""Small enough that small cases have several of everything."""
 _INTERPRETED_WHOLE = Plan(_LARGEST, _LARGEST, _LARGEST, _LARGEST, 512)
 _INTERPRETED_MOST = 80
 
@@ -154,11 +135,19 @@ def method_for(key: Tensor, value: Tensor, hidden_width: int, chosen: str | None
 
 @lru_cache(maxsize=256)
 def _method(rows: int, widths: tuple[int, int, int], dtype: torch.dtype, precision: str, shared_bytes: int) -> Method:
-    plan = _planned(rows, widths, dtype, precision, shared_bytes)
     if _rows.INTERPRETED.value:
-        small = INTERPRETED if max(rows, *widths) <= _INTERPRETED_MOST else _INTERPRETED_WHOLE
-        length = rows if plan.made.weights else small.length
-        return Method(small._replace(length=length, turned=plan.turned, made=plan.made), precision)
+        plan = INTERPRETED if max(rows, *widths) <= _INTERPRETED_MOST else _INTERPRETED_WHOLE
+        if precision == LIBRARY:
+            plan = plan._replace(length=rows)
+        return Method(plan._replace(turned=precision == "tf32"), precision)
+    if precision == LIBRARY:
+        return Method(Plan(_LOADED, _LOADED, _LOADED, _LOADED, length=rows), precision)
+    short, long = PLANS[precision if dtype == torch.float32 else "bfloat16"]
+    plan = short if rows <= FEW_ROWS else long
+    if precision == "tf32x3" and shared_bytes < HOPPER_SHARED_BYTES:
+        plan = Plan(_OLDER, _OLDER, _OLDER, _OLDER)
+    if any(width % _ALIGNED for width in widths):
+        plan = Plan(_AWKWARD, _AWKWARD, _AWKWARD, _AWKWARD, turned=plan.turned)
     hidden, error, outer, inner = (
         one.fitted(dtype.itemsize, shared_bytes) for one in (plan.hidden, plan.error, plan.outer, plan.inner)
     )
@@ -168,22 +157,8 @@ def _method(rows: int, widths: tuple[int, int, int], dtype: torch.dtype, precisi
     )
 
 
-def _planned(rows: int, widths: tuple[int, int, int], dtype: torch.dtype, precision: str, shared_bytes: int) -> Plan:
-    if precision == LIBRARY:
-        return _WHOLE
-    short, long = PLANS[precision if dtype == torch.float32 else "bfloat16"]
-    plan = short if rows <= FEW_ROWS else long
-    if precision == "tf32x3" and shared_bytes < HOPPER_SHARED_BYTES:
-        plan = Plan(_OLDER, _OLDER, _OLDER, _OLDER)
-    if any(width % _ALIGNED for width in widths):
-        plan = Plan(_AWKWARD, _AWKWARD, _AWKWARD, _AWKWARD, turned=plan.turned)
-    return plan
-
-
 def _length(rows: int, widths: tuple[int, int, int], plan: Plan) -> int:
     """Rows that one program adds up for a weight's gradient, so that there are about as many as planned."""
-    if plan.made.weights:
-        return rows
     width, hidden_width, _ = widths
     tiles = blocks_in(hidden_width, plan.inner.rows) * blocks_in(width, plan.inner.columns)
     parts = max(1, min(plan.programs // tiles, blocks_in(rows, LEAST_LENGTH)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -200,63 +199,6 @@ def test_what_does_not_fit_is_refused(name: str, change: Any, words: str) -> Non
     inputs[name] = change(inputs[name])
     with pytest.raises(ValueError, match=words):
         UPDATE.optimized(**inputs)
-
-
-@pytest.fixture(params=[(), ("hidden",), ("error",), ("slope",), ("hidden", "error", "slope")], ids=str)
-def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Products in bfloat16 that torch's library makes here, of however many rows; widths have to be those of a plan."""
-    plans = module(UPDATE)._memory_mlp_plans
-    by_library = plans.Made(**dict.fromkeys(request.param, True))
-    mixed = tuple(plan._replace(made=by_library) for plan in plans.PLANS["bfloat16"])
-    monkeypatch.setitem(plans.PLANS, "bfloat16", mixed)
-    plans._method.cache_clear()
-    yield
-    plans._method.cache_clear()
-
-
-# Not the tiles' multiples, and several of them.
-RAGGED = {"rows": 61, "width": 16, "hidden": 48}
-
-
-def assert_as_exact(ours: Tensor, eager: Tensor, exact: Tensor, name: str) -> None:
-    error, allowed = ((one.double() - exact).norm() for one in (ours, eager))
-    assert error <= 1.05 * allowed, f"{name}: {error} where eager has {allowed}"
-
-
-@pytest.mark.usefixtures("made")
-@pytest.mark.parametrize("watched", [False, True])
-def test_an_update_with_products_of_the_library_is_as_exact_as_eager(
-    watched: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The weights are parameters and autocast is on, which must change nothing."""
-    monkeypatch.setattr(module(UPDATE)._rows, "watched", lambda: watched)
-    ours = drawn(UPDATE, torch.bfloat16, **RAGGED)
-    eager, exact = copied(ours), copied(ours, torch.float64)
-    parameters = {name: ours[name].requires_grad_() for name in WEIGHTS}
-    with torch.autocast(DEVICE.type, torch.float16):
-        UPDATE.optimized(**{**ours, **parameters})
-    UPDATE.reference(**eager)
-    UPDATE.reference(**exact)
-    for name in STATE:
-        assert_as_exact(ours[name].detach(), eager[name], exact[name], name)
-
-
-@pytest.mark.usefixtures("made")
-@pytest.mark.parametrize("taken", [False, True])
-def test_gradients_with_products_of_the_library_are_as_exact_as_those_of_eager(taken: bool) -> None:
-    inputs = drawn(LOSS, torch.bfloat16, **RAGGED)
-    names = ("key", "value", *WEIGHTS)
-    size = sum(inputs[name].numel() for name in WEIGHTS)
-    gradient = torch.full((size,), float("nan"), device=DEVICE) if taken else None
-
-    def gradients(call: Any, dtype: torch.dtype, **more: Any) -> tuple[Tensor, ...]:
-        given = {name: inputs[name].detach().to(dtype).requires_grad_() for name in names}
-        return torch.autograd.grad(call(**given, **more), list(given.values()))
-
-    found = gradients(LOSS.optimized, torch.bfloat16, gradient=gradient)
-    eager, exact = (gradients(LOSS.reference, dtype) for dtype in (torch.bfloat16, torch.float64))
-    for each in zip(found, eager, exact, names, strict=True):
-        assert_as_exact(*each)
 
 
 def test_precision_follows_both_interfaces_of_torch() -> None:
