@@ -65,14 +65,15 @@ class Run(Generic[AnyRecord]):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, note how it ended, and write the record; exceptions go on."""
+        """Time a stage, note how it ended, and write the record; exceptions go on, an interrupt with the run's id."""
         started = time.perf_counter()
         try:
             yield
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             self._finish_stage(name, "interrupted", started)
             self.record.status = "interrupted"
             self.write()
+            interrupt.add_note(self.record.run_id)
             raise
         except Exception as error:
             self._finish_stage(name, "failed", started, str(error).splitlines()[0] if str(error) else repr(error))

@@ -313,6 +313,8 @@ def _verdict(failures: Sequence[_Failure], name: str, chosen: Team) -> BaseExcep
 def _note_ending(run: Run[record.ProfileRecord], error: BaseException) -> None:
     """Rank 0's stage was cut short by another rank, or lost it; the record says what that one ended with."""
     interrupted = isinstance(error, KeyboardInterrupt)
+    if interrupted:
+        error.add_note(run.record.run_id)
     run.record.status = "interrupted" if interrupted else "failed"
     if run.record.stages and run.record.stages[-1].status == "failed":
         message = "" if interrupted else str(error).splitlines()[0]

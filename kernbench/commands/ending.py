@@ -33,8 +33,9 @@ def reported(command: Callable[..., int]) -> Callable[..., None]:
                 raise
             complain(f"there is no package {error.name!r}; pip install it, or kernbench again, which brings it")
             raise typer.Exit(KernbenchError.exit_code) from None
-        except KeyboardInterrupt:
-            complain("interrupted; the stages finished so far are on disk")
+        except KeyboardInterrupt as interrupt:
+            runs = getattr(interrupt, "__notes__", [])
+            complain(f"interrupted; kernbench report {runs[0]} shows what was finished" if runs else "interrupted")
             raise typer.Exit(INTERRUPTED) from None
 
     return run
