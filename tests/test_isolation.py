@@ -113,7 +113,7 @@ def test_a_kernel_that_always_ends_the_process_is_given_up_row_by_row(deadly):
 
 @pytest.mark.parametrize("kind", ["sleep", "exit"])
 def test_a_deadly_implementation_fails_alone_in_bench(deadly, kind):
-    found = answered(run("bench", kind, "--rounds", 3, *KERNEL, "--time-limit", 5), 0)
+    found = answered(run("bench", kind, "--rounds", 3, *KERNEL, "--time-limit", 8), 0)
     rows = {(row["case"], row["implementation"]): row for row in found["results"]}
     failed = rows.pop(("ragged", "deadly"))
     assert failed["label"] == "failed"

@@ -20,8 +20,9 @@ LEAST_REPEATS = 5
 MOST_REPEATS = 200
 LAUNCHES = 1000
 
-# Memory is measured on buffers of at least this many times the last cache, so that none of it stays there.
-TIMES_THE_CACHE = 4
+# Memory is measured on buffers of at least this many times the last cache: of the two of a copy none stays there.
+TIMES_THE_CACHE = 2
+RANDOM_NUMBERS = 1 << 20
 CPU_BUFFER_BYTES = (64 << 20, 256 << 20)
 CUDA_BUFFER_BYTES = (512 << 20, 2 << 30)
 CPU_MATMUL_SIZES = (1024,)
@@ -87,9 +88,10 @@ def _memory(device: torch.device, seconds: float) -> tuple[float | None, float |
     """Copy (read + written) and triad (two read, one written) in bytes per second."""
     least, most = CUDA_BUFFER_BYTES if device.type == "cuda" else CPU_BUFFER_BYTES
     size = min(max(least, TIMES_THE_CACHE * cache_bytes(device)), most, free_bytes(device) // 8)
-    if size < 2 * cache_bytes(device):
+    if size < TIMES_THE_CACHE * cache_bytes(device):
         return None, None
-    first = torch.rand(size // 4, device=device)
+    # As many as make no pattern; for a CPU all of them would take longer to draw than to copy.
+    first = torch.rand(min(RANDOM_NUMBERS, size // 4), device=device).repeat(max(1, size // 4 // RANDOM_NUMBERS))
     second = first.clone()
     result = torch.empty_like(first)
     copy = _best_seconds(lambda: result.copy_(first), device, seconds)
