@@ -65,7 +65,7 @@ class Run(Generic[AnyRecord]):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, note how it ended, and write the record; exceptions go on, an interrupt with the run's id."""
+        """Time a stage, note how it ended, and write the record; exceptions go on."""
         started = time.perf_counter()
         try:
             yield
@@ -73,7 +73,7 @@ class Run(Generic[AnyRecord]):
             self._finish_stage(name, "interrupted", started)
             self.record.status = "interrupted"
             self.write()
-            interrupt.add_note(self.record.run_id)
+            self.show_way_back(interrupt)
             raise
         except Exception as error:
             self._finish_stage(name, "failed", started, str(error).splitlines()[0] if str(error) else repr(error))
@@ -82,6 +82,10 @@ class Run(Generic[AnyRecord]):
             raise
         self._finish_stage(name, "done", started)
         self.write()
+
+    def show_way_back(self, interrupt: BaseException) -> None:
+        """Let an interrupt say how to see what was finished."""
+        interrupt.add_note(f"kernbench report {self.record.run_id} shows what was finished")
 
     def skip(self, name: str, reason: str) -> None:
         """Note a stage that was left out, and why."""

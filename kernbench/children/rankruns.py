@@ -314,7 +314,7 @@ def _note_ending(run: Run[record.ProfileRecord], error: BaseException) -> None:
     """Rank 0's stage was cut short by another rank, or lost it; the record says what that one ended with."""
     interrupted = isinstance(error, KeyboardInterrupt)
     if interrupted:
-        error.add_note(run.record.run_id)
+        run.show_way_back(error)
     run.record.status = "interrupted" if interrupted else "failed"
     if run.record.stages and run.record.stages[-1].status == "failed":
         message = "" if interrupted else str(error).splitlines()[0]

@@ -34,8 +34,7 @@ def reported(command: Callable[..., int]) -> Callable[..., None]:
             complain(f"there is no package {error.name!r}; pip install it, or kernbench again, which brings it")
             raise typer.Exit(KernbenchError.exit_code) from None
         except KeyboardInterrupt as interrupt:
-            runs = getattr(interrupt, "__notes__", [])
-            complain(f"interrupted; kernbench report {runs[0]} shows what was finished" if runs else "interrupted")
+            complain("; ".join(["interrupted", *dict.fromkeys(getattr(interrupt, "__notes__", []))]))
             raise typer.Exit(INTERRUPTED) from None
 
     return run
