@@ -9,10 +9,10 @@ from kernbench.report import units
 from kernbench.report.phrases import sentence, unfinished
 
 NOT_MEASURED = "not measured here"
+"""The label of a row that has no time for want of a device, and not because something failed."""
 MEMORY_NOTE = (
     "The most that a call holds at one time beside what it is given; of a backward, with the forward before it."
 )
-"""The label of a row that has no time for want of a device, and not because something failed."""
 
 
 def builds_headline(builds: Sequence[Build]) -> str:
