@@ -33,6 +33,14 @@ class Linear(nn.Module):
         return functional.linear(x, self.weight.to(x.dtype))
 
 
+class Head(Linear):
+    """The last product: of every token with every word of the vocabulary."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [..., V] of features [..., C]."""
+        return super().forward(x)
+
+
 def rotary_tables(config: BioConfig, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines [T, D / 2] in ``dtype``, rounded to bfloat16 as upstream keeps them."""
     half = config.head_size // 2

@@ -23,7 +23,7 @@ from kernbench.errors import KernbenchError
 from . import parallel
 from .moe import Routed
 from .neuroscore import NeuroScore
-from .phases import PHASES
+from .phases import BEYOND, PHASES
 from .training import Training
 
 NUMBER = 5
@@ -34,7 +34,7 @@ UNCAPTURED = "phase 5 of bio-nanochat runs uncaptured here: a CUDA graph needs a
 SEVERAL_RANKS = "phase 5 of bio-nanochat runs uncaptured on several ranks: no replay calls hooks that send gradients"
 HOOKED = "phase 5 of bio-nanochat ran steps uncaptured: the model has hooks, which a replay would not call"
 
-SITES = [swap.site for phase in PHASES for swap in phase.swaps if isinstance(swap.site, tuple)]
+SITES = [swap.site for phase in (*PHASES, BEYOND) for swap in phase.swaps if isinstance(swap.site, tuple)]
 """Where a step may have other functions than at its capture."""
 
 # As they are before any swap.

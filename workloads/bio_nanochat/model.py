@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .attention import Attention, Linear, SynapticAttention, TopKAttention
+from .attention import Attention, Head, Linear, SynapticAttention, TopKAttention
 from .config import BioConfig
 from .moe import SynapticMoE, synaptic_linear
 from .noise import Noise
@@ -102,7 +102,7 @@ class BioModel(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         self.embedding = nn.Embedding(config.vocabulary, config.width, device=device, dtype=wide)
         self.blocks = nn.ModuleList(Block(config, synapses, device=device, dtype=dtype) for _ in range(config.layers))
-        self.head = Linear(config.width, config.vocabulary, device=device, dtype=dtype)
+        self.head = Head(config.width, config.vocabulary, device=device, dtype=dtype)
         self.register_buffer("draws", torch.zeros((), device=device, dtype=torch.int64))
         self.draws: Tensor
         self.counted_noise = False
@@ -160,7 +160,7 @@ class VanillaModel(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         self.embedding = nn.Embedding(config.vocabulary, config.width, device=device, dtype=wide)
         self.blocks = nn.ModuleList(VanillaBlock(config, device=device, dtype=dtype) for _ in range(config.layers))
-        self.head = Linear(config.width, config.vocabulary, device=device, dtype=dtype)
+        self.head = Head(config.width, config.vocabulary, device=device, dtype=dtype)
         self.counted_noise = False
 
     def forward(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,18 +33,29 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One Nesterov step of every parameter that has a gradient."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state: dict[str, Any] = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"]
-                momentum.lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonal(parameter.grad.lerp(momentum, group["momentum"]).to(self.dtype))
-                rows, columns = parameter.shape[-2:]
-                scale = max(1, rows / columns) ** 0.5
-                parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+            self.move([parameter for parameter in group["params"] if parameter.grad is not None], group)
+
+    def move(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """One step of each of these, all of which have gradients, at the rates of ``group``."""
+        for parameter in parameters:
+            gradient, average = parameter.grad, self.average(parameter)
+            assert gradient is not None
+            average.lerp_(gradient, 1 - group["momentum"])
+            update = orthogonal(gradient.lerp(average, group["momentum"]).to(self.dtype))
+            parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * stretch(parameter))
+
+    def average(self, parameter: nn.Parameter) -> Tensor:
+        """The running mean of a parameter's gradients, which starts at zero; in its shape and dtype."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
+
+
+def stretch(parameter: Tensor) -> float:
+    """How much further a matrix that is taller than wide goes in a step."""
+    rows, columns = parameter.shape[-2:]
+    return float(max(1, rows / columns) ** 0.5)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
 """The phases that change what a step does, with what they promise; phase 5 captures whatever of them is in place, and
-:mod:`.graph` has it. :mod:`.syncfree` is phase 0, :mod:`.fused` the kernels'.
+:mod:`.graph` has it. :mod:`.syncfree` is phase 0, :mod:`.products` phase 6, :mod:`.fused` the kernels'.
 """
 
 from __future__ import annotations
 
 from kernbench.workload import Phase, Swap
 
-from . import fused, genetics_fused, metrics, structure_fused, syncfree, topk
+from . import fused, genetics_fused, metrics, products, structure_fused, syncfree, topk
 from . import predictions as promised
-from .attention import SynapticAttention, TopKAttention
+from .attention import Head, SynapticAttention, TopKAttention
 from .moe import SynapticMoE
 from .neuroscore import NeuroScore
+from .optimizers import Muon
 from .postsynaptic_topk import TopKLinear
 from .structure import StructuralController
 from .training import Training
@@ -105,3 +106,16 @@ PHASES = (
         ),
     ),
 )
+
+BEYOND = Phase(
+    number=6,
+    title="products that fill the device",
+    flag="BIO_FULL_PRODUCTS",
+    predicts=promised.PRODUCTS_PROMISE,
+    predict=promised.predict_products,
+    swaps=(
+        Swap(site=(Head, "forward"), use=products.logits),
+        Swap(site=(Muon, "move"), use=products.move_in_stacks, every=SOME_PRESETS),
+    ),
+)
+"""Of no plan: what the profile showed once the others were in."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernbench.promises import NOTHING, down_to, launches_saved, promise, without_idle, without_waits
+from kernbench.promises import NOTHING, Work, down_to, launches_saved, promise, without_idle, without_waits
 from kernbench.record import Prediction, ProfileRecord
 
 from .config import PRESETS
@@ -56,3 +56,22 @@ GRAPH_PROMISE = (
 def predict_graph(before: ProfileRecord) -> Prediction:
     """All idle time of the device goes, at best."""
     return promise(GRAPH_PROMISE, without_idle(before), claim=SYNC_CLAIM)
+
+
+PRODUCTS_PROMISE = (
+    "The head's product gets rows of whole cache lines, and Muon multiplies stacks of matrices; of the time of both at "
+    "best the head's products are left, at the ceiling of products."
+)
+
+
+def predict_products(before: ProfileRecord) -> Prediction:
+    """Of the time at the phase's sites that of the head's flops is left, at best."""
+    config = PRESETS.get(before.workload.preset)
+    ceilings = before.environment.ceilings
+    speed = ceilings.matmul_flops_per_second.get(before.workload.dtype) if ceilings else None
+    work = None
+    if config is not None and speed:
+        passes = 1 if config.step == "forward" else 3
+        flops = passes * 2 * config.batch * config.length * config.width * config.vocabulary
+        work = Work(flops / speed, f"{flops / 1e9:.3g} GFLOP of the head at {speed / 1e12:.3g} TFLOP/s")
+    return promise(PRODUCTS_PROMISE, down_to(before, 6, work))

@@ -42,7 +42,7 @@ from kernbench.workload import Curves, Peer, Phase, Swap, Workload
 
 from .config import PRESETS, BioConfig
 from .graph import NUMBER, advance, fixed_batch
-from .phases import PHASES
+from .phases import BEYOND, PHASES
 from .postsynaptic import SynapticLinear, effective_compiled
 from .predictions import GRAPH_PROMISE, SYNC_CLAIM, predict_graph
 from .training import Training
@@ -103,6 +103,7 @@ WORKLOAD = Workload(
                 Swap(site=(Training, "advance"), use=advance),
             ),
         ),
+        BEYOND,
     ),
     dtypes=dict.fromkeys(BFLOAT16, "bfloat16"),
     peers=(Peer(name="torch.compile", prepare=compile_model),),
