@@ -5,10 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from kernbench.analysis.alignment import Unaligned
 from kernbench.analysis.readcauses import Place
 from kernbench.record import Cause, Communication, Estimate, Hotspot, Launches, SourceLine
 
 _NAME_LENGTH = 50
+_SIZES = 3
+# Most tiles of large products are this wide or a multiple of it: a size like that leaves no tile part empty.
+_TILE = 64
+_MOST_PADDING = 0.05
 _SYNCHRONIZE = re.compile(r"[sS]ynchronize$")
 _EXPLICIT = (
     "Take the synchronisation out, or wait for an event, and only where the result is used; for timing, measure with "
@@ -33,6 +38,7 @@ TITLES: dict[Cause, str] = {
     "host-bound": "Host-bound",
     "allocator": "Memory allocation",
     "serialised streams": "Serialised streams",
+    "unaligned product": "Unaligned product",
     "communication": "Exposed communication",
     "slow rank": "Slow rank",
     "device-bound": "Healthy",
@@ -55,6 +61,8 @@ ADVICE: dict[Cause, str] = {
     "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True where memory is tight.",
     "serialised streams": "Wait later, or only for what is needed: record the event right after the work that the "
     "other stream uses, and wait for it right before the use.",
+    "unaligned product": "Find the size at fault, which a trace with record_shapes=True names, and pad it to the next "
+    "multiple of 64, or store the matrix with padded rows.",
     "communication": "Start it earlier and let computing hide it: larger or earlier buckets, asynchronous collectives, "
     "less data.",
     "slow rank": "Analyse the trace of that rank, and compare its data, clocks and host with the others'.",
@@ -181,6 +189,55 @@ def streams_sentence(streams: Sequence[int], seconds: float, step: float) -> str
         f"work on streams {names} takes turns: events hold queued work of one back while another runs, for "
         f"{_of_step(seconds, step)} that could overlap if the work does not depend on each other."
     )
+
+
+def products_sentence(found: Unaligned, step: float) -> str:
+    """What products cost whose rows are not aligned; of several the costliest is named."""
+    place, kernel = place_of(found.op, found.source), _ends(found.kernel)
+    what = f"multiplies {' by '.join(str(list(dims)) for dims in found.operands)}" if found.operands else "multiplies"
+    if found.count == 1:
+        said = f"{place} {what} on a kernel for unaligned rows ({kernel})"
+    else:
+        said = f"{found.count:.3g} products a step run on kernels for unaligned rows"
+    multiple = "are no multiples" if len(found.sizes) > 1 else "is no multiple"
+    said += f", as {_listed([str(size) for size in found.sizes]) or 'some size'} {multiple} of {found.full}"
+    if found.count != 1:
+        said += f"; the costliest is where {place} {what} ({kernel})"
+    cost = f"a step would be up to {duration(found.seconds)} ({percent(found.seconds / step)}) shorter"
+    if found.compared:
+        return f"{said}; at the rate of this trace's aligned products {cost}."
+    own, them = ("its", "it") if found.count == 1 else ("their", "them")
+    missing = "no large aligned product" if found.sizes else "no shapes"
+    return f"{said}; {cost}, all of {own} time, as this trace has {missing} to compare {them} by."
+
+
+def of_products(found: Unaligned) -> str:
+    """What to do about sizes that keep rows from being aligned, with the numbers."""
+    if not found.sizes:
+        return ADVICE["unaligned product"]
+    padded = _listed([_padded(size, found.full) for size in found.sizes])
+    return (
+        f"Pad {padded}; a vocabulary can have entries that no token uses. Or keep the size and store the matrix with "
+        "padded rows."
+    )
+
+
+def _padded(size: int, full: int) -> str:
+    """A size and what to pad it to: whole tiles unless that is far away, else aligned rows at least."""
+    multiple = _TILE if -size % _TILE <= _MOST_PADDING * size else full
+    return f"{size} to {size + -size % multiple} (the next multiple of {multiple})"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    shown = [*parts[:_SIZES], *([f"{len(parts) - _SIZES} more"] if len(parts) > _SIZES else [])]
+    return " and ".join(filter(None, [", ".join(shown[:-1]), *shown[-1:]]))
+
+
+def _ends(name: str) -> str:
+    """A CUTLASS kernel's name without what is between its generation and its alignment."""
+    words = name.split("_")
+    return f"{'_'.join(words[:2])}…{words[-1]}"
 
 
 def rank_sentence(known: Communication, step: float) -> str:

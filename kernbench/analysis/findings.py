@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import msgspec
@@ -9,6 +10,7 @@ import numpy as np
 
 from kernbench.analysis import advice, idlepieces
 from kernbench.analysis.advice import duration, percent
+from kernbench.analysis.alignment import Unaligned, together, unaligned
 from kernbench.analysis.attribution import places
 from kernbench.analysis.costs import IdleCosts, Step, exposed_communication, idle_costs, taking_turns, true_step
 from kernbench.analysis.hotspots import hotspots
@@ -44,6 +46,7 @@ def findings(
     *,
     lines: LineLog | None = None,
     communication: Communication | None = None,
+    shaped: Trace | None = None,
     limit: int = 8,
 ) -> list[Finding]:
     """What costs step time; only "device-bound" for a healthy trace.
@@ -56,6 +59,7 @@ def findings(
         whatif: the replay, whose estimates for single stalls take the place of idle time where it has any.
         lines: the log of the line pass over the same steps.
         communication: of all ranks of the run, this trace's among them.
+        shaped: a trace of the same step that holds shapes, if ``trace`` does not.
     """
     if step_windows(trace).mean_ns <= 0:
         return []
@@ -67,6 +71,7 @@ def findings(
         *_reads(read_places(trace, lines, costs, whatif), step),
         *_of_host(trace, costs, lines, step),
         *_streams(trace, step),
+        *_products(unaligned(shaped if shaped is not None and shaped.on_gpu else trace, lines), step),
         *_exchange(trace, costs, communication, step),
     ]
     found = [_replayed(one, whatif, step) for one in found]
@@ -208,6 +213,24 @@ def _streams(trace: Trace, step: float) -> list[Finding]:
         return []
     seconds = turns.ns / len(trace.counted) / 1e9
     return [_finding("serialised streams", advice.streams_sentence(turns.streams, seconds, step), seconds, step)]
+
+
+def _products(found: Sequence[Unaligned], step: float) -> list[Finding]:
+    """One finding for each set of sizes that matters; sizes that only matter together share one."""
+    small: dict[tuple[int, bool, bool], list[Unaligned]] = defaultdict(list)
+    groups = []
+    for one in found:
+        if one.seconds >= NOTABLE_SHARE * step:
+            groups.append(one)
+        else:
+            small[one.full, one.compared, bool(one.sizes)].append(one)
+    groups += map(together, small.values())
+    result = []
+    for group in groups:
+        sentence = advice.products_sentence(group, step)
+        single = _finding("unaligned product", sentence, group.seconds, step, group.source, group.op)
+        result.append(msgspec.structs.replace(single, advice=advice.of_products(group)))
+    return result
 
 
 def _exchange(trace: Trace, costs: IdleCosts, known: Communication | None, step: float) -> list[Finding]:

@@ -30,6 +30,7 @@ def enrich(
     *,
     ranks: Communication | None = None,
     unprofiled_seconds: float | None = None,
+    shaped: Trace | None = None,
 ) -> TraceAnalysis:
     """All that a trace tells beyond a profile's own fields.
 
@@ -39,11 +40,12 @@ def enrich(
         found: the stalls of this trace, by ``stalls.stalls``; ``whatif.with_savings`` adds what the replay saves.
         ranks: the communication of all ranks of the run; that of this trace alone if left out.
         unprofiled_seconds: a step's time without the profiler, where it was measured.
+        shaped: a trace of the same step that holds shapes, if ``trace`` does not.
     """
     replayed = whatif.whatif(trace, found, ceilings, lines, unprofiled_seconds=unprofiled_seconds)
     if ranks is None:
         ranks = communication.communication([trace])
-    costs = findings.findings(trace, replayed, lines=lines, communication=ranks)
+    costs = findings.findings(trace, replayed, lines=lines, communication=ranks, shaped=shaped)
     return TraceAnalysis(
         trace=trace.info,
         headline=findings.headline(trace, costs, replayed),

@@ -224,7 +224,9 @@ def measure(
         return
     with run.stage(f"{name}what-if"), run.progress.stage(f"replaying {name}steps"):
         ceilings = result.environment.ceilings
-        found = enrich(events, log, ceilings, result.stalls, ranks=between, unprofiled_seconds=median(seconds))
+        found = enrich(
+            events, log, ceilings, result.stalls, ranks=between, unprofiled_seconds=median(seconds), shaped=detailed
+        )
         _add_details(found, detailed, log, ceilings)
         found.whatif = with_phases(found.whatif, events, log, ceilings, detailed, unprofiled_seconds=median(seconds))
         result.analysis = found

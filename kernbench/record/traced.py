@@ -45,6 +45,7 @@ Cause = Literal[
     "host-bound",
     "allocator",
     "serialised streams",
+    "unaligned product",
     "communication",
     "slow rank",
     "device-bound",
