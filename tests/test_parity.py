@@ -966,6 +966,12 @@ def only_float32(**options):
     return build(**options)
 
 
+def only_bfloat16(**options):
+    if options["dtype"] != torch.bfloat16:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 1.")
+    return build(**options)
+
+
 def other_numbers(**options):
     built = build(**options)
     if options["dtype"] == torch.float64:
@@ -975,13 +981,33 @@ def other_numbers(**options):
 
 @pytest.mark.parametrize(
     ("build_", "why"),
-    [(only_float32, "no float64 oracle (raised TypeError: float32 only)"), (other_numbers, "draws other numbers")],
+    [
+        (only_float32, "no float64 oracle (raised TypeError: float32 only): held against the side before"),
+        (other_numbers, "the float64 run draws other numbers: held against the side before"),
+    ],
 )
 def test_without_an_oracle_the_side_before_is_the_measure_and_the_row_says_so(build_, why):
     row = steps_of(workload(forward_other_order, build=build_))["10 steps"]
     assert row.passed
-    assert why in row.reason
+    assert row.reason == why
+    assert row.oracle == "the side before"
     assert not steps_of(workload(slightly_off, build=build_))["1 step"].passed
+
+
+@pytest.mark.parametrize("build_", [only_float32, other_numbers])
+def test_a_short_dtype_is_held_against_float32_where_there_is_no_float64(build_):
+    row = steps_of(workload(forward_other_order, build=build_), dtype=torch.bfloat16)["10 steps"]
+    assert row.passed
+    assert row.reason.endswith(": float32 takes its place")
+    assert row.oracle == "float32"
+    assert not steps_of(workload(detached, build=build_), dtype=torch.bfloat16)["1 step"].passed
+
+
+def test_a_device_without_room_for_a_wider_dtype_is_told_in_a_few_words():
+    row = steps_of(workload(forward_other_order, build=only_bfloat16), dtype=torch.bfloat16)["10 steps"]
+    full = "(raised OutOfMemoryError: CUDA out of memory. Tried to allocate 1.50 GiB)"
+    assert row.reason == f"no float64 oracle {full}; no float32 oracle {full}: held against the side before"
+    assert row.oracle == "the side before"
 
 
 def test_a_state_dict_of_copies_is_a_clear_error():

@@ -95,6 +95,14 @@ def test_parity_counts_failures_and_planted_errors() -> None:
     assert sentences.headline(samples.parity()) == (
         "All 28 comparisons agree with the float64 oracle; 83 of 83 planted errors were caught."
     )
+    mixed = samples.parity()
+    mixed.results = [msgspec.structs.replace(row, oracle="float32") for row in mixed.results[:2]] + mixed.results[2:]
+    assert sentences.headline(mixed) == (
+        "All 28 comparisons agree with a float32 oracle (2) and the float64 oracle (26); 83 of 83 planted errors were "
+        "caught."
+    )
+    mixed.results = [msgspec.structs.replace(row, oracle="the side before") for row in mixed.results]
+    assert "All 28 comparisons agree with the side before; " in sentences.headline(mixed)
     assert sentences.headline(samples.parity(failing=True)).startswith(
         "2 of 28 comparisons failed, the first one fused_adamw, ragged, bfloat16, 10 updates: max error"
     )

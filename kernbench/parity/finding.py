@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from kernbench.parity.compare import Judged
-from kernbench.record import MutantResult, ParityResult
+from kernbench.record import MutantResult, Oracle, ParityResult
 
 REASONS_SHOWN = 3
 
@@ -24,6 +26,7 @@ class Finding:
     bitwise: bool | None = None
     graded: list[MutantResult] = field(default_factory=list)
     examples: int | None = None
+    oracle: Oracle = "float64"
 
     def row(self, kernel: str, case: str, dtype: str, mode: str, seconds: float) -> ParityResult:
         worst = max(self.judged, key=lambda judged: judged.excess, default=None)
@@ -37,6 +40,7 @@ class Finding:
             dtype=dtype,
             mode=mode,
             passed=not reason if self.passed is None else self.passed,
+            oracle=self.oracle,
             errors=worst.errors if worst else None,
             eager_errors=worst.eager if worst else None,
             bound=limits.max if limits else None,
@@ -52,6 +56,8 @@ class Finding:
 
 
 def raised(error: Exception) -> str:
-    """An exception as a reason: its type and first line."""
+    """An exception as a reason: its type and first line; of a full device's long one what it did not get."""
     first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        first = ". ".join(first.split(". ")[:2])
     return f"raised {type(error).__name__}: {first}" if first else f"raised {type(error).__name__}"

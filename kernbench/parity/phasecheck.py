@@ -11,8 +11,9 @@ tensor is at half its limit.)
 Single elements are held to the largest error of any tensor: AdamW turns a gradient that is all rounding noise into a
 whole step, and in which tensor that happens is chance. RMS finds a wrong tensor, as the mutants of each row show.
 
-Where no oracle can be had (the workload does not run in float64, or draws other numbers there) the side before takes
-its place, and its moved runs are the measure.
+Where there is no float64 oracle (the workload does not run in it, has no memory for it, or draws other numbers there),
+one in float32 takes its place for shorter dtypes; else the side before does, and its moved runs are the measure. These
+say little in a mixed precision: moving float32 weights by an ulp is less than rounding them to bfloat16.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from kernbench.parity.finding import Finding, raised
 from kernbench.parity.modes import nudge
 from kernbench.parity.trajectory import LOSS, NotSettableError, Trajectory
 from kernbench.progress import Progress, Silent
-from kernbench.record import Errors, ParityResult
+from kernbench.record import Errors, Oracle, ParityResult
 from kernbench.swap import Plan
 from kernbench.workload import Built, Fault, Workload
 
@@ -139,6 +140,14 @@ def phase_name(workload: Workload, before: Plan, after: Plan) -> str:
     return f"{workload.name} phase {'+'.join(added or map(str, after.numbers))}"
 
 
+class Truth(NamedTuple):
+    """The run that the sides are held against, what it is, and a remark on that."""
+
+    run: Trajectory
+    name: Oracle
+    note: str
+
+
 @dataclass
 class _Runs:
     """Builds and runs each side from the same initial state, one at a time, so that only one takes memory."""
@@ -184,21 +193,37 @@ class _Runs:
             text = f"{self.workload.name} failed before the swap: {raised(error)}"
             raise WorkloadFailed(text, traceback.format_exc()) from error
 
-    def oracle(self, before: Trajectory) -> tuple[Trajectory | None, str]:
-        """The side before in float64, or the unswapped workload where its kernels take none, or why there is none."""
+    def oracle(self, before: Trajectory) -> Truth:
+        """The side before in a wider dtype, or the unswapped workload where its kernels take none; else before itself.
+
+        Its note says why it is no float64.
+        """
+        refusals: list[str] = []
+        wider: tuple[Oracle, ...] = ("float64", "float32") if self.dtype.itemsize < 4 else ("float64",)
+        for name in wider:
+            found = self._wider(before, getattr(torch, name))
+            if isinstance(found, Trajectory):
+                note = f"{'; '.join(refusals)}: {name} takes its place" if refusals else ""
+                return Truth(found, name, note)
+            refusals.append(found)
+        return Truth(before, "the side before", f"{'; '.join(refusals)}: held against the side before")
+
+    def _wider(self, before: Trajectory, dtype: torch.dtype) -> Trajectory | str:
+        """The oracle in that dtype, or why there is none."""
+        name = str(dtype).removeprefix("torch.")
         try:
             try:
-                oracle = self.run(self.before, torch.float64, before.initial)
+                oracle = self.run(self.before, dtype, before.initial)
             except Exception:
                 if not self.before.kernels:
                     raise
-                oracle = self.run(self.bare, torch.float64, before.initial)
-        except Exception as error:  # noqa: BLE001 - a workload need not support float64, and the reason is reported
-            return None, f"no float64 oracle ({raised(error)}): held against the side before"
+                oracle = self.run(self.bare, dtype, before.initial)
+        except Exception as error:  # noqa: BLE001 - a workload need not support it, and the reason is reported
+            return f"no {name} oracle ({raised(error)})"
         own, exact = (side.points[trajectory.after_steps(1)].get(LOSS) for side in (before, oracle))
         if own is not None and exact is not None and not float((own - exact).abs()) <= FOLLOWS * float(exact.abs()):
-            return None, "the float64 run draws other numbers: held against the side before"
-        return oracle, ""
+            return f"the {name} run draws other numbers"
+        return oracle
 
     def run(self, plan: Plan, dtype: torch.dtype, initial: Mapping[str, Any] | None) -> Trajectory:
         self.begin(AFTER if plan is self.after else BEFORE)
@@ -228,8 +253,8 @@ class _Comparison:
         self.runs = runs
         self.eps = torch.finfo(runs.dtype).eps
         self.before = runs.baseline()
-        oracle, self.note = runs.oracle(self.before)
-        self.truth = oracle or self.before
+        oracle = runs.oracle(self.before)
+        self.truth, self.note, self.oracle = oracle.run, oracle.note, oracle.name
         self.draws = 0
         self.measure: dict[str, dict[str, Errors]] = {}
         self._add(self.before)
@@ -291,6 +316,7 @@ class _Comparison:
             judged,
             reason="; ".join(filter(None, [survey.reason, self.note])),
             passed=not survey.reason and _passes(judged),
+            oracle=self.oracle,
             mutants=(survey.killed, survey.total),
             bitwise=all(
                 name in after.points[point] and compare.same_leaf(after.points[point][name], leaf)

@@ -10,7 +10,7 @@ from kernbench.record.origin import Seconds
 
 
 class Errors(Struct, frozen=True, kw_only=True):
-    """Error against the float64 oracle over all compared tensors.
+    """Error against the oracle, which is in float64 wherever that can be had, over all compared tensors.
 
     ``max`` is the largest difference, each over the larger of the tensor's RMS and the element itself; ``rms_ratio`` is
     RMS(difference) / RMS(oracle); ``mean`` is the signed mean difference over RMS(oracle).
@@ -34,10 +34,14 @@ class MutantResult(Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+Oracle = Literal["float64", "float32", "the side before"]
+
+
 class ParityResult(Struct, frozen=True, kw_only=True):
     """One comparison: a kernel case in one dtype and mode, or a phase on real steps (``kernel`` then names it).
 
     ``examples`` counts generated inputs, ``limits`` the bounds on ``errors``; ``bound`` is the one on the maximum.
+    ``oracle`` is what stood for the truth.
     """
 
     kernel: str
@@ -45,6 +49,7 @@ class ParityResult(Struct, frozen=True, kw_only=True):
     dtype: str
     mode: str
     passed: bool
+    oracle: Oracle = "float64"
     errors: Errors | None = None
     eager_errors: Errors | None = None
     bound: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from kernbench.record import Header, ParityResult, SanitizerResult
@@ -18,11 +19,20 @@ def parity_headline(results: Sequence[ParityResult], record: Header | None = Non
     total = f"{len(results):,} comparison{'s' if len(results) != 1 else ''}"
     if not failed:
         agree = "agrees" if len(results) == 1 else "agree"
-        return f"{'The' if len(results) == 1 else 'All'} {total} {agree} with the float64 oracle{caught}."
+        return f"{'The' if len(results) == 1 else 'All'} {total} {agree} with {_truths(results)}{caught}."
     first = failed[0]
     where = ", ".join(part for part in (first.kernel, first.case, first.dtype, first.mode) if part)
     reason = f": {first.reason}" if first.reason else ""
     return sentence(f"{len(failed):,} of {total} failed, the first one {where}{reason}{caught}")
+
+
+def _truths(results: Sequence[ParityResult]) -> str:
+    """What stood for the truth, and in how many comparisons where that differs."""
+    counts = Counter(result.oracle for result in results)
+    named = {"float64": "the float64 oracle", "float32": "a float32 oracle", "the side before": "the side before"}
+    if len(counts) == 1:
+        return named[next(iter(counts))]
+    return " and ".join(f"{named[oracle]} ({count:,})" for oracle, count in counts.items())
 
 
 def mutants(results: Sequence[ParityResult]) -> tuple[int, int]:
