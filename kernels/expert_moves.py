@@ -55,10 +55,13 @@ from ._expert_codes import (
 )
 
 TENSOR_BITS = _pointer_table.TENSOR_BITS
-BLOCK = 1024
-WARPS = 4
+# One warp a program: with more of them each waits in every move for the slowest of its loads.
+BLOCK, WARPS = 256, 1
+MOST_TURNED = 1024
 KEPT_TABLES = 32
 LEAST_NORM = 1e-12
+NUMBERS_DRAWN = 4
+"""By one block of Philox."""
 
 
 @torch.no_grad()
@@ -177,13 +180,13 @@ def _turn(tensor, row, stream, noise, moves, count, LEAST: tl.constexpr, SIZE: t
 @triton.jit(do_not_specialize=["count", "experts"])  # type: ignore[untyped-decorator]
 def _moves_kernel(  # type: ignore[no-untyped-def]
     chunks, table, noises, moves, shares, count, experts,
-    TENSOR_BITS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, TURN: tl.constexpr,
+    TENSOR_BITS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, TURN: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One program handles one block of every expert's part of one tensor, for all moves [count, 4]; grid is chunks [C].
 
     Table [N, 5] has the tensors' addresses, elements of an expert, two codes and the stream of noise, whose deviations
     are noises [N]. A whole block of aligned experts takes four elements a thread and access; another one takes one, in
-    a loop.
+    a loop. A vector that is turned has at most VECTOR elements.
     """
     chunk = tl.load(chunks + tl.program_id(0))
     number = chunk & ((1 << TENSOR_BITS) - 1)
@@ -197,7 +200,7 @@ def _moves_kernel(  # type: ignore[no-untyped-def]
     noise = tl.load(noises + number)
     tensor = address.to(tl.pointer_type(tl.float32))
     if become == TURNED:
-        _turn(tensor, row, stream, noise, moves, count, LEAST, BLOCK)
+        _turn(tensor, row, stream, noise, moves, count, LEAST, VECTOR)
     elif ((address & 15) == 0) & (row % 4 == 0) & (start + BLOCK <= row):
         _move(
             tensor, row, start, tl.arange(0, BLOCK), None, take, become, stream, noise, moves, shares, count, experts,
@@ -213,11 +216,12 @@ def _moves_kernel(  # type: ignore[no-untyped-def]
 
 
 class _Layout(NamedTuple):
-    """What a launch over certain tensors reads: chunks [C], table [N, 5] and noises [N]."""
+    """What a launch over certain tensors reads: chunks [C], table [N, 5] and noises [N]; and VECTOR."""
 
     chunks: Tensor
     table: Tensor
     noises: Tensor
+    vector: int
 
 
 _layouts: OrderedDict[tuple[object, ...], _Layout] = OrderedDict()
@@ -260,8 +264,9 @@ def _launch(
             return
         # Fused products and sums would round once where eager rounds twice.
         _moves_kernel[(len(layout.chunks),)](
-            *layout, moves, shares, len(moves), tensors[0].shape[0], TENSOR_BITS, LEAST_NORM, BLOCK,
-            BLOCK if _rows.INTERPRETED.value else 32 * WARPS, num_warps=WARPS, enable_fp_fusion=False,
+            *layout[:3], moves, shares, len(moves), tensors[0].shape[0], TENSOR_BITS, LEAST_NORM, BLOCK,
+            BLOCK if _rows.INTERPRETED.value else 32 * WARPS, layout.vector, num_warps=WARPS,
+            enable_fp_fusion=False,
         )  # fmt: skip
     torch.autograd.graph.increment_version(tensors)
 
@@ -281,8 +286,8 @@ def _check(
     for index, (tensor, become) in enumerate(zip(tensors, becomes, strict=True)):
         shape = (tensors[0].shape[0], *tensor.shape[1:]) if tensor.dim() and tensors[0].dim() else (0,)
         _pointer_table.check("tensors", tensor, shape, torch.float32, moves.device, index)
-        if become == TURNED.value and (tensor.dim() != 2 or tensor.shape[1] > BLOCK):
-            raise ValueError(f"expert_moves turns vectors [E, Z] of at most {BLOCK}; number {index} is {shape}")
+        if become == TURNED.value and (tensor.dim() != 2 or tensor.shape[1] > MOST_TURNED):
+            raise ValueError(f"expert_moves turns vectors [E, Z] of at most {MOST_TURNED}; number {index} is {shape}")
 
 
 def _layout_of(tensors: list[Tensor], takes: list[int], becomes: list[int], noises: list[float]) -> _Layout:
@@ -299,7 +304,9 @@ def _layout_of(tensors: list[Tensor], takes: list[int], becomes: list[int], nois
         streams = [sum(drawn[:index]) for index in range(len(drawn))]
         table = torch.tensor([_pointer_table.addresses_of(tensors), rows, takes, becomes, streams]).T.contiguous()
         host = (chunks, table, torch.tensor(noises, dtype=torch.float32))
-        _layouts[key] = _Layout(*(_pointer_table.upload(part, device) for part in host))
+        turned = [row for row, become in zip(rows, becomes, strict=True) if become == TURNED.value]
+        vector = triton.next_power_of_2(max([NUMBERS_DRAWN, *turned]))
+        _layouts[key] = _Layout(*(_pointer_table.upload(part, device) for part in host), vector)
         while len(_layouts) > KEPT_TABLES:
             _layouts.popitem(last=False)
     _layouts.move_to_end(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from bio_parts import module, small, training
 from test_bio_phases import assert_same, plan, run
 
+from kernbench import registry
 from kernbench.parity import compare
 
 DRAWN = ("slow", "fast", "bias", "router.weight", "embedding")
@@ -106,6 +108,23 @@ def test_without_noise_the_weights_are_equal_bit_for_bit_too() -> None:
     for name, leaf in expected.items():
         if isinstance(leaf, torch.Tensor) and not name.endswith("mlp.embedding"):
             assert torch.equal(found[name], leaf), name
+
+
+@pytest.mark.parametrize("size", [3, 700, 1024])
+def test_a_vector_longer_than_a_block_is_turned_in_one_piece(size: int) -> None:
+    declared = registry.kernel("expert_moves").declaration
+    codes = importlib.import_module(f"{declared.optimized.__module__.rpartition('.')[0]}._expert_codes")
+    vectors = torch.nn.functional.normalize(torch.randn(4, size, generator=torch.Generator().manual_seed(1)), dim=1)
+    moves = torch.tensor([[codes.SPLIT.value, 0, 3, 17]])
+    sides = [vectors.clone(), vectors.clone()]
+    for side, implementation in zip(sides, (declared.reference, declared.optimized), strict=True):
+        implementation([side], [codes.KEPT.value], [codes.TURNED.value], [0.05], moves, torch.ones(1))
+    assert not torch.equal(sides[0][3], vectors[3])
+    torch.testing.assert_close(sides[1], sides[0])
+    with pytest.raises(ValueError, match="turns vectors .* of at most 1024"):
+        declared.optimized(
+            [torch.ones(4, 1025)], [codes.KEPT.value], [codes.TURNED.value], [0.05], moves, torch.ones(1)
+        )
 
 
 def test_training_with_moves_on_the_device_is_the_same() -> None:
