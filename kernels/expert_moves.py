@@ -264,8 +264,8 @@ def _launch(
             return
         # Fused products and sums would round once where eager rounds twice.
         _moves_kernel[(len(layout.chunks),)](
-            *layout[:3], moves, shares, len(moves), tensors[0].shape[0], TENSOR_BITS, LEAST_NORM, BLOCK,
-            BLOCK if _rows.INTERPRETED.value else 32 * WARPS, layout.vector, num_warps=WARPS,
+            layout.chunks, layout.table, layout.noises, moves, shares, len(moves), tensors[0].shape[0], TENSOR_BITS,
+            LEAST_NORM, BLOCK, BLOCK if _rows.INTERPRETED.value else 32 * WARPS, layout.vector, num_warps=WARPS,
             enable_fp_fusion=False,
         )  # fmt: skip
     torch.autograd.graph.increment_version(tensors)
@@ -303,10 +303,13 @@ def _layout_of(tensors: list[Tensor], takes: list[int], becomes: list[int], nois
         drawn = [become in (NOISY.value, TURNED.value) for become in becomes]
         streams = [sum(drawn[:index]) for index in range(len(drawn))]
         table = torch.tensor([_pointer_table.addresses_of(tensors), rows, takes, becomes, streams]).T.contiguous()
-        host = (chunks, table, torch.tensor(noises, dtype=torch.float32))
+        deviations = torch.tensor(noises, dtype=torch.float32)
         turned = [row for row, become in zip(rows, becomes, strict=True) if become == TURNED.value]
         vector = triton.next_power_of_2(max([NUMBERS_DRAWN, *turned]))
-        _layouts[key] = _Layout(*(_pointer_table.upload(part, device) for part in host), vector)
+        _layouts[key] = _Layout(
+            _pointer_table.upload(chunks, device), _pointer_table.upload(table, device),
+            _pointer_table.upload(deviations, device), vector,
+        )  # fmt: skip
         while len(_layouts) > KEPT_TABLES:
             _layouts.popitem(last=False)
     _layouts.move_to_end(key)

@@ -129,13 +129,17 @@ def _take(target: Any, drawn: Any) -> Any:
 
 
 def nudge(value: Any, seed: int) -> Any:
-    """A copy with every floating element moved by up to one ulp, at random."""
-    generator = torch.Generator().manual_seed(seed)
+    """A copy with every floating element moved by up to one ulp, at random; other numbers are drawn on each device."""
+    generators: dict[torch.device, torch.Generator] = {}
 
     def move(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.detach().clone()
-        shift = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device) * 2 - 1
+        device = tensor.device
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(seed)
+        drawn = torch.rand(tensor.shape, generator=generators[device], dtype=torch.float64, device=device)
+        shift = drawn * 2 - 1
         return (tensor.detach().double() * (1 + shift * torch.finfo(tensor.dtype).eps)).to(tensor.dtype)
 
     return compare.map_tensors(value, move)
