@@ -209,7 +209,7 @@ def test_a_moved_run_is_moved_in_every_step_another_way(monkeypatch: pytest.Monk
     )
     seeds: list[int] = []
     monkeypatch.setattr(curves, "_move", lambda side, seed: seeds.append(seed))
-    plan = swap.plan(workload, (), use={}, kernels={}.__getitem__)
+    plan = swap.plan(workload, (), use={}, kernels=lambda name: registry.kernel(name).declaration)
     declared = curves.wanted(settings)
     assert declared is not None
     for moved in (0, 1, 2):
