@@ -34,8 +34,7 @@ def follow(
     """One training run from a fresh build, with its steps made comparable; ``advance`` is told of the steps.
 
     Args:
-        moved: not 0: each step begins from the state moved by up to one unit in the last place, as sums in another
-            order move what it computes; each number gives other directions.
+        moved: not 0: the run begins from its state moved by up to one unit in the last place, another for each number.
 
     Raises:
         KernbenchError: it cannot be moved, because ``state_dict()`` gives copies.
@@ -44,6 +43,8 @@ def follow(
     side = Side(settings, plan)
     if settings.workload.steady is not None:
         settings.workload.steady(side.built)
+    if moved:
+        _move(side, settings.seed + moved)
     steps: list[int] = []
     values: dict[str, list[float]] = {}
     units: dict[str, str] = {}
@@ -51,8 +52,6 @@ def follow(
         for first in range(0, curves.steps, curves.every):
             count = min(curves.every, curves.steps - first)
             for index in range(first, first + count):
-                if moved:
-                    _move(side, settings.seed + moved * curves.steps + index)
                 side.step(index)
             steps.append(first + count)
             losses = side.check_losses()

@@ -107,8 +107,8 @@ class Curves:
         steps: how many are run.
         every: steps from one reading to the next; the loss is the mean over them.
         presets: those that train, and in reasonable time.
-        moved: further runs of the baseline, each step of which begins from a state moved by up to one unit in the last
-            place, so that they go apart as runs do that sum in another order. They make a band around the baseline.
+        moved: further runs of the baseline from states moved by up to one unit in the last place, which go apart as
+            sums in another order do. They make a band, and a phase may leave it no more than they do.
 
     Raises:
         ValueError: there is nothing to read.

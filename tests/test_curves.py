@@ -202,21 +202,6 @@ def test_titan_mac_learns_within_the_band_of_rounding_with_every_phase() -> None
     assert lines[0].values[0] - lines[0].values[-1] > 0.5 > 10 * (around.high[-1] - around.low[-1])
 
 
-def test_a_moved_run_is_moved_in_every_step_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = titan(20)
-    settings = measure.Settings(
-        workload=workload, preset="tiny", device=CPU, dtype=torch.float32, seed=5, data=None, steps=1
-    )
-    seeds: list[int] = []
-    monkeypatch.setattr(curves, "_move", lambda side, seed: seeds.append(seed))
-    plan = swap.plan(workload, (), use={}, kernels=lambda name: registry.kernel(name).declaration)
-    declared = curves.wanted(settings)
-    assert declared is not None
-    for moved in (0, 1, 2):
-        curves.follow(settings, plan, declared, str(moved), lambda _: None, moved=moved)
-    assert len(set(seeds)) == len(seeds) == 40
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("numbers", [(0,), (0, 1, 2, 3), (0, 1, 2, 3, 4)], ids=str)
 def test_kasmina_learns_the_same_with_kernels_on_a_gpu(numbers: tuple[int, ...], monkeypatch: Any) -> None:
