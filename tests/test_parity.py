@@ -1010,6 +1010,96 @@ def test_a_device_without_room_for_a_wider_dtype_is_told_in_a_few_words():
     assert row.oracle == "the side before"
 
 
+class Signs:
+    """A first step of AdamW: whole steps by the sign of a gradient, which here and there is all rounding."""
+
+    units_per_step = 1.0
+
+    def __init__(self, *, device, dtype, seed, tensors=120, size=512, rare=2000, **_):
+        generator = torch.Generator().manual_seed(seed)
+        terms = torch.randn(tensors, size, 9, generator=generator).double()
+        cancels = torch.rand(tensors, size, generator=generator) < 1 / rare
+        terms[..., 8] = torch.where(cancels, -terms[..., :8].sum(-1), terms[..., 8])
+        self.terms = terms.float().to(device, dtype)
+        self.vectors = [torch.zeros(size, device=device, dtype=dtype) for _ in range(tensors)]
+
+    def gradients(self):
+        return forwards(self)
+
+    def step(self, index):
+        for vector, gradient in zip(self.vectors, self.gradients(), strict=True):
+            vector.sub_(0.1 * gradient.sign())
+        return self.vectors[0].square().mean()
+
+    def state_dict(self):
+        return {"vectors": self.vectors}
+
+
+def forwards(self):
+    total = self.terms[..., 0]
+    for term in range(1, 9):
+        total = total + self.terms[..., term]
+    return total
+
+
+def backwards(self):
+    total = self.terms[..., 8]
+    for term in reversed(range(8)):
+        total = total + self.terms[..., term]
+    return total
+
+
+def signs(gradients, **sizes):
+    """The rows after one step of a phase with other gradients."""
+    phase = Phase(number=0, title="t", predicts="p", swaps=(Swap(site=(Signs, "gradients"), use=gradients),))
+    options = {"name": "signs", "unit": "rows", "summary": "s", "presets": {"tiny": {}}}
+
+    def built(**given):
+        return Signs(**{key: value for key, value in given.items() if key != "preset"}, **sizes)
+
+    return steps_of(Workload(**options, build=built, phases=(phase,)), steps=1)["1 step"]
+
+
+def test_steps_that_rounding_turned_around_here_and_there_are_no_fault():
+    row = signs(backwards)
+    assert row.passed, row.reason
+    killed, total = row.mutants_killed
+    assert killed == total > 50
+
+
+def one_turned_in_each(self):
+    gradients = forwards(self)
+    return torch.cat([-gradients[:, :1], gradients[:, 1:]], 1)
+
+
+def one_tensor_turned_in_part(self):
+    gradients = forwards(self).clone()
+    gradients[3, :5] *= -1
+    return gradients
+
+
+def all_turned_a_little(self):
+    gradients = forwards(self)
+    return gradients.sign() * torch.where(torch.arange(gradients.shape[1]) % 64 == 0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("wrong", [one_turned_in_each, one_tensor_turned_in_part, all_turned_a_little])
+def test_steps_turned_around_oftener_than_rounding_does_are_a_fault(wrong):
+    row = signs(wrong)
+    assert not row.passed
+    assert "rms error" in row.reason
+
+
+def test_where_rounding_turns_no_step_around_none_may_be():
+    def one_turned(self):
+        gradients = forwards(self).clone()
+        gradients[3, 3] *= -1
+        return gradients
+
+    assert signs(backwards, rare=1e9).passed
+    assert not signs(one_turned, rare=1e9).passed
+
+
 def test_a_state_dict_of_copies_is_a_clear_error():
     class Copies(Training):
         def state_dict(self):

@@ -231,6 +231,13 @@ def measure(actual: Tensor, oracle: Tensor, unit: float) -> Errors:
     )
 
 
+def apart_from(actual: Tensor, oracle: Tensor, unit: float, above: float) -> tuple[Tensor, int]:
+    """A copy that is right wherever the error is above ``above``, as ``measure`` counts it, and how often that is."""
+    exact = oracle.to(actual.device, torch.float64)
+    loud = (actual.double() - exact).abs() > above * exact.abs().clamp(min=unit)
+    return _where(loud, exact, actual.double()).to(actual.dtype), int(loud.sum())
+
+
 def _range(dtype: torch.dtype) -> tuple[float, float]:
     """The first power of two that a dtype cannot hold, and the difference below which it may flush to zero."""
     if not dtype.is_floating_point or dtype == torch.float64:
