@@ -172,6 +172,22 @@ def test_the_table_says_what_a_seed_costs() -> None:
     assert "The launch floor measured beside it is 2.30 µs." in table.said
 
 
+def test_what_could_not_be_timed_is_said_and_what_was_not_tried_takes_no_line() -> None:
+    found = swept_record()
+    found.results = [row for row in found.results if row.case != "seeds=10000" and row.implementation != "compile"]
+    found.results.append(
+        BenchResult(
+            kernel="seed_blend", case="seeds=1000", dtype="float32", implementation="compile", cache="cold",
+            seconds=None, label="failed", note="did not finish within 40 s",
+        )
+    )  # fmt: skip
+    (table,), rest = sweepplot.apart(found)
+    assert rest == []
+    assert [row[0].raw for row in table.rows] == [100, 1000]
+    assert "compile" not in table.headings
+    assert table.rows[1][-1].text == "compile: failed: did not finish within 40 s"
+
+
 def test_the_plot_has_every_point_the_floor_and_the_roof() -> None:
     page = html.render(swept_record())
     (table,), _ = sweepplot.apart(swept_record())

@@ -47,34 +47,42 @@ def apart(record: BenchRecord) -> tuple[list[Table], list[BenchResult]]:
     """The sweeps in which something was timed, and the rows that are in none of these."""
     tables, rest = [], list(record.results)
     for sweep in record.sweeps:
-        found = _ways(sweep, record.results)
+        found, untimed = _ways(sweep, record.results)
         for title, rows in found.items():
-            tables.append(_sweep(sweep, title, rows, record.environment.ceilings or Ceilings()))
+            ceilings = record.environment.ceilings or Ceilings()
+            tables.append(_sweep(sweep, title, rows, untimed.get(title, {}), ceilings))
         tables += [_memory(sweep, title, rows) for title, rows in found.items() if _counts_memory(rows)]
         if found:
             rest = [row for row in rest if row.kernel != sweep.kernel or row.case not in sweep.cases]
     return tables, rest
 
 
-def _ways(sweep: Sweep, results: Sequence[BenchResult]) -> dict[str, Rows]:
+def _ways(sweep: Sweep, results: Sequence[BenchResult]) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    """The rows of a sweep by dtype, direction and state of the cache: what was timed, and what was not."""
     values = dict(zip(sweep.cases, sweep.values, strict=True))
-    found: dict[str, Rows] = {}
+    timed: dict[str, Rows] = {}
+    untimed: dict[str, Rows] = {}
     for row in results:
-        if row.kernel == sweep.kernel and row.case in values and row.seconds is not None:
+        if row.kernel == sweep.kernel and row.case in values:
             backward = "backward" if row.direction == "backward" else ""
             what = ", ".join(filter(None, (sweep.kernel, row.dtype, backward)))
             title = f"{what} over {sweep.size}{f': {row.cache}' if row.cache else ''}"
-            found.setdefault(title, {}).setdefault(row.implementation, {})[values[row.case]] = row
-    return found
+            ways = untimed if row.seconds is None else timed
+            ways.setdefault(title, {}).setdefault(row.implementation, {})[values[row.case]] = row
+    return timed, untimed
 
 
-def _sweep(sweep: Sweep, title: str, rows: Rows, ceilings: Ceilings) -> Table:
+def _sweep(sweep: Sweep, title: str, rows: Rows, untimed: Rows, ceilings: Ceilings) -> Table:
+    """One line per value at which something was timed or went wrong."""
     roof = _roof(rows, ceilings)
     leader = _leader(rows)
     headings = [sweep.size, *rows, *([ROOF, f"{leader} of roof"] if roof else []), "labels"]
     lines = []
     for value in sweep.values:
         here = {name: timed[value] for name, timed in rows.items() if value in timed}
+        wrong = {name: failed[value] for name, failed in untimed.items() if value in failed}
+        if not here and not wrong:
+            continue
         line = [Cell(f"{value:,}", value)]
         line += [_seconds(here[name].seconds) if name in here else Cell("") for name in rows]
         if roof:
@@ -82,6 +90,7 @@ def _sweep(sweep: Sweep, title: str, rows: Rows, ceilings: Ceilings) -> Table:
             share = led.share_of_roof if led else None
             line += [_seconds(roof.get(value)), Cell(units.share(share), share) if share is not None else Cell("")]
         labels = [f"{name}: {row.label}" for name, row in here.items() if row.label]
+        labels += [f"{name}: {': '.join(filter(None, (row.label, row.note)))}" for name, row in wrong.items()]
         lines.append([*line, Cell("; ".join(labels))])
     said = [told for name, timed in rows.items() if (told := _evenness(sweep, name, timed))]
     if ceilings.launch_seconds is not None:
