@@ -294,7 +294,10 @@ def test_a_phase_is_foretold_from_its_reads_gone_to_one_launch_for_all(tmp_path:
     assert found is not None
     (estimate,) = [row for row in found.estimates if row.change == "phase"]
     low, high = estimate.saving_seconds_per_step
-    assert estimate.phase == 1
+    assert (estimate.phase, estimate.title) == (1, "phase 1")
+    named = with_phases(whatif(loaded), loaded, None, None, None, titles={1: "fused norm", 2: "other"})
+    assert named is not None
+    assert [row.title for row in named.estimates if row.change == "phase"] == ["phase 1, fused norm"]
     # The read takes 16 from its start to its end. Three of four launches take 4 each, with 46 before each of them.
     assert low == pytest.approx(16e-6, abs=1e-6)
     assert high == pytest.approx((16 + 3 * 50) * 1e-6, abs=2e-6)

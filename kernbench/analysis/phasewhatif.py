@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
@@ -27,6 +28,7 @@ def with_phases(
     shaped: Trace | None,
     *,
     unprofiled_seconds: float | None = None,
+    titles: Mapping[int, str] | None = None,
 ) -> WhatIf | None:
     """The answer with an estimate for each phase whose site the trace shows.
 
@@ -36,6 +38,7 @@ def with_phases(
     Args:
         found: the answer of ``whatif``; one that refuses to estimate is returned as it is.
         shaped: a trace of the same step that holds shapes.
+        titles: of the phases by number, where they are known.
     """
     if found is None or found.refused:
         return found
@@ -47,12 +50,16 @@ def with_phases(
     of_sites = {site.phase for site in replayed.sites if site.phase is not None}
     phases = {number for number in device.phase[program.items.row].tolist() if number >= 0} | of_sites
     floors = roofline_shares(shaped, ceilings) if shaped is not None and ceilings is not None else {}
-    rows = [_estimate(replayed, number, floors.get(number)) for number in sorted(phases)]
+    named = {number: f"phase {number}, {title}" for number, title in (titles or {}).items()}
+    rows = [
+        _estimate(replayed, number, floors.get(number), named.get(number, f"phase {number}"))
+        for number in sorted(phases)
+    ]
     rows = [row for row in rows if row.share >= LEAST_SHARE]
     return msgspec.structs.replace(found, estimates=[*found.estimates, *rows])
 
 
-def _estimate(replayed: WhatIfReplay, number: int, floor: float | None) -> Estimate:
+def _estimate(replayed: WhatIfReplay, number: int, floor: float | None, title: str) -> Estimate:
     """The step with phase ``number`` in; ``floor`` is the share of its kernels' time that their rooflines leave."""
     mine = [part for site in replayed.sites if (part := _within_phase(replayed, site, number)) is not None]
     least = replayed.without_sites(mine)
@@ -63,7 +70,7 @@ def _estimate(replayed: WhatIfReplay, number: int, floor: float | None) -> Estim
     kernels = "its kernels at their roofline" if floor is not None else "its kernels as long as now"
     return Estimate(
         change="phase",
-        title=f"phase {number}",
+        title=title,
         saving_seconds_per_step=saved,
         share=sum(saved) / 2e-9 / replayed.baseline[0],
         phase=number,

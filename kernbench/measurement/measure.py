@@ -228,7 +228,10 @@ def measure(
             events, log, ceilings, result.stalls, ranks=between, unprofiled_seconds=median(seconds), shaped=detailed
         )
         _add_details(found, detailed, log, ceilings)
-        found.whatif = with_phases(found.whatif, events, log, ceilings, detailed, unprofiled_seconds=median(seconds))
+        found.whatif = with_phases(
+            found.whatif, events, log, ceilings, detailed, unprofiled_seconds=median(seconds),
+            titles={phase.number: phase.title for phase in settings.workload.phases},
+        )  # fmt: skip
         result.analysis = found
         result.stalls = with_savings(result.stalls, found.whatif)
 
