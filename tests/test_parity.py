@@ -1090,6 +1090,12 @@ def test_steps_turned_around_oftener_than_rounding_does_are_a_fault(wrong):
     assert "rms error" in row.reason
 
 
+def test_a_tensor_of_few_elements_is_not_judged_without_any():
+    row = signs(backwards, size=8, rare=60)
+    assert not row.passed
+    assert "rms error" in row.reason
+
+
 def test_where_rounding_turns_no_step_around_none_may_be():
     def one_turned(self):
         gradients = forwards(self).clone()

@@ -51,7 +51,7 @@ CLEAR = 30.0
 LOUD = 0.5
 """An element off by more than this share of itself, or of its tensor's RMS, took another step than it should."""
 ONE_IN = 256
-"""Of so many elements one may be loud, or one of fewer."""
+"""Of so many elements one may be loud, or one of fewer, if these are enough to tell what the others are."""
 FOLLOWS = 0.05
 """An oracle whose first loss is further than this share from the side before computes something else."""
 
@@ -382,7 +382,8 @@ def _without_loud(value: Any, before: Any, exact: Any) -> Errors | None:
         return None
     unit = compare.unit(_tensor(before), truth)
     rest, loud = compare.apart_from(got.to(truth.device), truth, unit, LOUD)
-    return compare.measure(rest, truth, unit) if loud <= max(1, got.numel() // ONE_IN) else None
+    few = max(got.numel() // ONE_IN, int(got.numel() >= mutants.ENOUGH_TO_TELL))
+    return compare.measure(rest, truth, unit) if loud <= few else None
 
 
 def _judge(name: str, after: Any, before: Any, truth: Any, own: Errors | None, eps: float, loudest: float) -> Judged:
