@@ -108,7 +108,8 @@ class Curves:
         every: steps from one reading to the next; the loss is the mean over them.
         presets: those that train, and in reasonable time.
         moved: further runs of the baseline from states moved by up to one unit in the last place, which go apart as
-            sums in another order do. They make a band, and a phase may leave it no more than they do.
+            sums in another order do. With one in float64, which shows what all rounding of the baseline does, they
+            make a band, and a phase may leave it no more than they do.
 
     Raises:
         ValueError: there is nothing to read.

@@ -25,13 +25,13 @@ def followed(**changes: Any) -> Workload:
     return dataclasses.replace(workload, presets={"tiny": preset}, curves=declared)
 
 
-def line(workload: Workload, *numbers: int, moved: int = 0) -> Curve:
+def line(workload: Workload, *numbers: int, moved: int = 0, exact: bool = False) -> Curve:
     settings = measure.Settings(
         workload=workload, preset="tiny", device=CPU, dtype=torch.float32, seed=0, data=None, steps=1
     )
     declared = curves.wanted(settings)
     assert declared is not None
-    (found,) = curves.follow(settings, plan(*numbers), declared, str(numbers), lambda _: None, moved=moved)
+    (found,) = curves.follow(settings, plan(*numbers), declared, str(numbers), lambda _: None, moved=moved, exact=exact)
     return found
 
 
@@ -46,7 +46,9 @@ def test_every_phase_learns_within_the_band_of_rounding() -> None:
     workload = followed(optimizer="muon")
     numbers = tuple(phase.number for phase in workload.phases)
     baseline, *moved = (line(workload, moved=count) for count in range(2))
-    around = sweepplot.band([baseline, *moved])
+    exact = line(workload, exact=True)
+    assert not curves.draws_other_numbers([exact], [baseline], torch.float32)
+    around = sweepplot.band([baseline, *moved, exact])
     assert around is not None
     assert around.left_by(line(workload, *numbers)) is None
     # The band is narrow beside what is learned, and the same with other noise leaves it.

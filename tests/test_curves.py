@@ -189,17 +189,35 @@ def test_titan_mac_learns_within_the_band_of_rounding_with_every_phase() -> None
     assert declared is not None
     lines = []
     numbers = tuple(phase.number for phase in workload.phases)
-    for name, phases, moved in (("baseline", (), 0), ("1", (), 1), ("2", (), 2), ("phases", numbers, 0)):
+    for name, phases, moved in (
+        ("baseline", (), 0), ("1", (), 1), ("2", (), 2), ("float64", (), 0), ("phases", numbers, 0),
+    ):  # fmt: skip
         plan = swap.plan(
             workload, phases, use=dict.fromkeys(phases, "eager"), kernels=lambda name: registry.kernel(name).declaration
         )
-        lines += curves.follow(settings, plan, declared, name, lambda _: None, moved=moved)
+        lines += curves.follow(settings, plan, declared, name, lambda _: None, moved=moved, exact=name == "float64")
     around = sweepplot.band(lines)
     assert around is not None
     assert lines[1].values != lines[0].values != lines[2].values
-    assert around.left_by(lines[3]) is None
+    assert [line.moved for line in lines] == [False, True, True, True, False]
+    assert not curves.draws_other_numbers(lines[3:4], lines, torch.float32)
+    assert lines[3].values == pytest.approx(lines[0].values, rel=1e-3)
+    assert lines[3].values != lines[0].values
+    assert around.left_by(lines[4]) is None
     # The band is narrow beside what is learned.
     assert lines[0].values[0] - lines[0].values[-1] > 0.5 > 10 * (around.high[-1] - around.low[-1])
+
+
+@pytest.mark.parametrize(("value", "dtype", "others"), [
+    (2.0005, torch.float32, False), (2.002, torch.float32, True), (2.01, torch.bfloat16, False),
+    (2.03, torch.bfloat16, True), (float("nan"), torch.bfloat16, True),
+])  # fmt: skip
+def test_a_float64_run_that_begins_elsewhere_draws_other_numbers(
+    value: float, dtype: torch.dtype, others: bool
+) -> None:
+    known = [moved_apart(2.0, 1.0, name="baseline"), moved_apart(7.0, 1.0)]
+    assert curves.draws_other_numbers([moved_apart(value, 1.0, moved=True)], known, dtype) is others
+    assert not curves.draws_other_numbers([], known, dtype)
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from functools import partial
 from statistics import median
 
 import msgspec
+import torch
 
 from kernbench import bench, curves, device, record, swap
 from kernbench.analysis import launches, stalls
@@ -26,6 +27,7 @@ LONGEST_BLOCK_SECONDS = 0.5
 FIRST_STEPS = 2
 RECEIPT_STEPS = 2
 BASELINE = "baseline"
+EXACT = f"{BASELINE} in float64"
 
 
 @dataclass(frozen=True)
@@ -171,16 +173,24 @@ def _follow_curves(
         return
     known = {curve.implementation for curve in run.record.curves}
     runs = [(variant.name, variant.plan, 0) for variant in variants if variant.prepare is None]
-    runs[1:1] = [(f"{BASELINE} rounded apart {count}", runs[0][1], count) for count in range(1, declared.moved + 1)]
+    rounded = [(f"{BASELINE} rounded apart {count}", runs[0][1], count) for count in range(1, declared.moved + 1)]
+    if rounded and settings.dtype != torch.float64:
+        rounded.append((EXACT, runs[0][1], 0))
+    runs[1:1] = rounded
     left = [one for one in runs if one[0] not in known]
     with (
         run.stage("training curves"),
         run.progress.stage("following training curves", declared.steps * len(left)) as advance,
     ):
         for name, plan, moved in left:
-            begin(BASELINE if moved else name)
+            exact = name == EXACT
+            begin(BASELINE if moved or exact else name)
             try:
-                run.record.curves += curves.follow(settings, plan, declared, name, advance, moved=moved)
+                found = curves.follow(settings, plan, declared, name, advance, moved=moved, exact=exact)
+                if exact and curves.draws_other_numbers(found, run.record.curves, settings.dtype):
+                    run.warn(f"{name} draws other numbers, so it is left out of the training curves")
+                else:
+                    run.record.curves += found
             except WorkloadFailed as error:
                 run.warn(f"{name} has no training curve: {error}")
             run.write()

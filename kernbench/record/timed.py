@@ -89,7 +89,7 @@ class ClaimCheck(Struct, frozen=True, kw_only=True):
 class Curve(Struct, frozen=True, kw_only=True):
     """One figure of a training run over its steps, of one implementation: its ``values`` after so many ``steps``.
 
-    ``moved``: it began from weights moved by rounding, to show how far that alone drives a run apart.
+    ``moved``: it began from weights moved by rounding, or ran in float64, to show how far rounding drives a run apart.
     """
 
     name: str
