@@ -147,13 +147,23 @@ def effective(plastic: Plastic) -> Tensor:
 
 
 def effective_compiled(plastic: Plastic) -> Tensor:
-    """:func:`effective` for torch.compile: the copy of m is a product, which its backward pass keeps.
+    """:func:`effective` for torch.compile, whose backward pass keeps what an operator gives that it knows nothing of.
 
     A plain copy it makes again in backward, of an m that the call has moved in the meantime: wrong gradients of w_slow.
     """
-    one = torch.ones(1, 1, dtype=plastic.gate.dtype, device=plastic.gate.device)
-    gate = plastic.gate.unsqueeze(-1) @ one
-    return plastic.fast + gate * plastic.slow + plastic.hebbian.clone()
+    weights: Tensor = plastic.fast + kept(plastic.gate).unsqueeze(-1) * plastic.slow + kept(plastic.hebbian)
+    return weights
+
+
+@torch.library.custom_op("bio_nanochat::kept", mutates_args=())
+def kept(value: Tensor) -> Tensor:
+    """A copy, behind an operator of its own, so that it is made once."""
+    return value.clone()
+
+
+@kept.register_fake
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value)
 
 
 def bounded(plastic: Plastic, limit: float) -> Tensor:
