@@ -78,8 +78,8 @@ def follow(
             steps=steps,
             values=found,
             unit=units[name],
-            moved=bool(moved) or exact,
-        )  # fmt: skip
+            moved=exact or bool(moved),
+        )
         for name, found in values.items()
     ]
 
@@ -88,11 +88,11 @@ def draws_other_numbers(exact: Sequence[record.Curve], known: Sequence[record.Cu
     """Whether a run in float64 is not the baseline with less rounding: its first loss, or figure, is elsewhere already.
 
     Args:
-        known: curves of other runs, the baseline's first.
+        known: curves of other runs, the baseline's first; none if it has none.
     """
-    if not exact:
+    own = next((curve.values[0] for curve in known if exact and curve.name == exact[0].name), None)
+    if own is None:
         return False
-    own = next(curve for curve in known if curve.name == exact[0].name).values[0]
     near = min(MOST_APART, math.sqrt(torch.finfo(dtype).eps))
     return not abs(exact[0].values[0] - own) <= near * abs(own)
 

@@ -218,6 +218,7 @@ def test_a_float64_run_that_begins_elsewhere_draws_other_numbers(
     known = [moved_apart(2.0, 1.0, name="baseline"), moved_apart(7.0, 1.0)]
     assert curves.draws_other_numbers([moved_apart(value, 1.0, moved=True)], known, dtype) is others
     assert not curves.draws_other_numbers([], known, dtype)
+    assert not curves.draws_other_numbers(known, [], dtype)
 
 
 @pytest.mark.gpu
