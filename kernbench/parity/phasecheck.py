@@ -1,18 +1,11 @@
 """Checks a phase on real steps: losses and the whole state against the same steps in float64.
 
 All runs start from one state: the side before, the side after, and the oracle, which is the side before in float64.
-Training amplifies rounding, so what is allowed is what rounding does to the side before. That is sampled: the side
-before runs again from states moved by up to one ulp, and per tensor the largest error of all its runs counts, times
-3, with a floor of eight ulp because every step rounds each tensor anew. One such run is made, and up to five where
-the side after is not within its limits but near them. (Measured on titan-mac tiny over 30 seeds, the side after
-summing every linear layer in another order: one run would fail 3 seeds wrongly, three runs none; with five the worst
-tensor is at half its limit.)
-
-Single elements are held to the largest error of any tensor: AdamW turns a gradient that is all rounding noise into a
-whole step, and in which tensor that happens is chance. RMS finds a wrong tensor, as the mutants of each row show. Of a
-small tensor one such element is most of the RMS, so a tensor may be judged without a few of them, one in 256: as many
-tensors as have such elements on the side before, times 3. (Measured on bio-nanochat bench: of some 100 vectors of 768
-weights, three had one such element after a phase in which the side before had none.)
+Training amplifies rounding, so what is allowed is what rounding does to the side before (:mod:`.allowance`). That is
+sampled: the side before runs again from states moved by up to one ulp. One such run is made, and up to five where the
+side after is not within its limits but near them. (Measured on titan-mac tiny over 30 seeds, the side after summing
+every linear layer in another order: one run would fail 3 seeds wrongly, three runs none; with five the worst tensor is
+at half its limit.)
 
 Where there is no float64 oracle (the workload does not run in it, has no memory for it, or draws other numbers there),
 one in float32 takes its place for shorter dtypes; else the side before does, and its moved runs are the measure. These
@@ -33,25 +26,21 @@ from torch import Tensor
 
 from kernbench.errors import KernbenchError, WorkloadFailed
 from kernbench.parity import compare, mutants, trajectory
-from kernbench.parity.compare import Judged, Leaves, Rule
+from kernbench.parity.allowance import Allowance
+from kernbench.parity.compare import Judged
 from kernbench.parity.finding import Finding, raised
 from kernbench.parity.modes import nudge
 from kernbench.parity.trajectory import LOSS, NotSettableError, Trajectory
 from kernbench.progress import Progress, Silent
-from kernbench.record import Errors, Oracle, ParityResult
+from kernbench.record import Oracle, ParityResult
 from kernbench.swap import Plan
 from kernbench.workload import Built, Fault, Workload
 
 BEFORE, AFTER = "before", "after"
-RULE = Rule(k=3.0, floor_ulp=8.0, mean=False)
 DRAWS = 5
 """Most runs of the side before from a moved state."""
 CLEAR = 30.0
 """An error this many times its limit is wrong, and no further run would explain it."""
-LOUD = 0.5
-"""An element off by more than this share of itself, or of its tensor's RMS, took another step than it should."""
-ONE_IN = 256
-"""Of so many elements one may be loud, or one of fewer, if these are enough to tell what the others are."""
 FOLLOWS = 0.05
 """An oracle whose first loss is further than this share from the side before computes something else."""
 
@@ -208,16 +197,16 @@ class _Runs:
         refusals: list[str] = []
         wider: tuple[Oracle, ...] = ("float64", "float32") if self.dtype.itemsize < 4 else ("float64",)
         for name in wider:
-            found = self._wider(before, getattr(torch, name))
+            found = self._wider(before, name)
             if isinstance(found, Trajectory):
                 note = f"{'; '.join(refusals)}: {name} takes its place" if refusals else ""
                 return Truth(found, name, note)
             refusals.append(found)
         return Truth(before, "the side before", f"{'; '.join(refusals)}: held against the side before")
 
-    def _wider(self, before: Trajectory, dtype: torch.dtype) -> Trajectory | str:
-        """The oracle in that dtype, or why there is none."""
-        name = str(dtype).removeprefix("torch.")
+    def _wider(self, before: Trajectory, name: str) -> Trajectory | str:
+        """The oracle in the dtype of that name, or why there is none."""
+        dtype = getattr(torch, name)
         try:
             try:
                 oracle = self.run(self.before, dtype, before.initial)
@@ -260,13 +249,11 @@ class _Comparison:
         self.runs = runs
         self.eps = torch.finfo(runs.dtype).eps
         self.before = runs.baseline()
-        oracle = runs.oracle(self.before)
-        self.truth, self.note, self.oracle = oracle.run, oracle.note, oracle.name
+        self.truth = runs.oracle(self.before)
         self.draws = 0
-        self.measure: dict[str, dict[str, Errors]] = {}
-        # The same but for a few loud elements, and the most tensors that have such in one run.
-        self.rest: dict[str, dict[str, Errors]] = {}
-        self.loud: dict[str, int] = {}
+        self.allowed = {
+            point: Allowance(own, self.truth.run.points[point], self.eps) for point, own in self.before.points.items()
+        }
         self._add(self.before)
 
     def findings(self) -> dict[str, Finding]:
@@ -280,10 +267,10 @@ class _Comparison:
         self._draw()
         while self.draws < DRAWS and 1.0 < self._excess(after) < CLEAR:
             self._draw()
-        return {point: self._finding(point, after) for point in self.measure}
+        return {point: self._finding(point, after) for point in self.allowed}
 
     def _excess(self, after: Trajectory) -> float:
-        judged = [item for point in self.measure for item in self._judged(point, after.points[point])]
+        judged = [item for point, allowed in self.allowed.items() for item in allowed.judged(after.points[point])]
         return max((item.excess for item in judged), default=0.0)
 
     def _draw(self) -> None:
@@ -292,66 +279,28 @@ class _Comparison:
 
     def _add(self, run: Trajectory) -> None:
         for point, found in run.points.items():
-            errors, rests, loud = self.measure.setdefault(point, {}), self.rest.setdefault(point, {}), 0
-            for name, leaf in found.items():
-                exact, own = self.truth.points[point].get(name), self.before.points[point][name]
-                if exact is not None and _is_real(own):
-                    error = rest = _error(leaf, own, exact)
-                    if error.max > LOUD:
-                        rest = _without_loud(leaf, own, exact) or error
-                        loud += mutants.telling(self.eps, rest)
-                    errors[name] = compare.envelope(errors.get(name, compare.ZERO), error)
-                    rests[name] = compare.envelope(rests.get(name, compare.ZERO), rest)
-            self.loud[point] = max(self.loud.get(point, 0), loud)
-
-    def _judged(self, point: str, found: Leaves, *, part: bool = False) -> list[Judged]:
-        own, truth, errors = self.before.points[point], self.truth.points[point], self.measure[point]
-        quiet = (name for name, rest in self.rest[point].items() if mutants.telling(self.eps, rest))
-        loudest = max((errors[name].max for name in quiet), default=0.0)
-        judged = [
-            _judge(name, found.get(name), own[name], truth.get(name), errors.get(name), self.eps, loudest)
-            for name in (found if part else own)
-        ]
-        again = {
-            index: calmer
-            for index, item in enumerate(judged)
-            if (calmer := self._calmer(item, found.get(item.name), own[item.name], truth.get(item.name)))
-        }
-        if len(again) <= RULE.k * self.loud[point]:
-            judged = [again.get(index, item) for index, item in enumerate(judged)]
-        return judged
-
-    def _calmer(self, item: Judged, after: Any, before: Any, truth: Any) -> Judged | None:
-        """What is wrong only in the RMS, and right without its few loud elements, judged so; else None."""
-        if item.errors is None or item.eager is None or item.limits is None or not item.reason:
-            return None
-        if not LOUD < item.errors.max <= item.limits.max:
-            return None
-        rest = _without_loud(after, before, truth)
-        if rest is None or not rest.rms_ratio <= item.limits.rms_ratio:
-            return None
-        return Judged(item.name, rest, item.eager, item.limits, "")
+            self.allowed[point].add(found)
 
     def _finding(self, point: str, after: Trajectory) -> Finding:
-        own = self.before.points[point]
-        judged = self._judged(point, after.points[point])
+        allowed, own = self.allowed[point], self.before.points[point]
+        judged = allowed.judged(after.points[point])
         for name, side in (("before", self.before), ("after", after)):
             changed = side.changed.get(point)
             if changed:
                 reason = f"the bad step changes {', '.join(changed[:3])} on the side {name}"
                 judged.insert(0, Judged("", None, None, None, reason))
-        telling = {name for name, error in self.measure[point].items() if mutants.telling(self.eps, error)}
+        telling = allowed.telling()
         right = {name: leaf for name, leaf in own.items() if name in telling and isinstance(leaf, Tensor)}
         initial = {name: leaf for name, leaf in self.before.initial.items() if name in right}
         survey = mutants.survey(
             mutants.of_state(right, initial, self.eps),
-            lambda changed: _passes(self._judged(point, changed, part=True)),
+            lambda changed: _passes(allowed.judged(changed, part=True)),
         )
         return Finding(
             judged,
-            reason="; ".join(filter(None, [survey.reason, self.note])),
+            reason="; ".join(filter(None, [survey.reason, self.truth.note])),
             passed=not survey.reason and _passes(judged),
-            oracle=self.oracle,
+            oracle=self.truth.name,
             mutants=(survey.killed, survey.total),
             bitwise=all(
                 name in after.points[point] and compare.same_leaf(after.points[point][name], leaf)
@@ -362,51 +311,3 @@ class _Comparison:
 
 def _passes(judged: Sequence[Judged]) -> bool:
     return not any(item.reason for item in judged)
-
-
-def _is_real(leaf: Any) -> bool:
-    tensor = _tensor(leaf)
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _error(value: Any, before: Any, exact: Any) -> Errors:
-    """The error of one leaf, in units that follow from the truth and the side before."""
-    truth = _tensor(exact)
-    return compare.measure(_tensor(value).to(truth.device), truth, compare.unit(_tensor(before), truth))
-
-
-def _without_loud(value: Any, before: Any, exact: Any) -> Errors | None:
-    """The error of one leaf but for its loud elements; None if these are more than a few, or lost in so large a one."""
-    got, truth = _tensor(value), _tensor(exact)
-    if got.numel() > compare.CHUNK:
-        return None
-    unit = compare.unit(_tensor(before), truth)
-    rest, loud = compare.apart_from(got.to(truth.device), truth, unit, LOUD)
-    few = max(got.numel() // ONE_IN, int(got.numel() >= mutants.ENOUGH_TO_TELL))
-    return compare.measure(rest, truth, unit) if loud <= few else None
-
-
-def _judge(name: str, after: Any, before: Any, truth: Any, own: Errors | None, eps: float, loudest: float) -> Judged:
-    """One leaf of the state. Where it is kept (host or device, number or tensor) is the phase's own business.
-
-    ``eps`` is the floor's even for a leaf of a wider dtype: what it is computed from has been rounded to the narrower.
-    """
-    if after is None or truth is None:
-        side = "after" if after is None else "in float64"
-        return Judged(name, None, None, None, f"state_dict() has no {name} on the side {side}")
-    got, expected = _tensor(after), _tensor(before)
-    if got.shape != expected.shape:
-        return Judged(name, None, None, None, f"{name} has shape {tuple(got.shape)}, before {tuple(expected.shape)}")
-    if own is None:
-        wrong = int((got.to(expected.device) != expected).sum())
-        reason = f"{name} differs at {wrong} of {got.numel()} places" if wrong else ""
-        return Judged(name, None, None, None, reason)
-    wrong = int((~got.isfinite()).sum())
-    if wrong:
-        return Judged(name, None, None, None, f"{name} is not finite at {wrong} of {got.numel()} places")
-    coarser = max(eps, torch.finfo(expected.dtype).eps)
-    return compare.limit(name, _error(got, before, truth), own, RULE, coarser, got.numel(), loudest)
-
-
-def _tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
