@@ -78,6 +78,13 @@ def copying(before: ProfileRecord, size: float, words: str) -> Work | None:
     return Work(size / speed, f"{words} at {speed / 1e9:.3g} GB/s") if speed else None
 
 
+def multiplying(before: ProfileRecord, flops: float, words: str, dtype: str) -> Work | None:
+    """``flops``, named by ``words``, at the rate of matrix products in ``dtype`` that was measured on the device."""
+    ceilings = before.environment.ceilings
+    rate = ceilings.matmul_flops_per_second.get(dtype) if ceilings else None
+    return Work(flops / rate, f"{words} at {rate / 1e12:.3g} TFLOP/s") if rate else None
+
+
 def promise(
     text: str, bound: Bound, *, claim: str = "", syncs: float | None = None, launches: float | None = None
 ) -> Prediction:

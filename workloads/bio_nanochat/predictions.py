@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernbench.promises import NOTHING, Work, down_to, launches_saved, promise, without_idle, without_waits
+from kernbench.promises import NOTHING, down_to, launches_saved, multiplying, promise, without_idle, without_waits
 from kernbench.record import Prediction, ProfileRecord
 
 from .config import PRESETS
@@ -67,11 +67,9 @@ PRODUCTS_PROMISE = (
 def predict_products(before: ProfileRecord) -> Prediction:
     """Of the time at the phase's sites that of the head's flops is left, at best."""
     config = PRESETS.get(before.workload.preset)
-    ceilings = before.environment.ceilings
-    speed = ceilings.matmul_flops_per_second.get(before.workload.dtype) if ceilings else None
     work = None
-    if config is not None and speed:
+    if config is not None:
         passes = 1 if config.step == "forward" else 3
-        flops = passes * 2 * config.batch * config.length * config.width * config.vocabulary
-        work = Work(flops / speed, f"{flops / 1e9:.3g} GFLOP of the head at {speed / 1e12:.3g} TFLOP/s")
+        flops = float(passes * 2 * config.batch * config.length * config.width * config.vocabulary)
+        work = multiplying(before, flops, f"{flops / 1e9:.3g} GFLOP of the head", before.workload.dtype)
     return promise(PRODUCTS_PROMISE, down_to(before, 6, work))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernbench.promises import Work, copying, down_to, launches_saved, promise, without_idle, without_waits
+from kernbench.promises import copying, down_to, launches_saved, multiplying, promise, without_idle, without_waits
 from kernbench.record import Prediction, ProfileRecord
 
 SYNC_CLAIM = "40-50 % wall-clock speedup, 3120 syncs per step"
@@ -37,12 +37,10 @@ def predict_fused_adamw(before: ProfileRecord) -> Prediction:
 
 def predict_fused_cms(before: ProfileRecord) -> Prediction:
     """All but three launches of the update go; its device time falls to that of the network's work, at best."""
-    ceilings, parameters = before.environment.ceilings, before.workload.parameters
-    speed = ceilings.matmul_flops_per_second.get("float32") if ceilings else None
-    work = None
-    if speed and parameters:
-        words = f"{CMS_FLOPS_PER_PARAMETER} operations x {parameters} parameters at {speed / 1e12:.3g} TFLOP/s"
-        work = Work(CMS_FLOPS_PER_PARAMETER * parameters / speed, words)
+    parameters = before.workload.parameters
+    words = f"{CMS_FLOPS_PER_PARAMETER} operations x {parameters} parameters"
+    flops = float(CMS_FLOPS_PER_PARAMETER * parameters)
+    work = multiplying(before, flops, words, "float32") if parameters else None
     return promise(CMS_PROMISE, down_to(before, 5, work), launches=launches_saved(before, 5, CMS_LAUNCHES))
 
 
