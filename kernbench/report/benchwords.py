@@ -35,6 +35,11 @@ def noise_floor(rows: Sequence[BenchResult]) -> float | None:
     return max((row.noise_floor for row in rows if row.noise_floor is not None), default=None)
 
 
+def remark(row: BenchResult) -> str:
+    """What is wrong with a row, or to be known of it: its label and its note."""
+    return ": ".join(filter(None, (row.label, row.note)))
+
+
 def bench_headline(record: BenchRecord) -> str:
     """Which implementation is fastest where, and how far ahead: of the next best, or of a workload's baseline."""
     groups = bench_groups(record.results)

@@ -359,7 +359,6 @@ def _bench_row(record: BenchRecord, row: BenchResult, held: bool) -> list[Text]:
     else:
         own = [terminal.text(units.share(row.share_of_roof) if row.share_of_roof is not None else "")]
         own += [terminal.text(units.size(row.peak_bytes) if row.peak_bytes is not None else "")] * held
-    label = f"{row.label}: {row.note}" if row.label and row.note else row.label or row.note
     return [
         terminal.text(row.implementation),
         terminal.text(units.seconds(row.seconds) if row.seconds is not None else "-"),
@@ -367,5 +366,5 @@ def _bench_row(record: BenchRecord, row: BenchResult, held: bool) -> list[Text]:
         terminal.text(units.faster(row.speedup[0]) if row.speedup else ""),
         terminal.text(benchwords.bench_rate(row, record.workload)),
         *own,
-        terminal.text(label, "yellow" if row.label else ""),
+        terminal.text(benchwords.remark(row), "yellow" if row.label else ""),
     ]

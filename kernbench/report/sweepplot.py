@@ -90,7 +90,7 @@ def _sweep(sweep: Sweep, title: str, rows: Rows, untimed: Rows, ceilings: Ceilin
             share = led.share_of_roof if led else None
             line += [_seconds(roof.get(value)), Cell(units.share(share), share) if share is not None else Cell("")]
         labels = [f"{name}: {row.label}" for name, row in here.items() if row.label]
-        labels += [f"{name}: {': '.join(filter(None, (row.label, row.note)))}" for name, row in wrong.items()]
+        labels += [f"{name}: {benchwords.remark(row)}" for name, row in wrong.items()]
         lines.append([*line, Cell("; ".join(labels))])
     said = [told for name, timed in rows.items() if (told := _evenness(sweep, name, timed))]
     if ceilings.launch_seconds is not None:
