@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import torch
@@ -98,24 +97,21 @@ def draws_other_numbers(exact: Sequence[record.Curve], known: Sequence[record.Cu
 
 
 def _in_float64(settings: Settings, plan: Plan) -> Side:
-    initial = compare.clone(trajectory.state_of(Side(settings, plan).built))
+    initial = trajectory.state_of(Side(settings, plan).built)
     side = Side(dataclasses.replace(settings, dtype=torch.float64), plan)
-    with _settable(settings):
-        trajectory.set_state(side.built, initial)
+    _set_state(side, initial)
     return side
 
 
 def _move(side: Side, seed: int) -> None:
-    with _settable(side.settings):
-        trajectory.set_state(side.built, nudge(trajectory.state_of(side.built), seed))
+    _set_state(side, nudge(trajectory.state_of(side.built), seed))
 
 
-@contextmanager
-def _settable(settings: Settings) -> Iterator[None]:
+def _set_state(side: Side, state: compare.Leaves) -> None:
     try:
-        yield
+        trajectory.set_state(side.built, state)
     except trajectory.NotSettableError as problem:
         raise KernbenchError(
-            f"the curves of {settings.workload.name} have no band: {problem}; let state_dict() return the tensors "
+            f"the curves of {side.settings.workload.name} have no band: {problem}; let state_dict() return the tensors "
             "themselves, or declare Curves with moved=0"
         ) from None

@@ -27,7 +27,6 @@ LONGEST_BLOCK_SECONDS = 0.5
 FIRST_STEPS = 2
 RECEIPT_STEPS = 2
 BASELINE = "baseline"
-EXACT = f"{BASELINE} in float64"
 
 
 @dataclass(frozen=True)
@@ -172,18 +171,18 @@ def _follow_curves(
     if declared is None:
         return
     known = {curve.implementation for curve in run.record.curves}
-    runs = [(variant.name, variant.plan, 0) for variant in variants if variant.prepare is None]
-    rounded = [(f"{BASELINE} rounded apart {count}", runs[0][1], count) for count in range(1, declared.moved + 1)]
+    runs = [(variant.name, variant.plan, 0, False) for variant in variants if variant.prepare is None]
+    bare = runs[0][1]
+    rounded = [(f"{BASELINE} rounded apart {count}", bare, count, False) for count in range(1, declared.moved + 1)]
     if rounded and settings.dtype != torch.float64:
-        rounded.append((EXACT, runs[0][1], 0))
+        rounded.append((f"{BASELINE} in float64", bare, 0, True))
     runs[1:1] = rounded
     left = [one for one in runs if one[0] not in known]
     with (
         run.stage("training curves"),
         run.progress.stage("following training curves", declared.steps * len(left)) as advance,
     ):
-        for name, plan, moved in left:
-            exact = name == EXACT
+        for name, plan, moved, exact in left:
             begin(BASELINE if moved or exact else name)
             try:
                 found = curves.follow(settings, plan, declared, name, advance, moved=moved, exact=exact)
