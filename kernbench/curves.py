@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from statistics import fmean
 
 import torch
 
 from kernbench import record
-from kernbench.errors import KernbenchError
+from kernbench.errors import WorkloadFailed
 from kernbench.measurement.measure import Settings, Side, workload_errors
-from kernbench.parity import compare, trajectory
-from kernbench.parity.modes import nudge
+from kernbench.parity import trajectory
+from kernbench.parity.reordered import ReorderedSums
 from kernbench.swap import Plan
 from kernbench.workload import Curves
 
@@ -28,39 +30,53 @@ def wanted(settings: Settings) -> Curves | None:
     return curves if curves is not None and settings.preset in curves.presets else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A run to follow.
+
+    Attributes:
+        implementation: what is in place, as the bench's rows name it.
+        order: not 0: sums are added up in another order, another one for each number.
+        exact: in float64, from the state that a run in the working dtype begins from.
+    """
+
+    implementation: str
+    plan: Plan
+    order: int = 0
+    exact: bool = False
+
+    @property
+    def name(self) -> str:
+        """The implementation, and what is other than in its plain run."""
+        return self.implementation + (" in float64" if self.exact else f" reordered {self.order}" if self.order else "")
+
+    @property
+    def moved(self) -> bool:
+        """Whether it shows what rounding does to the baseline."""
+        return not self.plan.numbers and (self.exact or self.order > 0)
+
+
 def follow(
-    settings: Settings,
-    plan: Plan,
-    curves: Curves,
-    implementation: str,
-    advance: Callable[[int], None],
-    *,
-    moved: int = 0,
-    exact: bool = False,
+    settings: Settings, curves: Curves, training: Training, advance: Callable[[int], None]
 ) -> list[record.Curve]:
     """One training run from a fresh build, with its steps made comparable; ``advance`` is told of the steps.
 
-    Args:
-        moved: not 0: the run begins from its state moved by up to one unit in the last place, another for each number.
-        exact: the run is in float64, from the state that one in the working dtype begins from.
-
     Raises:
-        KernbenchError: it cannot be moved, because ``state_dict()`` gives copies.
-        WorkloadFailed: a step or a reading raised, or the loss is not finite.
+        WorkloadFailed: a step or a reading raised, the loss is not finite, or float64 cannot begin from that state.
     """
-    side = _in_float64(settings, plan) if exact else Side(settings, plan)
+    side = _in_float64(settings, training.plan) if training.exact else Side(settings, training.plan)
     if settings.workload.steady is not None:
         settings.workload.steady(side.built)
-    if moved:
-        _move(side, settings.seed + moved)
     steps: list[int] = []
     values: dict[str, list[float]] = {}
     units: dict[str, str] = {}
-    with plan.applied(side.built):
+    orders = ReorderedSums(training.order) if training.order else nullcontext()
+    with training.plan.applied(side.built):
         for first in range(0, curves.steps, curves.every):
             count = min(curves.every, curves.steps - first)
-            for index in range(first, first + count):
-                side.step(index)
+            with orders:
+                for index in range(first, first + count):
+                    side.step(index)
             steps.append(first + count)
             losses = side.check_losses()
             figures = {LOSS: (fmean(losses), "")} if losses else {}
@@ -73,11 +89,12 @@ def follow(
     return [
         record.Curve(
             name=name,
-            implementation=implementation,
+            implementation=training.name,
             steps=steps,
             values=found,
             unit=units[name],
-            moved=exact or bool(moved),
+            moved=training.moved,
+            reorders=training.implementation if training.order else "",
         )
         for name, found in values.items()
     ]
@@ -99,19 +116,8 @@ def draws_other_numbers(exact: Sequence[record.Curve], known: Sequence[record.Cu
 def _in_float64(settings: Settings, plan: Plan) -> Side:
     initial = trajectory.state_of(Side(settings, plan).built)
     side = Side(dataclasses.replace(settings, dtype=torch.float64), plan)
-    _set_state(side, initial)
-    return side
-
-
-def _move(side: Side, seed: int) -> None:
-    _set_state(side, nudge(trajectory.state_of(side.built), seed))
-
-
-def _set_state(side: Side, state: compare.Leaves) -> None:
     try:
-        trajectory.set_state(side.built, state)
+        trajectory.set_state(side.built, initial)
     except trajectory.NotSettableError as problem:
-        raise KernbenchError(
-            f"the curves of {side.settings.workload.name} have no band: {problem}; let state_dict() return the tensors "
-            "themselves, or declare Curves with moved=0"
-        ) from None
+        raise WorkloadFailed(f"{problem}; let state_dict() return the tensors themselves") from None
+    return side

@@ -107,9 +107,10 @@ class Curves:
         steps: how many are run.
         every: steps from one reading to the next; the loss is the mean over them.
         presets: those that train, and in reasonable time.
-        moved: further runs of the baseline from states moved by up to one unit in the last place, which go apart as
-            sums in another order do. With one in float64, which shows what all rounding of the baseline does, they
-            make a band, and a phase may leave it no more than they do.
+        reordered: further runs of the baseline that add up their sums in other orders. With one in float64, which
+            shows what all rounding of the baseline does, they make a band, and a phase may leave it no more than they
+            do. One that leaves it is run in as many other orders too: where one element of AdamW's first step or one
+            token's expert hangs on the last bit, a run may go astray by chance, and a fault does so in every order.
 
     Raises:
         ValueError: there is nothing to read.
@@ -119,7 +120,7 @@ class Curves:
     presets: tuple[str, ...]
     steps: int = 300
     every: int = 15
-    moved: int = 0
+    reordered: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.every <= self.steps:

@@ -9,10 +9,9 @@ import torch
 from bio_parts import CPU, small
 from test_bio_phases import plan
 
-from kernbench import curves, registry
+from kernbench import band, curves, registry
 from kernbench.measurement import measure
 from kernbench.record import Curve
-from kernbench.report import sweepplot
 from kernbench.workload import Workload
 
 
@@ -25,30 +24,31 @@ def followed(**changes: Any) -> Workload:
     return dataclasses.replace(workload, presets={"tiny": preset}, curves=declared)
 
 
-def line(workload: Workload, *numbers: int, moved: int = 0, exact: bool = False) -> Curve:
+def line(workload: Workload, *numbers: int, order: int = 0, exact: bool = False) -> Curve:
     settings = measure.Settings(
         workload=workload, preset="tiny", device=CPU, dtype=torch.float32, seed=0, data=None, steps=1
     )
     declared = curves.wanted(settings)
     assert declared is not None
-    (found,) = curves.follow(settings, plan(*numbers), declared, str(numbers), lambda _: None, moved=moved, exact=exact)
+    training = curves.Training(implementation=str(numbers), plan=plan(*numbers), order=order, exact=exact)
+    (found,) = curves.follow(settings, declared, training, lambda _: None)
     return found
 
 
 def test_the_curves_of_200_steps_have_a_band() -> None:
     declared = registry.workload("bio-nanochat").declaration.curves
     assert declared is not None
-    assert (declared.steps, declared.moved) == (200, 3)
+    assert (declared.steps, declared.reordered) == (200, 3)
     assert "tiny" in declared.presets
 
 
 def test_every_phase_learns_within_the_band_of_rounding() -> None:
     workload = followed(optimizer="muon")
     numbers = tuple(phase.number for phase in workload.phases)
-    baseline, *moved = (line(workload, moved=count) for count in range(2))
+    baseline, *moved = (line(workload, order=count) for count in range(2))
     exact = line(workload, exact=True)
     assert not curves.draws_other_numbers([exact], [baseline], torch.float32)
-    around = sweepplot.band([baseline, *moved, exact])
+    around = band.around([baseline, *moved, exact])
     assert around is not None
     assert around.left_by(line(workload, *numbers)) is None
     # The band is narrow beside what is learned, and the same with other noise leaves it.

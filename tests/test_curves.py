@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import report_records
 import torch
+from terminal import run
 
-from kernbench import curves, registry, swap
+from kernbench import band, curves, registry, swap
 from kernbench.errors import WorkloadFailed
 from kernbench.measurement import measure
 from kernbench.record import BenchRecord, Curve
-from kernbench.report import html, sweepplot
+from kernbench.report import curveplot, html
 from kernbench.workload import Curves, Workload
 
 CPU = torch.device("cpu:0")
@@ -34,7 +38,7 @@ def trained(numbers: tuple[int, ...], dtype: torch.dtype, use: str = "eager") ->
     plan = swap.plan(
         workload, numbers, use=dict.fromkeys(numbers, use), kernels=lambda name: registry.kernel(name).declaration
     )
-    found = curves.follow(settings, plan, declared, "phases", lambda _: None)
+    found = curves.follow(settings, declared, curves.Training(implementation="phases", plan=plan), lambda _: None)
     return {curve.name: curve for curve in found}
 
 
@@ -83,7 +87,7 @@ def follow(settings: measure.Settings) -> list[Curve]:
     declared = curves.wanted(settings)
     assert declared is not None
     bare = swap.plan(settings.workload, (), use={}, kernels=lambda name: registry.kernel(name).declaration)
-    return curves.follow(settings, bare, declared, "baseline", lambda _: None)
+    return curves.follow(settings, declared, curves.Training(implementation="baseline", plan=bare), lambda _: None)
 
 
 def test_a_reading_comes_after_its_steps_and_the_loss_is_their_mean() -> None:
@@ -122,16 +126,16 @@ def shown(**ends: float) -> BenchRecord:
 
 def test_the_page_shows_every_curve() -> None:
     found = shown(baseline=94.0, phases_0_1=94.0)
-    table = sweepplot.curves(found)
+    table = curveplot.curves(found)
     assert table is not None
     assert table.said == ["Test accuracy ends at 94.0 % in all of them."]
     page = html.render(found)
     assert "Training curves" in page
     assert page.count("phases_0_1") >= 3
-    assert sweepplot.curves(shown(baseline=94.0, phase=92.5)).said == [  # type: ignore[union-attr]
+    assert curveplot.curves(shown(baseline=94.0, phase=92.5)).said == [  # type: ignore[union-attr]
         "Test accuracy ends between 92.5 % and 94.0 %, 1.50 % apart."
     ]
-    assert sweepplot.curves(shown()) is None
+    assert curveplot.curves(shown()) is None
 
 
 def moved_apart(*values: float, moved: bool = False, name: str = "phase 0") -> Curve:
@@ -142,8 +146,8 @@ def moved_apart(*values: float, moved: bool = False, name: str = "phase 0") -> C
 def test_the_band_is_three_times_as_wide_as_rounding_drove_the_baseline_apart_so_far() -> None:
     baseline = moved_apart(5.0, 4.0, 3.0, 2.0, name="baseline")
     others = [moved_apart(5.0, 4.1, 3.0, 2.0, moved=True), moved_apart(5.0, 4.0, 2.8, 2.0, moved=True)]
-    assert sweepplot.band([baseline]) is None
-    around = sweepplot.band([baseline, *others])
+    assert band.around([baseline]) is None
+    around = band.around([baseline, *others])
     assert around is not None
     assert around.low == pytest.approx([5.0 - 5e-6, 4.0 - 0.3, 3.0 - 0.6, 2.0 - 0.6])
     assert around.high == pytest.approx([5.0 + 5e-6, 4.0 + 0.3, 3.0 + 0.6, 2.0 + 0.6])
@@ -157,14 +161,14 @@ def test_the_page_says_who_leaves_the_band() -> None:
     inside, outside = moved_apart(5.0, 4.2), moved_apart(5.0, 4.4, name="phases 0+1")
     record = shown()
     record.curves = [*lines, inside]
-    table = sweepplot.curves(record)
+    table = curveplot.curves(record)
     assert table is not None
     assert table.said[1] == (
         "Loss stays in the band of 1 baseline runs that differ from it by rounding alone, 3 times as wide as they go, "
         "with every phase."
     )
     record.curves.append(outside)
-    table = sweepplot.curves(record)
+    table = curveplot.curves(record)
     assert table is not None
     assert table.said[1].endswith("3 times as wide as they go: phases 0+1 at step 2.")
     assert "Shaded: where rounding alone" in html.render(record)
@@ -187,16 +191,20 @@ def test_titan_mac_learns_within_the_band_of_rounding_with_every_phase() -> None
     )
     declared = curves.wanted(settings)
     assert declared is not None
-    lines = []
     numbers = tuple(phase.number for phase in workload.phases)
-    for name, phases, moved in (
-        ("baseline", (), 0), ("1", (), 1), ("2", (), 2), ("float64", (), 0), ("phases", numbers, 0),
-    ):  # fmt: skip
-        plan = swap.plan(
+    bare, full = (
+        swap.plan(
             workload, phases, use=dict.fromkeys(phases, "eager"), kernels=lambda name: registry.kernel(name).declaration
         )
-        lines += curves.follow(settings, plan, declared, name, lambda _: None, moved=moved, exact=name == "float64")
-    around = sweepplot.band(lines)
+        for phases in ((), numbers)
+    )
+    baseline = curves.Training(implementation="baseline", plan=bare)
+    others = [dataclasses.replace(baseline, **change) for change in ({"order": 1}, {"order": 2}, {"exact": True})]
+    phases = curves.Training(implementation="phases", plan=full)
+    lines = []
+    for training in (baseline, *others, phases):
+        lines += curves.follow(settings, declared, training, lambda _: None)
+    around = band.around(lines)
     assert around is not None
     assert lines[1].values != lines[0].values != lines[2].values
     assert [line.moved for line in lines] == [False, True, True, True, False]
@@ -227,3 +235,37 @@ def test_kasmina_learns_the_same_with_kernels_on_a_gpu(numbers: tuple[int, ...],
     monkeypatch.setattr("test_curves.CPU", torch.device("cuda:0"))
     baseline, phases = trained((), torch.float32), trained(numbers, torch.float32, "triton")
     assert phases["test accuracy"].values[-1] == pytest.approx(baseline["test accuracy"].values[-1], abs=1.0)
+
+
+def test_a_phase_that_leaves_the_band_is_run_in_other_orders_too(toy_workspace: Path) -> None:
+    shutil.copy(Path(__file__).with_name("astray_workload.py"), toy_workspace / "workloads" / "astray.py")
+    shown = run("bench", "astray", "--rounds", "3", "--device", "cpu", "--json", "--quiet")
+    assert shown.exit_code == 0, shown.output
+    found = msgspec.json.decode(shown.stdout, type=BenchRecord)
+    lines = {curve.implementation: curve for curve in found.curves}
+    others = ["baseline reordered 1", "baseline reordered 2", "baseline in float64"]
+    assert list(lines)[:4] == ["baseline", *others]
+    assert [name for name, curve in lines.items() if curve.moved] == others
+    assert [name for name, curve in lines.items() if curve.reorders == "phase 0"] == [
+        "phase 0 reordered 1", "phase 0 reordered 2",
+    ]  # fmt: skip
+    table = curveplot.curves(found)
+    assert table is not None
+    assert "phase 0 at step 2 (2 of 2 runs that sum in other orders stay)" in table.said[1]
+    assert "phases 0+1 at step 2 (0 of 2 runs that sum in other orders stay)" in table.said[1]
+
+
+def test_a_state_of_copies_has_no_float64_run() -> None:
+    class Copying(Counting):
+        def state_dict(self) -> dict[str, Any]:
+            return {"noise": torch.rand(3)}
+
+    settings = counting(lambda built: {})
+    workload = dataclasses.replace(settings.workload, build=lambda **_: Copying())
+    settings = dataclasses.replace(settings, workload=workload)
+    declared = curves.wanted(settings)
+    assert declared is not None
+    bare = swap.plan(workload, (), use={}, kernels=lambda name: registry.kernel(name).declaration)
+    training = curves.Training(implementation="baseline", plan=bare, exact=True)
+    with pytest.raises(WorkloadFailed, match=r"let state_dict\(\) return the tensors themselves"):
+        curves.follow(settings, declared, training, lambda _: None)

@@ -11,14 +11,14 @@ from statistics import median
 import msgspec
 import torch
 
-from kernbench import bench, curves, device, record, swap
+from kernbench import band, bench, curves, device, record, swap
 from kernbench.analysis import launches, stalls
 from kernbench.errors import WorkloadFailed
 from kernbench.measurement import statistics
 from kernbench.measurement.measure import TRACED_STEPS, Settings, Side, trace_side, watch_side
 from kernbench.progress import Progress
 from kernbench.runfolder import Run
-from kernbench.workload import Built
+from kernbench.workload import Built, Curves
 
 BLOCK_SECONDS = 0.05
 """A block of steps takes this long on the fastest side, so that starting and ending it does not count."""
@@ -170,28 +170,49 @@ def _follow_curves(
     declared = curves.wanted(settings)
     if declared is None:
         return
+    plans = {variant.name: variant.plan for variant in variants if variant.prepare is None}
+    orders = range(1, declared.reordered + 1)
+    baseline, *phases = (curves.Training(implementation=name, plan=plan) for name, plan in plans.items())
+    others = [replace(baseline, order=order) for order in orders]
+    if others and settings.dtype != torch.float64:
+        others.append(replace(baseline, exact=True))
+    with run.stage("training curves"):
+        _follow(run, settings, declared, [baseline, *others, *phases], begin)
+        gone = _astray(run.record.curves)
+        astray = [training for training in phases if training.implementation in gone]
+        again = [replace(training, order=order) for training in astray for order in orders]
+        _follow(run, settings, declared, again, begin)
+
+
+def _astray(lines: Sequence[record.Curve]) -> set[str]:
+    """The implementations that leave the band of any figure."""
+    figures = {curve.name for curve in lines}
+    return {name for figure in figures for name in band.left([curve for curve in lines if curve.name == figure])}
+
+
+def _follow(
+    run: Run[record.BenchRecord],
+    settings: Settings,
+    declared: Curves,
+    trainings: Sequence[curves.Training],
+    begin: Callable[[str], None],
+) -> None:
+    """Follow those that the record does not have yet; one that fails is left out, and that is said."""
     known = {curve.implementation for curve in run.record.curves}
-    runs = [(variant.name, variant.plan, 0, False) for variant in variants if variant.prepare is None]
-    bare = runs[0][1]
-    rounded = [(f"{BASELINE} rounded apart {count}", bare, count, False) for count in range(1, declared.moved + 1)]
-    if rounded and settings.dtype != torch.float64:
-        rounded.append((f"{BASELINE} in float64", bare, 0, True))
-    runs[1:1] = rounded
-    left = [one for one in runs if one[0] not in known]
-    with (
-        run.stage("training curves"),
-        run.progress.stage("following training curves", declared.steps * len(left)) as advance,
-    ):
-        for name, plan, moved, exact in left:
-            begin(BASELINE if moved or exact else name)
+    left = [training for training in trainings if training.name not in known]
+    if not left:
+        return
+    with run.progress.stage("following training curves", declared.steps * len(left)) as advance:
+        for training in left:
+            begin(training.implementation)
             try:
-                found = curves.follow(settings, plan, declared, name, advance, moved=moved, exact=exact)
-                if exact and curves.draws_other_numbers(found, run.record.curves, settings.dtype):
-                    run.warn(f"{name} draws other numbers, so it is left out of the training curves")
+                found = curves.follow(settings, declared, training, advance)
+                if training.exact and curves.draws_other_numbers(found, run.record.curves, settings.dtype):
+                    run.warn(f"{training.name} draws other numbers, so it is left out of the training curves")
                 else:
                     run.record.curves += found
             except WorkloadFailed as error:
-                run.warn(f"{name} has no training curve: {error}")
+                run.warn(f"{training.name} has no training curve: {error}")
             run.write()
 
 

@@ -89,7 +89,8 @@ class ClaimCheck(Struct, frozen=True, kw_only=True):
 class Curve(Struct, frozen=True, kw_only=True):
     """One figure of a training run over its steps, of one implementation: its ``values`` after so many ``steps``.
 
-    ``moved``: it began from weights moved by rounding, or ran in float64, to show how far rounding drives a run apart.
+    ``moved``: a baseline that rounds otherwise, to show how far rounding drives a run apart. ``reorders``: the
+    implementation whose sums it adds in another order; "" where it adds them as its implementation does.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Curve(Struct, frozen=True, kw_only=True):
     values: list[float]
     unit: str = ""
     moved: bool = False
+    reorders: str = ""
 
 
 class Build(Struct, frozen=True, kw_only=True):

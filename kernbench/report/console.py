@@ -27,6 +27,7 @@ from kernbench.record import (
 )
 from kernbench.report import (
     benchwords,
+    curveplot,
     machine,
     page,
     paritywords,
@@ -295,7 +296,7 @@ def _bench(record: BenchRecord) -> list[RenderableType]:
     lines = [terminal.text(f"{benchwords.NOT_MEASURED}: {'; '.join(names)} ({why})") for why, names in untimed.items()]
     blocks: list[RenderableType] = [Group(*lines)] if lines else []
     blocks += [
-        _extra(item) for item in (*sweeps, sweepplot.claims(record), sweepplot.curves(record)) if item is not None
+        _extra(item) for item in (*sweeps, sweepplot.claims(record), curveplot.curves(record)) if item is not None
     ]
     for name, rows in groups.items():
         if any(name in names for names in untimed.values()):

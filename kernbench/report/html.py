@@ -28,6 +28,7 @@ from kernbench.record import (
 from kernbench.record import kind as kind_of
 from kernbench.report import (
     benchwords,
+    curveplot,
     differences,
     machine,
     page,
@@ -266,7 +267,7 @@ def _bench(record: BenchRecord) -> dict[str, Any]:
         )
     ceilings = record.environment.ceilings
     roofline = plots.roofline(record.results, ceilings) if ceilings else None
-    extras = filter(None, (*sweeps, sweepplot.claims(record), sweepplot.curves(record)))
+    extras = filter(None, (*sweeps, sweepplot.claims(record), curveplot.curves(record)))
     return {"cases": cases, "untimed": untimed, "roofline": roofline, "extras": list(extras)}
 
 

@@ -1,4 +1,4 @@
-"""What a bench shows beside its rows: sweeps over one size, figures of others beside what exists, training curves."""
+"""What a bench shows beside its rows: sweeps over one size, and figures of others beside what exists."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernbench.claims import conclusion
-from kernbench.record import BenchRecord, BenchResult, Ceilings, ClaimCheck, Curve, Sweep
-from kernbench.report import benchwords, phrases, units
+from kernbench.record import BenchRecord, BenchResult, Ceilings, ClaimCheck, Sweep
+from kernbench.report import benchwords, units
 from kernbench.report.drawing import ACCENT, HEIGHT, INK, MUTED, WIDE, Plot, chart_of, draw
 
 FLOOR, ROOF = "launch floor", "at copy bandwidth"
-BAND = 3.0
-"""A curve may be this many times as far from the baseline as runs that differ by rounding, as in parity on steps."""
-ROUNDING = 1e-6
-"""And at least this share of its value, eight units in the last place of float32: every step rounds anew."""
 SAME_BYTES = 1.1
 """Up to this ratio of the most bytes to the least, a sweep is at fixed bytes."""
 
@@ -249,138 +245,3 @@ def _claim(claim: ClaimCheck, *, timed: bool) -> list[Cell]:
         _seconds(claim.launch_seconds),
         *(Cell(units.bytes_rate(rate), rate) for rate in rates),
     ]
-
-
-def curves(record: BenchRecord) -> Table | None:
-    """Figures of a training run over its steps, of every implementation; None where there are none."""
-    if not record.curves:
-        return None
-    names = list(dict.fromkeys(curve.name for curve in record.curves))
-    implementations = list(dict.fromkeys(curve.implementation for curve in record.curves))
-    last = {(curve.implementation, curve.name): curve for curve in record.curves}
-    rows = []
-    for implementation in implementations:
-        ends = [last.get((implementation, name)) for name in names]
-        rows.append([Cell(implementation), *(_end(curve) for curve in ends)])
-    steps = max(curve.steps[-1] for curve in record.curves)
-    return Table(
-        title="Training curves",
-        note=f"The same data and seed for all of them; the table shows what they end with, after {steps:,} steps.",
-        headings=["implementation", *names],
-        rows=rows,
-        said=[
-            sentence
-            for name in names
-            for sentence in _said(name, [curve for curve in record.curves if curve.name == name])
-        ],
-        plots=[_curves(name, [curve for curve in record.curves if curve.name == name]) for name in names],
-    )
-
-
-def _end(curve: Curve | None) -> Cell:
-    return Cell("") if curve is None else Cell(units.figure(curve.values[-1], curve.unit), curve.values[-1])
-
-
-def _said(name: str, lines: Sequence[Curve]) -> list[str]:
-    return list(filter(None, (_spread(name, lines), _inside(name, lines))))
-
-
-@dataclass(frozen=True)
-class Band:
-    """Where rounding alone may lead a curve: at each of ``steps`` between ``low`` and ``high``."""
-
-    steps: list[int]
-    low: list[float]
-    high: list[float]
-
-    def left_by(self, curve: Curve) -> int | None:
-        """The step at which a curve is outside for the first time; None where it never is."""
-        for step, value, low, high in zip(curve.steps, curve.values, self.low, self.high, strict=True):
-            if not low <= value <= high:
-                return step
-        return None
-
-
-def band(lines: Sequence[Curve]) -> Band | None:
-    """Around the first curve, the baseline, 3 times as wide as its moved runs have gone from it so far.
-
-    As wide as parity lets the states of a phase be apart; None where no run was moved.
-    """
-    moved = [curve for curve in lines if curve.moved]
-    if not moved:
-        return None
-    width, low, high = 0.0, [], []
-    for index, middle in enumerate(lines[0].values):
-        width = max(width, *(BAND * abs(curve.values[index] - middle) for curve in moved))
-        wide = max(width, ROUNDING * abs(middle))
-        low.append(middle - wide)
-        high.append(middle + wide)
-    return Band(lines[0].steps, low, high)
-
-
-def _inside(name: str, lines: Sequence[Curve]) -> str:
-    """Whether all implementations stay in the band, and which ones do not."""
-    around = band(lines)
-    if around is None:
-        return ""
-    runs = sum(curve.moved for curve in lines)
-    what = f"the band of {runs} baseline runs that differ from it by rounding alone, {BAND:g} times as wide as they go"
-    judged = [curve for curve in lines[1:] if not curve.moved]
-    left = [(curve.implementation, step) for curve in judged if (step := around.left_by(curve)) is not None]
-    if not left:
-        return f"{phrases.capitalized(name)} stays in {what}, with every phase."
-    told = ", ".join(f"{implementation} at step {step}" for implementation, step in left)
-    return f"{phrases.capitalized(name)} leaves {what}: {told}."
-
-
-def _spread(name: str, lines: Sequence[Curve]) -> str:
-    """How far apart the implementations end."""
-    ends = [curve.values[-1] for curve in lines]
-    if max(ends) == min(ends):
-        return f"{phrases.capitalized(name)} ends at {units.figure(ends[0], lines[0].unit)} in all of them."
-    low, high = (units.figure(value, lines[0].unit) for value in (min(ends), max(ends)))
-    apart = units.figure(max(ends) - min(ends), lines[0].unit)
-    if low == high:
-        return f"{phrases.capitalized(name)} ends at {low} in all of them, {apart} apart."
-    return f"{phrases.capitalized(name)} ends between {low} and {high}, {apart} apart."
-
-
-def _curves(name: str, lines: Sequence[Curve]) -> Plot:
-    points = [
-        {"step": step, "value": value, "name": curve.implementation}
-        for curve in lines
-        for step, value in zip(curve.steps, curve.values, strict=True)
-    ]
-    unit = lines[0].unit
-    order = [curve.implementation for curve in lines]
-    around = band(lines)
-    label = f"{phrases.capitalized(name)} over the steps of training; equal implementations lie on each other."
-    label += " Shaded: where rounding alone may lead the baseline." if around else ""
-
-    def chart(alt: Any, width: int) -> Any:
-        x = alt.X(
-            "step:Q", title="step", axis=alt.Axis(tickMinStep=1, format="d", tickCount=6), scale=alt.Scale(nice=False)
-        )
-        y = alt.Y(
-            "value:Q",
-            title=f"{name}{f', {unit}' if unit else ''}",
-            scale=alt.Scale(zero=False),
-            axis=alt.Axis(tickCount=5),
-        )
-        legend = alt.Legend(orient="bottom", columns=1 if width < WIDE else 3, columnPadding=30, labelLimit=250)
-        shape = alt.Shape("name:N", title=None, sort=order, legend=legend)
-        drawn = (
-            chart_of(alt, points).mark_line(color=ACCENT, strokeWidth=1, opacity=0.7).encode(x=x, y=y, detail="name:N")
-        )
-        marks = chart_of(alt, points).mark_point(size=42, color=INK, filled=False, strokeWidth=1.3)
-        layers = [drawn, marks.encode(x=x, y=y, shape=shape)]
-        if around is not None:
-            area = [
-                {"step": step, "low": low, "high": high}
-                for step, low, high in zip(around.steps, around.low, around.high, strict=True)
-            ]
-            shade = chart_of(alt, area).mark_area(color=MUTED, opacity=0.25)
-            layers.insert(0, shade.encode(x=x, y=alt.Y("low:Q"), y2="high:Q"))
-        return alt.layer(*layers).properties(width=width, height=HEIGHT + 30)
-
-    return draw(label, chart)

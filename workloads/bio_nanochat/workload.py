@@ -108,6 +108,6 @@ WORKLOAD = Workload(
     dtypes=dict.fromkeys(BFLOAT16, "bfloat16"),
     peers=(Peer(name="torch.compile", prepare=compile_model),),
     steady=draw_as_kernels_do,
-    curves=Curves(read=lambda built: {}, presets=("tiny", "tiny-dense"), steps=200, every=10, moved=3),
+    curves=Curves(read=lambda built: {}, presets=("tiny", "tiny-dense"), steps=200, every=10, reordered=3),
     source="Bio-inspired nanochat kernel plan of 2025-11-19; profiles P and K of its MIT-licensed history",
 )

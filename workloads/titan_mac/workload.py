@@ -139,7 +139,7 @@ WORKLOAD = Workload(
         Peer(name="torch fused AdamW", prepare=use_torch_fused_adamw),
     ),
     # The loss of every step is followed without being read.
-    curves=Curves(read=lambda built: {}, presets=("tiny", "tiny-mac", "tiny-mal", "tiny-cms"), moved=3),
+    curves=Curves(read=lambda built: {}, presets=("tiny", "tiny-mac", "tiny-mal", "tiny-cms"), reordered=3),
     faults=(
         Fault(name="nan-gradient", inject=inject_nan_gradient, protects=protected),
         Fault(name="nan-loss", inject=inject_nan_loss, protects=protected),
