@@ -16,6 +16,8 @@ from torch import Tensor
 
 KEPT_GROUPS = 64
 KEPT_TABLES = 4
+SPARES = 32
+"""Captures that may follow each other: a step that comes in so many forms has a graph for each of them."""
 TENSOR_BITS = 24
 """A chunk is ``block << TENSOR_BITS | tensor``, so that a program finds its work with a single 8-byte load."""
 
@@ -64,7 +66,7 @@ class Group:
     parts: list[Part]
     expired: bool = False
     tables: list[Table] = field(default_factory=list)
-    spare: Tensor | None = None
+    spares: list[Tensor] = field(default_factory=list)
     references: list[weakref.ref[Tensor]] = field(default_factory=list)
 
     def table(self, moving: Sequence[Tensor], check: Callable[[], None]) -> Table:
@@ -73,7 +75,7 @@ class Group:
         In a CUDA graph capture a table that has to be built is copied at every replay from memory kept for that graph.
 
         Raises:
-            RuntimeError: a second new table inside captures with no call outside of them in between.
+            RuntimeError: more new tables inside captures than memory was kept for, with no call outside in between.
         """
         addresses = addresses_of(moving)
         cuda = self.device.type == "cuda"
@@ -98,12 +100,13 @@ class Group:
         return table
 
     def _captured_table(self, addresses: tuple[int, ...], stream: int) -> Table:
-        if self.spare is None:
+        if not self.spares:
             raise RuntimeError(
-                "a second CUDA graph has gradients at new addresses; call the kernel once outside of a capture first"
+                f"more than {SPARES // 2} CUDA graphs were captured in a row, each with gradients at new addresses; "
+                "call the kernel once outside of a capture in between"
             )
         # The captured copy reads this memory at every replay, and pinned memory cannot be allocated while capturing.
-        staging, self.spare = self.spare, None
+        staging = self.spares.pop()
         self.rows[:, -1] = torch.tensor(addresses)
         staging.copy_(self.rows)
         rows = torch.empty_like(staging, device=self.device).copy_(staging, non_blocking=True)
@@ -112,9 +115,10 @@ class Group:
         return table
 
     def reserve(self) -> None:
-        """Have pinned memory ready for the next capture."""
-        if self.spare is None and self.device.type == "cuda":
-            self.spare = torch.empty_like(self.rows, pin_memory=True)
+        """Have pinned memory ready for the next captures, at least half as many as ``SPARES``."""
+        missing = SPARES - len(self.spares)
+        if missing > SPARES // 2 and self.device.type == "cuda":
+            self.spares += torch.empty(missing, *self.rows.shape, dtype=self.rows.dtype, pin_memory=True)
 
     def watch(self, tensors: Sequence[Tensor]) -> None:
         """Expire with the first tensor that dies: another one, of another size or dtype, may then get its address."""

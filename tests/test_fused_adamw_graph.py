@@ -29,6 +29,25 @@ def test_a_captured_graph_repeats_the_update_with_gradients_inside_it() -> None:
 
 
 @pytest.mark.gpu
+def test_graphs_are_captured_one_after_the_other() -> None:
+    ours = fresh(SIZES)
+    reference = copied(ours)
+    SPEC.optimized(**ours)
+    SPEC.reference(**reference)
+    graphs = []
+    for factor in (1.0, 2.0, 0.5):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            SPEC.optimized(**{**ours, "grads": [grad * factor for grad in ours["grads"]]})
+        graphs.append((factor, graph))
+    for factor, graph in graphs:
+        graph.replay()
+        SPEC.reference(**{**reference, "grads": [grad * factor for grad in reference["grads"]]})
+    for name in (*STATE, "steps"):
+        torch.testing.assert_close(ours[name], reference[name])
+
+
+@pytest.mark.gpu
 def test_a_capture_without_a_call_before_it_says_what_to_do() -> None:
     inputs = fresh([(5,)])
     SPEC.optimized(**fresh([(6,)]))
