@@ -174,6 +174,14 @@ def test_the_page_says_who_leaves_the_band() -> None:
     assert "Shaded: where rounding alone" in html.render(record)
 
 
+def test_equal_curves_are_drawn_too() -> None:
+    record = shown()
+    record.curves = [moved_apart(5.0, 4.0, moved=number == 1, name=str(number)) for number in range(3)]
+    page = html.render(record)
+    assert "Loss stays in the band of 1 baseline runs" in page
+    assert page.count("baseline, rounded otherwise") == 2
+
+
 def titan(steps: int) -> Workload:
     """TitanMAC at sizes that are quick, with few steps."""
     workload = registry.workload("titan-mac").declaration
@@ -251,8 +259,14 @@ def test_a_phase_that_leaves_the_band_is_run_in_other_orders_too(toy_workspace: 
     ]  # fmt: skip
     table = curveplot.curves(found)
     assert table is not None
-    assert "phase 0 at step 2 (2 of 2 runs that sum in other orders stay)" in table.said[1]
-    assert "phases 0+1 at step 2 (0 of 2 runs that sum in other orders stay)" in table.said[1]
+    assert "phase 0 at step 2, phases 0+1 at step 2." in table.said[1]
+    assert table.said[1].endswith("With their sums in other orders 2 of 4 runs of these stay in it.")
+    places = {row[0].text: row[3].text for row in table.rows}
+    assert places["phase 0"] == "left at step 2; in other orders 2 of 2 stay"
+    assert places["phases 0+1"] == "left at step 2; in other orders 0 of 2 stay"
+    assert [places[name] for name in ("baseline", *others)] == ["", *["makes it"] * 3]
+    assert len(places) == 6
+    assert html.render(found).count("phases that left, in other orders") == 2
 
 
 def test_a_state_of_copies_has_no_float64_run() -> None:

@@ -8,38 +8,69 @@ from typing import Any
 from kernbench import band
 from kernbench.record import BenchRecord, Curve
 from kernbench.report import phrases, units
-from kernbench.report.drawing import ACCENT, HEIGHT, INK, MUTED, WIDE, Plot, chart_of, draw
+from kernbench.report.drawing import ACCENT, HEIGHT, INK, MUTED, WIDE, Plot, chart_of, draw, linear_axis
 from kernbench.report.sweepplot import Cell, Table
+
+BASELINES, PHASES, OTHERWISE = "baseline, rounded otherwise", "phases", "phases that left, in other orders"
 
 
 def curves(record: BenchRecord) -> Table | None:
-    """Figures of a training run over its steps, of every implementation; None where there are none."""
+    """Figures of a training run over its steps, of every implementation; None where there are none.
+
+    Runs of a phase in other orders have no row of their own: what they do is told beside the phase.
+    """
     if not record.curves:
         return None
-    names = list(dict.fromkeys(curve.name for curve in record.curves))
-    implementations = list(dict.fromkeys(curve.implementation for curve in record.curves))
-    last = {(curve.implementation, curve.name): curve for curve in record.curves}
-    rows = []
-    for implementation in implementations:
-        ends = [last.get((implementation, name)) for name in names]
-        rows.append([Cell(implementation), *(_end(curve) for curve in ends)])
+    figures = {
+        name: [curve for curve in record.curves if curve.name == name]
+        for name in dict.fromkeys(curve.name for curve in record.curves)
+    }
+    shown = dict.fromkeys(curve.implementation for curve in record.curves if curve.moved or not curve.reorders)
+    rows = [
+        [Cell(implementation), *(cell for lines in figures.values() for cell in _cells(lines, implementation))]
+        for implementation in shown
+    ]
     steps = max(curve.steps[-1] for curve in record.curves)
     return Table(
         title="Training curves",
         note=f"The same data and seed for all of them; the table shows what they end with, after {steps:,} steps.",
-        headings=["implementation", *names],
-        rows=rows,
-        said=[
-            sentence
-            for name in names
-            for sentence in _said(name, [curve for curve in record.curves if curve.name == name])
+        headings=[
+            "implementation",
+            *(heading for name, lines in figures.items() for heading in _headings(name, lines)),
         ],
-        plots=[_curves(name, [curve for curve in record.curves if curve.name == name]) for name in names],
+        rows=rows,
+        said=[sentence for name, lines in figures.items() for sentence in _said(name, lines)],
+        plots=[plot for name, lines in figures.items() for plot in _plots(name, lines)],
     )
 
 
-def _end(curve: Curve | None) -> Cell:
-    return Cell("") if curve is None else Cell(units.figure(curve.values[-1], curve.unit), curve.values[-1])
+def _headings(name: str, lines: Sequence[Curve]) -> list[str]:
+    return [name] if band.around(lines) is None else [name, "most apart", "band"]
+
+
+def _cells(lines: Sequence[Curve], implementation: str) -> list[Cell]:
+    """What a curve ends with; where there is a band, how far it goes from the baseline at most, and if it leaves."""
+    around = band.around(lines)
+    curve = next((line for line in reversed(lines) if line.implementation == implementation), None)
+    if curve is None:
+        return [Cell("")] * len(_headings("", lines))
+    end = Cell(units.figure(curve.values[-1], curve.unit), curve.values[-1])
+    if around is None:
+        return [end]
+    if curve is lines[0]:
+        return [end, Cell(""), Cell("")]
+    apart = max(abs(value - middle) for value, middle in zip(curve.values, lines[0].values, strict=True))
+    return [end, Cell(units.figure(apart, curve.unit), apart), Cell(_place(lines, curve, around))]
+
+
+def _place(lines: Sequence[Curve], curve: Curve, around: band.Band) -> str:
+    if curve.moved:
+        return "makes it"
+    step = around.left_by(curve)
+    if step is None:
+        return "inside"
+    stay, runs = band.in_other_orders(lines, curve.implementation)
+    return f"left at step {step}" + (f"; in other orders {stay} of {runs} stay" if runs else "")
 
 
 def _said(name: str, lines: Sequence[Curve]) -> list[str]:
@@ -56,17 +87,11 @@ def _inside(name: str, lines: Sequence[Curve]) -> str:
     left = band.left(lines)
     if not left:
         return f"{phrases.capitalized(name)} stays in {what}, with every phase."
-    told = ", ".join(
-        f"{implementation} at step {step}{_otherwise(lines, implementation)}" for implementation, step in left.items()
-    )
-    return f"{phrases.capitalized(name)} leaves {what}: {told}."
-
-
-def _otherwise(lines: Sequence[Curve], implementation: str) -> str:
-    stay, runs = band.in_other_orders(lines, implementation)
-    if not runs:
-        return ""
-    return f" ({stay} of {runs} runs that sum in other orders {'stays' if stay == 1 else 'stay'})"
+    told = ", ".join(f"{implementation} at step {step}" for implementation, step in left.items())
+    others = [band.in_other_orders(lines, implementation) for implementation in left]
+    stay, again = (sum(counts) for counts in zip(*others, strict=True))
+    otherwise = f" With their sums in other orders {stay} of {again} runs of these stay in it." if again else ""
+    return f"{phrases.capitalized(name)} leaves {what}: {told}.{otherwise}"
 
 
 def _spread(name: str, lines: Sequence[Curve]) -> str:
@@ -81,30 +106,27 @@ def _spread(name: str, lines: Sequence[Curve]) -> str:
     return f"{phrases.capitalized(name)} ends between {low} and {high}, {apart} apart."
 
 
-def _curves(name: str, lines: Sequence[Curve]) -> Plot:
+def _plots(name: str, lines: Sequence[Curve]) -> list[Plot]:
+    around = band.around(lines)
+    return [_curves(name, lines, around), *([] if around is None else [_distances(name, lines, around)])]
+
+
+def _curves(name: str, lines: Sequence[Curve], around: band.Band | None) -> Plot:
+    plain = [curve for curve in lines if not curve.moved and not curve.reorders]
     points = [
         {"step": step, "value": value, "name": curve.implementation}
-        for curve in lines
+        for curve in plain
         for step, value in zip(curve.steps, curve.values, strict=True)
     ]
     unit = lines[0].unit
-    order = [curve.implementation for curve in lines]
-    around = band.around(lines)
+    order = [curve.implementation for curve in plain]
     label = f"{phrases.capitalized(name)} over the steps of training; equal implementations lie on each other."
     label += " Shaded: where rounding alone may lead the baseline." if around else ""
 
     def chart(alt: Any, width: int) -> Any:
-        x = alt.X(
-            "step:Q", title="step", axis=alt.Axis(tickMinStep=1, format="d", tickCount=6), scale=alt.Scale(nice=False)
-        )
-        y = alt.Y(
-            "value:Q",
-            title=f"{name}{f', {unit}' if unit else ''}",
-            scale=alt.Scale(zero=False),
-            axis=alt.Axis(tickCount=5),
-        )
-        legend = alt.Legend(orient="bottom", columns=1 if width < WIDE else 3, columnPadding=30, labelLimit=250)
-        shape = alt.Shape("name:N", title=None, sort=order, legend=legend)
+        x = _steps(alt)
+        y = linear_axis(alt, "value", f"{name}{f', {unit}' if unit else ''}")
+        shape = alt.Shape("name:N", title=None, sort=order, legend=_legend(alt, width))
         drawn = (
             chart_of(alt, points).mark_line(color=ACCENT, strokeWidth=1, opacity=0.7).encode(x=x, y=y, detail="name:N")
         )
@@ -120,3 +142,55 @@ def _curves(name: str, lines: Sequence[Curve]) -> Plot:
         return alt.layer(*layers).properties(width=width, height=HEIGHT + 30)
 
     return draw(label, chart)
+
+
+def _distances(name: str, lines: Sequence[Curve], around: band.Band) -> Plot:
+    """How far each curve is from the baseline, as a share of it, beside the edge of the band."""
+    baseline = lines[0]
+    points: list[dict[str, Any]] = [
+        {"step": step, "share": abs(value - middle) / abs(middle), "name": curve.implementation, "kind": _kind(curve)}
+        for curve in lines[1:]
+        for step, value, middle in zip(curve.steps, curve.values, baseline.values, strict=True)
+        if value != middle and middle  # a share of 0 has no place on a logarithmic axis
+    ]
+    edges = [
+        (step, (high - middle) / abs(middle))
+        for step, high, middle in zip(around.steps, around.high, baseline.values, strict=True)
+        if middle
+    ]
+    least = min([point["share"] for point in points] + [edge for _, edge in edges], default=band.ROUNDING)
+    inside = [{"step": step, "share": edge, "low": least} for step, edge in edges]
+    label = f"How far {name} is from the baseline's, as a share of it, on a logarithmic axis. Shaded: inside the band."
+
+    def chart(alt: Any, width: int) -> Any:
+        x = _steps(alt)
+        scale = alt.Scale(type="log", nice=False)
+        axis = alt.Axis(tickCount=5, format=".0e")
+        y = alt.Y("share:Q", title=f"share of the baseline's {name}", scale=scale, axis=axis)
+        present = {_kind(curve) for curve in lines[1:]}
+        shown = [kind for kind in (BASELINES, PHASES, OTHERWISE) if kind in present]
+        styles = {BASELINES: (MUTED, [1, 0]), PHASES: (ACCENT, [1, 0]), OTHERWISE: (ACCENT, [4, 3])}
+        colours = alt.Scale(domain=shown, range=[styles[kind][0] for kind in shown])
+        dashes = alt.Scale(domain=shown, range=[styles[kind][1] for kind in shown])
+        drawn = chart_of(alt, points).mark_line(strokeWidth=1.2).encode(
+            x=x, y=y, detail="name:N",
+            color=alt.Color("kind:N", title=None, scale=colours, legend=_legend(alt, width)),
+            strokeDash=alt.StrokeDash("kind:N", title=None, scale=dashes),
+        )  # fmt: skip
+        shade = chart_of(alt, inside).mark_area(color=MUTED, opacity=0.25)
+        return alt.layer(shade.encode(x=x, y=y, y2="low:Q"), drawn).properties(width=width, height=HEIGHT + 30)
+
+    return draw(label, chart)
+
+
+def _kind(curve: Curve) -> str:
+    return BASELINES if curve.moved else OTHERWISE if curve.reorders else PHASES
+
+
+def _steps(alt: Any) -> Any:
+    axis = alt.Axis(tickMinStep=1, format="d", tickCount=6)
+    return alt.X("step:Q", title="step", axis=axis, scale=alt.Scale(nice=False))
+
+
+def _legend(alt: Any, width: int) -> Any:
+    return alt.Legend(orient="bottom", columns=1 if width < WIDE else 3, columnPadding=30, labelLimit=250)
