@@ -16,8 +16,8 @@ class ReorderedSums(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """In the block, what products, sums, means, norms, softmax and layer norm sum over is permuted first.
 
     Forward and backward, inside of autograd's own functions too. Each length has one permutation for the whole run, as
-    a kernel has one order. What sums in another way (fused attention, convolutions, scans) runs as it is, and so does
-    what is not floating point.
+    a kernel has one order. What sums in another way (fused attention, convolutions, scans, the backward pass of layer
+    norm) runs as it is, and so does what is not floating point.
 
     Args:
         seed: chooses the permutations.
