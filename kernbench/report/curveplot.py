@@ -65,7 +65,7 @@ def _cells(lines: Sequence[Curve], implementation: str) -> list[Cell]:
 
 def _place(lines: Sequence[Curve], curve: Curve, around: band.Band) -> str:
     if curve.moved:
-        return "makes it"
+        return "part of it"
     step = around.left_by(curve)
     if step is None:
         return "inside"
