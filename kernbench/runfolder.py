@@ -71,9 +71,7 @@ class Run(Generic[AnyRecord]):
             yield
         except KeyboardInterrupt as interrupt:
             self._finish_stage(name, "interrupted", started)
-            self.record.status = "interrupted"
-            self.write()
-            self.show_way_back(interrupt)
+            self._end_interrupted(interrupt)
             raise
         except Exception as error:
             self._finish_stage(name, "failed", started, str(error).splitlines()[0] if str(error) else repr(error))
@@ -81,7 +79,16 @@ class Run(Generic[AnyRecord]):
             self.write()
             raise
         self._finish_stage(name, "done", started)
+        try:
+            self.write()
+        except KeyboardInterrupt as interrupt:
+            self._end_interrupted(interrupt)
+            raise
+
+    def _end_interrupted(self, interrupt: BaseException) -> None:
+        self.record.status = "interrupted"
         self.write()
+        self.show_way_back(interrupt)
 
     def show_way_back(self, interrupt: BaseException) -> None:
         """Let an interrupt say how to see what was finished."""

@@ -1,10 +1,12 @@
 """Records survive the disk: round trips, atomic writes, and damaged files told in one sentence."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from kernbench import record
+from kernbench import record, runfolder
+from kernbench.progress import Silent
 
 ENVIRONMENT = record.Environment(
     device=record.Device(type="cpu", name="test"),
@@ -106,3 +108,36 @@ def test_a_failed_write_leaves_the_old_record(tmp_path, monkeypatch):
         record.write(profile_record(warnings=["new"]), path)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupt_behind_the_last_step_of_a_write_is_the_interrupt(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    replace = Path.replace
+
+    def interrupted(self, target):
+        replace(self, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        record.write(profile_record(), path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert record.read(path).run_id == "r"
+
+
+def test_an_interrupt_while_a_finished_stage_is_written_ends_the_run_interrupted(tmp_path, monkeypatch):
+    run = runfolder.Run(tmp_path, profile_record(), Silent())
+    replace = Path.replace
+
+    def interrupted_once(self, target):
+        monkeypatch.setattr(Path, "replace", replace)
+        replace(self, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted_once)
+    with pytest.raises(KeyboardInterrupt) as caught, run.stage("time"):
+        pass
+    assert caught.value.__notes__ == ["kernbench report r shows what was finished"]
+    found = record.read(run.record_path)
+    assert found.status == "interrupted"
+    assert [(stage.name, stage.status) for stage in found.stages] == [("time", "done")]

@@ -84,5 +84,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         scratch.chmod(0o644)
         scratch.replace(path)
     except BaseException:
-        scratch.unlink()
+        # An interrupt may come when the file is in its place already.
+        scratch.unlink(missing_ok=True)
         raise
