@@ -242,8 +242,8 @@ def test_muon_takes_matrices_and_makes_them_orthogonal() -> None:
     assert values.max() < 1.3
 
 
-@pytest.mark.parametrize("experts", [0, 3])
-def test_compiled_training_is_the_same(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("profile", "experts"), [("SynapticConfig", 0), ("SynapticConfig", 3), ("TopKConfig", 3)])
+def test_compiled_training_is_the_same(profile: str, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The peer of the baseline, without the compiler itself, whose building takes minutes, but with what it makes again
     in backward.
 
@@ -254,7 +254,7 @@ def test_compiled_training_is_the_same(experts: int, monkeypatch: pytest.MonkeyP
     backend = "aot_eager_decomp_partition"
     monkeypatch.setattr(torch, "compile", lambda one, **kwargs: compiler(one, backend=backend, **kwargs))
     # Without noise: a counted seed moves in place too, and backward draws from the new one; timed noise is torch's own.
-    calm = module("synapses").SynapticConfig(stochastic_train_frac=0.0)
+    calm = getattr(module("synapses"), profile)(stochastic_train_frac=0.0)
     sides = [training(small(synapses=calm, experts=experts)) for _ in range(2)]
     peer.prepare(sides[1])
     # No optimizer's step between: AdamW would make whole steps of gradients that are all rounding.

@@ -11,12 +11,13 @@ Source: specification, section 4.2; by reading only. The order of upstream's sev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .postsynaptic import DENSE_CALCIUM, DENSE_ENERGY, Signals
+from .postsynaptic import DENSE_CALCIUM, DENSE_ENERGY, Signals, kept
 from .synapses import TopKConfig
 
 MEAN_LIMIT = 10.0
@@ -77,6 +78,7 @@ class TopKLinear(nn.Module):
             self.register_buffer(name, full(value, outputs))
         self.register_buffer("last_change", full(0.0, 1))
         self.logged_change = 0.0
+        self.drive: Callable[[Signals], Tensor | float] = drive
 
     def plastic(self) -> TopKPlastic:
         """All tensors, with their leading E where there are experts."""
@@ -96,7 +98,7 @@ class TopKLinear(nn.Module):
 
     def call(self, plastic: TopKPlastic, x: Tensor, signals: Signals) -> Tensor:
         """Multiply by one layer's weights, then let it learn where gradients are off."""
-        y = multiply(plastic, x, signals, hebbian=self.config.enable_hebbian)
+        y = multiply(plastic, x, self.drive(signals), hebbian=self.config.enable_hebbian)
         if self.config.enable_hebbian and not torch.is_grad_enabled():
             self.learn(plastic, x, y, signals)
         return y
@@ -128,10 +130,21 @@ class Change(NamedTuple):
     slow_gain: Tensor
 
 
-def multiply(plastic: TopKPlastic, x: Tensor, signals: Signals, *, hebbian: bool) -> Tensor:
-    """The layer's output; ``U V`` is built each call, [O, O]."""
-    drive = signals.calcium * signals.energy
-    drive = drive.clamp(0, 1).to(x.dtype) if isinstance(drive, Tensor) else min(max(drive, 0.0), 1.0)
+def drive(signals: Signals) -> Tensor | float:
+    """How much the fast weights count, in [0, 1]: calcium times energy; 0-dim."""
+    product = signals.calcium * signals.energy
+    return product.clamp(0, 1) if isinstance(product, Tensor) else min(max(product, 0.0), 1.0)
+
+
+def drive_compiled(signals: Signals) -> Tensor | float:
+    """:func:`drive` for torch.compile, whose backward pass would make it again from energies that moved meanwhile."""
+    energy = signals.energy
+    return drive(signals._replace(energy=kept(energy) if isinstance(energy, Tensor) else energy))
+
+
+def multiply(plastic: TopKPlastic, x: Tensor, drive: Tensor | float, *, hebbian: bool) -> Tensor:
+    """The layer's output, its fast weights by ``drive``; ``U V`` is built each call, [O, O]."""
+    drive = drive.to(x.dtype) if isinstance(drive, Tensor) else drive
     y = x @ plastic.slow.to(x.dtype) + (x @ plastic.fast.to(x.dtype)) * drive + plastic.bias.to(x.dtype)
     if not hebbian:
         return y

@@ -44,6 +44,7 @@ from .config import PRESETS, BioConfig
 from .graph import NUMBER, advance, fixed_batch
 from .phases import BEYOND, PHASES
 from .postsynaptic import SynapticLinear, effective_compiled
+from .postsynaptic_topk import TopKLinear, drive_compiled
 from .predictions import GRAPH_PROMISE, SYNC_CLAIM, predict_graph
 from .training import Training
 
@@ -76,6 +77,8 @@ def compile_model(built: Training) -> None:
     for module in built.model.modules():
         if isinstance(module, SynapticLinear):
             module.weights = effective_compiled
+        elif isinstance(module, TopKLinear):
+            module.drive = drive_compiled
     for block in built.model.blocks:
         block.compile(dynamic=False)
 
