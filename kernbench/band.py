@@ -15,11 +15,16 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Band:
-    """At each of ``steps`` a curve may lie between ``low`` and ``high``."""
+    """Around the first of ``lines``, the baseline: at each step a curve may lie between ``low`` and ``high``."""
 
-    steps: list[int]
+    lines: Sequence[Curve]
     low: list[float]
     high: list[float]
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all lines."""
+        return self.lines[0].steps
 
     def left_by(self, curve: Curve) -> int | None:
         """The step at which a curve is outside for the first time; None where it never is."""
@@ -28,9 +33,28 @@ class Band:
                 return step
         return None
 
+    def left(self) -> dict[str, int]:
+        """The implementations whose curve leaves, and the step at which each does; other orders do not count."""
+        judged = [curve for curve in self.lines[1:] if not curve.moved and not curve.reorders]
+        steps = {curve.implementation: self.left_by(curve) for curve in judged}
+        return {implementation: step for implementation, step in steps.items() if step is not None}
+
+    def in_other_orders(self, implementation: str) -> tuple[int, int]:
+        """How many runs of an implementation in other orders of its sums stay, and how many there are."""
+        runs = [curve for curve in self.lines if curve.reorders == implementation and not curve.moved]
+        return sum(self.left_by(curve) is None for curve in runs), len(runs)
+
+
+def by_figure(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
+    """The curves of each figure, in their order."""
+    return {
+        name: [curve for curve in curves if curve.name == name]
+        for name in dict.fromkeys(curve.name for curve in curves)
+    }
+
 
 def around(lines: Sequence[Curve]) -> Band | None:
-    """The band around the first curve, the baseline, 3 times as wide as its moved runs have gone from it so far.
+    """The band of one figure, 3 times as wide as the moved runs have gone from the baseline, the first line, so far.
 
     As wide as parity lets the states of a phase be apart; None where no run was moved.
     """
@@ -43,19 +67,4 @@ def around(lines: Sequence[Curve]) -> Band | None:
         wide = max(width, ROUNDING * abs(middle))
         low.append(middle - wide)
         high.append(middle + wide)
-    return Band(lines[0].steps, low, high)
-
-
-def left(lines: Sequence[Curve]) -> dict[str, int]:
-    """The implementations whose curve leaves the band, and the step at which each does; other orders do not count."""
-    band = around(lines)
-    judged = [curve for curve in lines[1:] if not curve.moved and not curve.reorders]
-    steps = {curve.implementation: band.left_by(curve) for curve in judged if band is not None}
-    return {implementation: step for implementation, step in steps.items() if step is not None}
-
-
-def in_other_orders(lines: Sequence[Curve], implementation: str) -> tuple[int, int]:
-    """How many runs of an implementation in other orders of its sums stay in the band, and how many there are."""
-    band = around(lines)
-    runs = [curve for curve in lines if curve.reorders == implementation and not curve.moved]
-    return sum(band is not None and band.left_by(curve) is None for curve in runs), len(runs)
+    return Band(lines, low, high)

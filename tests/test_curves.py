@@ -30,16 +30,26 @@ def kasmina() -> Workload:
 def trained(numbers: tuple[int, ...], dtype: torch.dtype, use: str = "eager") -> dict[str, Curve]:
     """The curves of the tiny preset with these phases in place, by their names."""
     workload = kasmina()
-    settings = measure.Settings(
-        workload=workload, preset="tiny", device=CPU, dtype=dtype, seed=0, data=None, steps=1
-    )  # fmt: skip
-    declared = curves.wanted(settings)
-    assert declared is not None
-    plan = swap.plan(
+    settings = measured(workload, "tiny", dtype)
+    return {curve.name: curve for curve in follow(settings, plan=plan(workload, numbers, use))}
+
+
+def measured(workload: Workload, preset: str, dtype: torch.dtype = torch.float32) -> measure.Settings:
+    return measure.Settings(workload=workload, preset=preset, device=CPU, dtype=dtype, seed=0, data=None, steps=1)
+
+
+def plan(workload: Workload, numbers: tuple[int, ...] = (), use: str = "eager") -> swap.Plan:
+    return swap.plan(
         workload, numbers, use=dict.fromkeys(numbers, use), kernels=lambda name: registry.kernel(name).declaration
     )
-    found = curves.follow(settings, declared, curves.Training(implementation="phases", plan=plan), lambda _: None)
-    return {curve.name: curve for curve in found}
+
+
+def follow(settings: measure.Settings, **changes: Any) -> list[Curve]:
+    """The curves of the baseline, or of what is changed in its training."""
+    declared = curves.wanted(settings)
+    assert declared is not None
+    given = {"implementation": "baseline", "plan": plan(settings.workload), **changes}
+    return curves.follow(settings, declared, curves.Training(**given), lambda _: None)
 
 
 def test_kasmina_learns_the_same_with_every_phase() -> None:
@@ -78,16 +88,7 @@ def counting(read: Any, preset: str = "one") -> measure.Settings:
         name="counting", unit="steps", summary="", presets={"one": 1, "other": 2}, build=lambda **_: Counting(),
         curves=Curves(read=read, presets=("one",), steps=7, every=3),
     )  # fmt: skip
-    return measure.Settings(
-        workload=workload, preset=preset, device=CPU, dtype=torch.float32, seed=0, data=None, steps=1
-    )
-
-
-def follow(settings: measure.Settings) -> list[Curve]:
-    declared = curves.wanted(settings)
-    assert declared is not None
-    bare = swap.plan(settings.workload, (), use={}, kernels=lambda name: registry.kernel(name).declaration)
-    return curves.follow(settings, declared, curves.Training(implementation="baseline", plan=bare), lambda _: None)
+    return measured(workload, preset)
 
 
 def test_a_reading_comes_after_its_steps_and_the_loss_is_their_mean() -> None:
@@ -194,24 +195,12 @@ def titan(steps: int) -> Workload:
 
 def test_titan_mac_learns_within_the_band_of_rounding_with_every_phase() -> None:
     workload = titan(100)
-    settings = measure.Settings(
-        workload=workload, preset="tiny", device=CPU, dtype=torch.float32, seed=0, data=None, steps=1
-    )
-    declared = curves.wanted(settings)
-    assert declared is not None
-    numbers = tuple(phase.number for phase in workload.phases)
-    bare, full = (
-        swap.plan(
-            workload, phases, use=dict.fromkeys(phases, "eager"), kernels=lambda name: registry.kernel(name).declaration
-        )
-        for phases in ((), numbers)
-    )
-    baseline = curves.Training(implementation="baseline", plan=bare)
-    others = [dataclasses.replace(baseline, **change) for change in ({"order": 1}, {"order": 2}, {"exact": True})]
-    phases = curves.Training(implementation="phases", plan=full)
-    lines = []
-    for training in (baseline, *others, phases):
-        lines += curves.follow(settings, declared, training, lambda _: None)
+    settings = measured(workload, "tiny")
+    full = plan(workload, tuple(phase.number for phase in workload.phases))
+    changes: list[dict[str, Any]] = [
+        {}, {"order": 1}, {"order": 2}, {"exact": True}, {"implementation": "phases", "plan": full},
+    ]  # fmt: skip
+    lines = [line for change in changes for line in follow(settings, **change)]
     around = band.around(lines)
     assert around is not None
     assert lines[1].values != lines[0].values != lines[2].values
@@ -276,10 +265,5 @@ def test_a_state_of_copies_has_no_float64_run() -> None:
 
     settings = counting(lambda built: {})
     workload = dataclasses.replace(settings.workload, build=lambda **_: Copying())
-    settings = dataclasses.replace(settings, workload=workload)
-    declared = curves.wanted(settings)
-    assert declared is not None
-    bare = swap.plan(workload, (), use={}, kernels=lambda name: registry.kernel(name).declaration)
-    training = curves.Training(implementation="baseline", plan=bare, exact=True)
     with pytest.raises(WorkloadFailed, match=r"let state_dict\(\) return the tensors themselves"):
-        curves.follow(settings, declared, training, lambda _: None)
+        follow(dataclasses.replace(settings, workload=workload), exact=True)

@@ -81,4 +81,5 @@ def test_what_is_not_floating_point_or_has_no_dimension_is_left_alone() -> None:
         assert counts.sum() == LONG * (LONG - 1) // 2
         assert one.sum() == one.mean() == one
         assert torch.linalg.vector_norm(one) == one
+        assert one.softmax(0) == 1
         assert torch.empty(0).sum() == 0

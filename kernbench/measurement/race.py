@@ -186,8 +186,8 @@ def _follow_curves(
 
 def _astray(lines: Sequence[record.Curve]) -> set[str]:
     """The implementations that leave the band of any figure."""
-    figures = {curve.name for curve in lines}
-    return {name for figure in figures for name in band.left([curve for curve in lines if curve.name == figure])}
+    bands = map(band.around, band.by_figure(lines).values())
+    return {name for around in bands if around is not None for name in around.left()}
 
 
 def _follow(

@@ -38,16 +38,10 @@ class ReorderedSums(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         return rule(self, func, *args, **kwargs)
 
-    def permuted(self, x: Tensor, dims: Sequence[int]) -> Tensor:
-        """``x`` in the order of this run along each of ``dims``."""
+    def permuted(self, x: Tensor, dims: Sequence[int], *, back: bool = False) -> Tensor:
+        """``x`` in the order of this run along each of ``dims``, or ``back`` from it; unchanged if 0-dim."""
         for dim in dims if x.dim() else ():
-            x = x.index_select(dim, self._order(x, dim)[0])
-        return x
-
-    def restored(self, x: Tensor, dims: Sequence[int]) -> Tensor:
-        """The inverse of :meth:`permuted`."""
-        for dim in dims:
-            x = x.index_select(dim, self._order(x, dim)[1])
+            x = x.index_select(dim, self._order(x, dim)[back])
         return x
 
     def _order(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -95,11 +89,11 @@ def _norm(
 
 
 def _softmax(mode: ReorderedSums, func: Any, x: Tensor, dim: int, *rest: Any) -> Tensor:
-    return mode.restored(func(mode.permuted(x, [dim]), dim, *rest), [dim])
+    return mode.permuted(func(mode.permuted(x, [dim]), dim, *rest), [dim], back=True)
 
 
 def _softmax_backward(mode: ReorderedSums, func: Any, upstream: Tensor, y: Tensor, dim: int, *rest: Any) -> Tensor:
-    return mode.restored(func(mode.permuted(upstream, [dim]), mode.permuted(y, [dim]), dim, *rest), [dim])
+    return mode.permuted(func(mode.permuted(upstream, [dim]), mode.permuted(y, [dim]), dim, *rest), [dim], back=True)
 
 
 def _layer_norm(
@@ -114,7 +108,7 @@ def _layer_norm(
     dims = range(-len(shape), 0)
     given = (None if one is None else mode.permuted(one, dims) for one in (weight, bias))
     y, mean, rstd = func(mode.permuted(x, dims), shape, *given, eps)
-    return mode.restored(y, dims), mean, rstd
+    return mode.permuted(y, dims, back=True), mean, rstd
 
 
 RULES: dict[Any, Callable[..., Any]] = {

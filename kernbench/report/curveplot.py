@@ -21,74 +21,65 @@ def curves(record: BenchRecord) -> Table | None:
     """
     if not record.curves:
         return None
-    figures = {
-        name: [curve for curve in record.curves if curve.name == name]
-        for name in dict.fromkeys(curve.name for curve in record.curves)
-    }
+    figures = [(name, lines, band.around(lines)) for name, lines in band.by_figure(record.curves).items()]
     shown = dict.fromkeys(curve.implementation for curve in record.curves if curve.moved or not curve.reorders)
-    rows = [
-        [Cell(implementation), *(cell for lines in figures.values() for cell in _cells(lines, implementation))]
-        for implementation in shown
-    ]
     steps = max(curve.steps[-1] for curve in record.curves)
+    headings = (heading for name, _, around in figures for heading in _headings(name, around))
     return Table(
         title="Training curves",
         note=f"The same data and seed for all of them; the table shows what they end with, after {steps:,} steps.",
-        headings=[
-            "implementation",
-            *(heading for name, lines in figures.items() for heading in _headings(name, lines)),
+        headings=["implementation", *headings],
+        rows=[
+            [Cell(name), *(cell for _, lines, around in figures for cell in _cells(lines, name, around))]
+            for name in shown
         ],
-        rows=rows,
-        said=[sentence for name, lines in figures.items() for sentence in _said(name, lines)],
-        plots=[plot for name, lines in figures.items() for plot in _plots(name, lines)],
+        said=[sentence for name, lines, around in figures for sentence in _said(name, lines, around)],
+        plots=[plot for name, lines, around in figures for plot in _plots(name, lines, around)],
     )
 
 
-def _headings(name: str, lines: Sequence[Curve]) -> list[str]:
-    return [name] if band.around(lines) is None else [name, "most apart", "band"]
+def _headings(name: str, around: band.Band | None) -> list[str]:
+    return [name] if around is None else [name, "most apart", "band"]
 
 
-def _cells(lines: Sequence[Curve], implementation: str) -> list[Cell]:
+def _cells(lines: Sequence[Curve], implementation: str, around: band.Band | None) -> list[Cell]:
     """What a curve ends with; where there is a band, how far it goes from the baseline at most, and if it leaves."""
-    around = band.around(lines)
     curve = next((line for line in reversed(lines) if line.implementation == implementation), None)
     if curve is None:
-        return [Cell("")] * len(_headings("", lines))
+        return [Cell("")] * len(_headings("", around))
     end = Cell(units.figure(curve.values[-1], curve.unit), curve.values[-1])
     if around is None:
         return [end]
     if curve is lines[0]:
         return [end, Cell(""), Cell("")]
     apart = max(abs(value - middle) for value, middle in zip(curve.values, lines[0].values, strict=True))
-    return [end, Cell(units.figure(apart, curve.unit), apart), Cell(_place(lines, curve, around))]
+    return [end, Cell(units.figure(apart, curve.unit), apart), Cell(_place(curve, around))]
 
 
-def _place(lines: Sequence[Curve], curve: Curve, around: band.Band) -> str:
+def _place(curve: Curve, around: band.Band) -> str:
     if curve.moved:
         return "part of it"
     step = around.left_by(curve)
     if step is None:
         return "inside"
-    stay, runs = band.in_other_orders(lines, curve.implementation)
+    stay, runs = around.in_other_orders(curve.implementation)
     return f"left at step {step}" + (f"; in other orders {stay} of {runs} stay" if runs else "")
 
 
-def _said(name: str, lines: Sequence[Curve]) -> list[str]:
-    return list(filter(None, (_spread(name, lines), _inside(name, lines))))
+def _said(name: str, lines: Sequence[Curve], around: band.Band | None) -> list[str]:
+    return [_spread(name, lines), *([] if around is None else [_inside(name, around)])]
 
 
-def _inside(name: str, lines: Sequence[Curve]) -> str:
+def _inside(name: str, around: band.Band) -> str:
     """Whether all implementations stay in the band, which ones do not, and what these do in other orders."""
-    if band.around(lines) is None:
-        return ""
-    runs = sum(curve.moved for curve in lines)
+    runs = sum(curve.moved for curve in around.lines)
     wide = f"{band.WIDTH:g} times as wide as they go"
     what = f"the band of {runs} baseline runs that differ from it by rounding alone, {wide}"
-    left = band.left(lines)
+    left = around.left()
     if not left:
         return f"{phrases.capitalized(name)} stays in {what}, with every phase."
     told = ", ".join(f"{implementation} at step {step}" for implementation, step in left.items())
-    others = [band.in_other_orders(lines, implementation) for implementation in left]
+    others = [around.in_other_orders(implementation) for implementation in left]
     stay, again = (sum(counts) for counts in zip(*others, strict=True))
     otherwise = f" With their sums in other orders {stay} of {again} runs of these stay in it." if again else ""
     return f"{phrases.capitalized(name)} leaves {what}: {told}.{otherwise}"
@@ -106,9 +97,8 @@ def _spread(name: str, lines: Sequence[Curve]) -> str:
     return f"{phrases.capitalized(name)} ends between {low} and {high}, {apart} apart."
 
 
-def _plots(name: str, lines: Sequence[Curve]) -> list[Plot]:
-    around = band.around(lines)
-    return [_curves(name, lines, around), *([] if around is None else [_distances(name, lines, around)])]
+def _plots(name: str, lines: Sequence[Curve], around: band.Band | None) -> list[Plot]:
+    return [_curves(name, lines, around), *([] if around is None else [_distances(name, around)])]
 
 
 def _curves(name: str, lines: Sequence[Curve], around: band.Band | None) -> Plot:
@@ -144,12 +134,12 @@ def _curves(name: str, lines: Sequence[Curve], around: band.Band | None) -> Plot
     return draw(label, chart)
 
 
-def _distances(name: str, lines: Sequence[Curve], around: band.Band) -> Plot:
+def _distances(name: str, around: band.Band) -> Plot:
     """How far each curve is from the baseline, as a share of it, beside the edge of the band."""
-    baseline = lines[0]
+    baseline, *lines = around.lines
     points: list[dict[str, Any]] = [
         {"step": step, "share": abs(value - middle) / abs(middle), "name": curve.implementation, "kind": _kind(curve)}
-        for curve in lines[1:]
+        for curve in lines
         for step, value, middle in zip(curve.steps, curve.values, baseline.values, strict=True)
         if value != middle and middle  # a share of 0 has no place on a logarithmic axis
     ]
@@ -167,7 +157,7 @@ def _distances(name: str, lines: Sequence[Curve], around: band.Band) -> Plot:
         scale = alt.Scale(type="log", nice=False)
         axis = alt.Axis(tickCount=5, format=".0e")
         y = alt.Y("share:Q", title=f"share of the baseline's {name}", scale=scale, axis=axis)
-        present = {_kind(curve) for curve in lines[1:]}
+        present = {_kind(curve) for curve in lines}
         shown = [kind for kind in (BASELINES, PHASES, OTHERWISE) if kind in present]
         styles = {BASELINES: (MUTED, [1, 0]), PHASES: (ACCENT, [1, 0]), OTHERWISE: (ACCENT, [4, 3])}
         colours = alt.Scale(domain=shown, range=[styles[kind][0] for kind in shown])
